@@ -1,0 +1,151 @@
+"""params.yaml, read strictly: typed sections, and every problem named at once.
+
+A section is a frozen, keyword-only dataclass without defaults that stands beside the code that uses
+it. Its fields may be int, float, bool, str, Literal[...], list[...] of these, or `... | None`;
+`Annotated[int, ">= 1, < 10"]` bounds a number (or, for a list, each of its items).
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from folio.errors import UserError
+
+SECTIONS = ("prepare", "model", "train", "evaluate", "runtime")
+FILE = Path("params.yaml")
+
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def load(path: str | Path = FILE, /, **sections: type) -> tuple:
+    """Return one instance of each given dataclass, in the order given.
+
+    `model, train = load(model=ModelParams, train=TrainParams)` reads those two sections of
+    params.yaml. Raises UserError with one line a problem: unknown, missing and mistyped keys, and
+    values out of bounds.
+    """
+    tree = _read(Path(path))
+    problems = [
+        f"{name}: unknown section{_nearest(name, SECTIONS)}"
+        for name in tree
+        if name not in SECTIONS
+    ]
+    loaded = [_section(name, tree.get(name), cls, problems) for name, cls in sections.items()]
+    if problems:
+        raise UserError(f"{path}: " + "\n  ".join(problems))
+    return tuple(loaded)
+
+
+def flatten(**sections: Any) -> dict[str, Any]:
+    """Section dataclasses as {"train.learning_rate": 0.001, ...}."""
+    return {
+        f"{section}.{key}": value
+        for section, params in sections.items()
+        for key, value in dataclasses.asdict(params).items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run this in the project's root") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as problem:
+        where = getattr(problem, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"{path} is not YAML{line}: mend it, or `git checkout {path}`") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no sections: it needs {', '.join(SECTIONS)}")
+    return {str(name): value for name, value in tree.items()}
+
+
+def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
+    """An instance of cls, or None when anything is wrong (then problems grows)."""
+    if not isinstance(values, dict):
+        problems.append(f"{name}: missing section" if values is None else f"{name}: not a section")
+        return None
+    hints = typing.get_type_hints(cls, include_extras=True)
+    before = len(problems)
+    for key in values:
+        if key not in hints:
+            near = _nearest(str(key), hints, f"{name}.")
+            problems.append(f"{name}.{key}: unknown{near or '; remove it'}")
+    known = {}
+    for key, hint in hints.items():
+        if key not in values:
+            problems.append(f"{name}.{key}: missing; it takes {_describe(hint)}")
+            continue
+        try:
+            known[key] = _convert(values[key], hint)
+        except ValueError:
+            problems.append(
+                f"{name}.{key}: {values[key]!r} will not do; it takes {_describe(hint)}"
+            )
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**known)
+    except ValueError as problem:  # what a section checks across its fields, in __post_init__
+        problems.append(f"{name}.{problem}")
+        return None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """The value as the type that hint asks for; ValueError if it is not of that type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        value = _convert(value, args[0])
+        for number in value if isinstance(value, list) else [value]:
+            _check_bounds(number, args[1])
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)))
+    if origin is typing.Literal:
+        if type(value) is not str or value not in args:
+            raise ValueError
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError
+        return [_convert(item, args[0]) for item in value]
+    if hint is float and type(value) in (int, str):  # PyYAML reads 1e-5 as a string
+        value = float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise ValueError
+    if type(value) is not hint:  # a bool is no int
+        raise ValueError
+    return value
+
+
+def _check_bounds(number: float | None, bounds: str) -> None:
+    for bound in bounds.split(","):
+        sign, limit = bound.split()
+        if number is not None and not _COMPARE[sign](number, float(limit)):
+            raise ValueError
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return f"{_describe(args[0])} {args[1]}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if arg is type(None) else _describe(arg) for arg in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(args)
+    if origin is list:
+        return f"a list of {_describe(args[0])}"
+    return {int: "an int", float: "a float", bool: "true or false", str: "a string"}[hint]
+
+
+def _nearest(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""

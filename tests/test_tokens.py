@@ -1,0 +1,220 @@
+"""Token files on disk, and training batches out of them."""
+
+import hashlib
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from folio import files, tokens
+from folio.errors import UserError
+
+TEXTS = {"train": "na\u00efve " * 100, "val": "\U0001f642" * 10}
+IDS = {"train": np.arange(300, dtype=np.uint16), "val": np.arange(50, dtype=np.uint16) + 50_000}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokens.write(tmp_path / "prepared", "mine", 50_257, TEXTS, IDS)
+    return tmp_path / "prepared"
+
+
+def refusal(folder):
+    """The line that a user reads about token files that will not do."""
+    with pytest.raises(UserError) as problem:
+        tokens.read(folder)
+    assert "\n" not in str(problem.value)
+    assert "dvc repro --force prepare" in str(problem.value)
+    return str(problem.value)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- files
+
+
+def test_what_was_written_is_read(folder):
+    read = tokens.read(folder)
+    assert np.array_equal(read.train, IDS["train"])
+    assert np.array_equal(read.val, IDS["val"])
+    assert read.train.dtype == np.dtype("<u2")
+    assert not read.train.flags.writeable
+
+
+def test_a_token_is_two_bytes_with_the_low_one_first(tmp_path):
+    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": np.array([1, 50_256])})
+    assert (tmp_path / "val.bin").read_bytes() == bytes([1, 0, 0x50, 0xC4])
+
+
+def test_meta_counts_tokens_characters_and_bytes(folder):
+    meta = tokens.read(folder).meta
+    assert meta["corpus"] == "mine"
+    assert (meta["train_tokens"], meta["train_characters"], meta["train_bytes"]) == (300, 600, 700)
+    assert (meta["val_tokens"], meta["val_characters"], meta["val_bytes"]) == (50, 10, 40)
+    text = TEXTS["train"] + TEXTS["val"]
+    assert meta["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_digest_depends_on_both_parts_and_on_nothing_else(tmp_path):
+    def digest(corpus, ids):
+        tokens.write(tmp_path, corpus, 50_257, TEXTS, ids)
+        return tokens.read(tmp_path).digest
+
+    first = digest("mine", IDS)
+    assert digest("renamed", IDS) == first
+    assert digest("mine", IDS | {"train": IDS["train"] + 1}) != first
+    assert digest("mine", IDS | {"val": IDS["val"] + 1}) != first
+    assert digest("mine", {"train": IDS["val"], "val": IDS["train"]}) != first
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert f"{name} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_file_cut_short_is_named_with_its_size(folder, name):
+    size = (folder / name).stat().st_size
+    with (folder / name).open("rb+") as file:
+        file.truncate(size - 1)
+    assert f"{name} holds {size - 1} bytes, not {size}" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_single_changed_token_is_noticed(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[20] ^= 1
+    (folder / name).write_bytes(content)
+    assert f"{name} is not the file that meta.json describes" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"train_tokens": 1}', "\udcff"])
+def test_a_damaged_meta_file_is_named(folder, content):
+    (folder / "meta.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert "meta.json is damaged" in refusal(folder)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": np.array([50_257])})
+    assert "val.bin holds ids beyond the vocabulary of 50257" in refusal(tmp_path)
+
+
+def test_parts_without_tokens_are_refused(tmp_path):
+    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": IDS["val"][:0]})
+    assert "val.bin holds no tokens" in refusal(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(folder):
+    before = contents(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes a file: the disk is full
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tokens.write(folder, "larger", 50_257, TEXTS, IDS | {"train": np.zeros(60_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(folder) == before
+
+
+def test_an_interrupted_replacement_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with files.replacing(path) as temporary:
+        temporary.write_text("old")
+    assert path.read_text() == "old"
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(path.parent) == {"file.txt": b"old"}
+
+
+# --- batches
+
+
+def windows(batches, epoch):
+    """The starts of an epoch's windows, in their order, read off batches of one window."""
+    n = batches.windows_per_epoch
+    return [int(batches[epoch * n + place][0][0, 0]) for place in range(n)]
+
+
+def test_y_is_x_one_token_on():
+    batches = tokens.Batches(np.arange(1_000, dtype=np.uint16), 16, 4, seed=1)
+    x, y = batches[3]
+    assert x.shape == y.shape == (4, 16)
+    assert x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x - x[:, :1], torch.arange(16).expand(4, 16))
+
+
+@pytest.mark.parametrize("length", [17, 32, 33, 48, 49, 50, 1_000])
+def test_every_window_is_seen_once_an_epoch(length):
+    batches = tokens.Batches(np.arange(length, dtype=np.uint16), 16, 1, seed=1)
+    n = batches.windows_per_epoch
+    assert n == max(1, (length - 1) // 16 - 1)
+    for epoch in range(3):
+        starts = sorted(windows(batches, epoch))
+        assert starts == list(range(starts[0], starts[0] + 16 * n, 16))
+        assert 0 <= starts[0] <= length - 1 - 16 * n
+
+
+def test_epochs_differ_in_order_and_offset():
+    batches = tokens.Batches(np.arange(1_000, dtype=np.uint16), 16, 1, seed=1)
+    first, second = windows(batches, 0), windows(batches, 1)
+    assert first[0] % 16 != second[0] % 16
+    assert np.argsort(first).tolist() != np.argsort(second).tolist()
+    assert first != sorted(first)
+
+
+def test_offsets_reach_both_ends_of_the_text():
+    batches = tokens.Batches(np.arange(40, dtype=np.uint16), 16, 1, seed=1)
+    x, y = zip(*(batches[epoch] for epoch in range(500)), strict=True)
+    assert torch.cat(x).min() == 0
+    assert torch.cat(y).max() == 39
+
+
+def test_a_batch_is_a_pure_function_of_its_index():
+    text = np.arange(1_000, dtype=np.uint16)
+    straight = tokens.Batches(text, 16, 8, seed=1)
+    expected = [straight[index] for index in range(40)]
+    jumping = tokens.Batches(text, 16, 8, seed=1)
+    for index in [39, 0, 17, 5, 38, 6, 6, 30]:
+        for ours, theirs in zip(jumping[index], expected[index], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_batch_size_cuts_one_stream_and_does_not_change_it():
+    text = np.arange(1_000, dtype=np.uint16)
+    ones = tokens.Batches(text, 16, 1, seed=1)
+    stream = torch.cat([ones[index][0] for index in range(7 * 50)])
+    for size in [7, 50, 175]:  # 61 windows an epoch: all straddle epochs, the last over two
+        batches = tokens.Batches(text, 16, size, seed=1)
+        cut = torch.cat([batches[index][0] for index in range(7 * 50 // size)])
+        assert torch.equal(cut, stream)
+
+
+def test_seeds_give_different_batches():
+    text = np.arange(1_000, dtype=np.uint16)
+    one, two = (tokens.Batches(text, 16, 8, seed=seed)[0][0] for seed in (1, 2))
+    assert not torch.equal(one, two)
+
+
+def test_batches_come_from_a_mapped_file_as_from_memory(folder):
+    mapped, memory = tokens.read(folder).train, IDS["train"]
+    assert torch.equal(
+        tokens.Batches(mapped, 16, 8, seed=1)[2][0], tokens.Batches(memory, 16, 8, seed=1)[2][0]
+    )
+
+
+def test_a_text_shorter_than_a_window_is_one_line_with_the_way_out():
+    text = np.arange(16, dtype=np.uint16)
+    with pytest.raises(UserError, match=r"model\.block_size is 16, but the training part") as error:
+        tokens.Batches(text, 16, 1, seed=1)
+    assert "only 16 tokens and needs 17" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"larger prepare\.validation_fraction"):
+        tokens.check_length(text, "validation", 16)
+    tokens.check_length(text, "validation", 15)
