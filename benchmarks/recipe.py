@@ -30,23 +30,29 @@ class _Untracked:
         pass
 
 
-def measure(variant: dict) -> tuple[float, int, float, float]:
-    """Train a variant; its best held-out loss, at which step, its last training loss, seconds."""
+def build(variant: dict) -> tuple[Trainer, RuntimeParams]:
+    """A trainer for params.yaml with {"train.steps": 50, ...} laid over it."""
     tree = yaml.safe_load(params.FILE.read_text())
     for name, value in variant.items():
         section, key = name.split(".")
         tree[section][key] = value
     tree["runtime"] |= {"progress": False, "checkpoint_seconds": 1e9}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "params.yaml")
-        file.write_text(yaml.safe_dump(tree))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(tree, file)
         model, train, runtime = params.load(
-            file, model=ModelParams, train=TrainParams, runtime=RuntimeParams
+            file.name, model=ModelParams, train=TrainParams, runtime=RuntimeParams
         )
-        where = device.resolve_device(runtime.device)
-        precision = device.resolve_precision(train.precision, where)
-        trainer = Trainer(model, train, tokens.read(Path("data/prepared")), where, precision)
-        started = time.perf_counter()
+    where = device.resolve_device(runtime.device)
+    precision = device.resolve_precision(train.precision, where)
+    trainer = Trainer(model, train, tokens.read(Path("data/prepared")), where, precision)
+    return trainer, runtime
+
+
+def measure(variant: dict) -> tuple[float, int, float, float]:
+    """Train a variant; its best held-out loss, at which step, its last training loss, seconds."""
+    trainer, runtime = build(variant)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
         trainer.train(Path(folder), runtime, _Untracked())
     seconds = time.perf_counter() - started
     return *trainer.best, trainer.history[-1]["train_loss"], seconds

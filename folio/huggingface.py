@@ -62,13 +62,16 @@ def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
     Raises UserError if the folder is missing, damaged, or holds no GPT-2 in safetensors.
     """
     config = _read_config(folder)
-    params = ModelParams(
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        n_embd=config["n_embd"],
-        block_size=config["n_positions"],
-        dropout=config.get("resid_pdrop", 0.1),
-    )
+    try:
+        params = ModelParams(
+            n_layer=config["n_layer"],
+            n_head=config["n_head"],
+            n_embd=config["n_embd"],
+            block_size=config["n_positions"],
+            dropout=config.get("resid_pdrop", 0.1),
+        )
+    except ValueError as problem:
+        raise UserError(f"{folder / 'config.json'}: {problem}") from None
     weights = _read_weights(folder / "model.safetensors")
     with torch.device("meta"):
         model = GPT(params, config["vocab_size"])
@@ -104,6 +107,8 @@ def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no model: `dvc repro train` makes one") from None
     except (ValueError, OSError):

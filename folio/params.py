@@ -57,7 +57,7 @@ def _read(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run this in the project's root") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (ValueError, yaml.YAMLError) as problem:  # not UTF-8, a 13th month, not YAML
         where = getattr(problem, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise UserError(f"{path} is not YAML{line}: mend it, or `git checkout {path}`") from None
@@ -84,7 +84,7 @@ def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
             continue
         try:
             known[key] = _convert(values[key], hint)
-        except ValueError:
+        except (ValueError, OverflowError):  # an int may be too large for a float
             problems.append(
                 f"{name}.{key}: {values[key]!r} will not do; it takes {_describe(hint)}"
             )

@@ -145,7 +145,7 @@ class Run:
         except Exception as problem:  # whatever a store, a network or a disk can raise
             if not self._complained:
                 reason = str(problem).strip().splitlines()[0] if str(problem) else repr(problem)
-                print(f"MLflow is away, going on without it: {reason}", file=sys.stderr)
+                print(f"MLflow did not take this, going on without it: {reason}", file=sys.stderr)
             self._complained = True
 
 

@@ -126,6 +126,7 @@ def track(p: EvaluateParams, runtime: RuntimeParams, root: Path, metrics: dict[s
     if parent is None:
         return
     out = root / "models/evaluation"
+    metrics = {f"evaluate/{key}": value for key, value in metrics.items()}
     parent.metrics(metrics)
     parent.artifacts(out, "evaluation")
     with tracking.Run(

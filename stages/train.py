@@ -83,7 +83,8 @@ def run(
         with tracking.Run(
             runtime.tracking_uri,
             name=f"{model_params.n_layer}x{model_params.n_head}x{model_params.n_embd}-{key[:6]}",
-            params=params.flatten(model=model_params, train=train_params) | _facts(data, report),
+            params=params.flatten(model=model_params, train=train_params)
+            | _facts(data, root, report),
             tags={"train_key": key, "data_digest": data.digest, "precision": precision}
             | {"device": device.describe(where)},
             memo=folder / "run_id",
@@ -244,10 +245,14 @@ class Trainer:
         )
 
 
-def _facts(data: tokens.Tokens, report: dict[str, int]) -> dict[str, Any]:
+def _facts(data: tokens.Tokens, root: Path, report: dict[str, int]) -> dict[str, Any]:
     """What prepare found and how large the model is, as params of the run."""
-    found = {f"data.{key}": value for key, value in data.meta.items() if key != "sha256"}
-    return found | {f"parameters.{part}": count for part, count in report.items()}
+    file = root / "data/diagnostics.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = {"corpus": data.meta["corpus"], "sha256": data.meta["text_sha256"]} | found
+    return {f"data.{key}": value for key, value in found.items()} | {
+        f"parameters.{part}": count for part, count in report.items()
+    }
 
 
 def _describe(trainer: Trainer, report: dict[str, int]) -> str:

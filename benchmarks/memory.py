@@ -1,0 +1,58 @@
+"""Peak memory and speed of a variant on a GPU, by precision and gradient checkpointing.
+
+    python -m benchmarks.memory gpt2-124m --steps 50
+
+Needs data/prepared (`dvc repro prepare`). The last step's loss shows that it trains.
+"""
+
+import argparse
+import gc
+import time
+from statistics import median
+
+import torch
+
+from benchmarks.recipe import build
+from folio import optim, variants
+from stages.train import Trainer
+
+
+def measure(trainer: Trainer, steps: int) -> tuple[float, float, float]:
+    """Peak memory in GB, tokens/s (the median step's), the last step's loss."""
+    torch.cuda.reset_peak_memory_stats()
+    p, seconds = trainer.p, []
+    for step in range(steps):
+        first = step * p.accumulation
+        batches = [trainer.batches[first + i] for i in range(p.accumulation)]
+        rate = optim.learning_rate(
+            step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
+        )
+        started = time.perf_counter()
+        loss, _ = trainer.take_step(batches, rate)  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return peak, trainer.tokens_a_step / median(seconds), loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", help="one of the files in variants/, without .yaml")
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    variant = variants.read(options.variant)
+    print(f"{options.variant}, {options.steps} steps on {torch.cuda.get_device_name()}")
+    print("precision  gradient checkpointing  peak GB  tokens/s  last loss")
+    for precision in ("bf16", "fp16", "fp32"):
+        for checkpointing in (False, True):
+            chosen = {"precision": precision, "gradient_checkpointing": checkpointing}
+            trainer, _ = build(variant | {f"train.{key}": v for key, v in chosen.items()})
+            peak, speed, loss = measure(trainer, options.steps)
+            on = "on" if checkpointing else "off"
+            print(f"{precision:<9}  {on:<22}  {peak:7.1f}  {speed:8,.0f}  {loss:9.3f}", flush=True)
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

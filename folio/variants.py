@@ -1,0 +1,56 @@
+"""Named variants: a small YAML each in variants/, laid over params.yaml as a DVC experiment.
+
+python -m folio.variants seed-30m             train it now
+python -m folio.variants seed-30m --queue     put it on DVC's queue
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from folio.errors import UserError, one_line_errors
+
+FOLDER = Path("variants")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A variant's settings as {"train.steps": 1650, ...}.
+
+    Raises UserError if there is none of that name.
+    """
+    names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"no variant {name!r} in {FOLDER}; there are {', '.join(names)}")
+    tree = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {
+        f"{section}.{key}": value
+        for section, values in tree.items()
+        for key, value in values.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m folio.variants", description="Train a named variant as a DVC experiment."
+    )
+    parser.add_argument("name", help="one of the files in variants/, without .yaml")
+    parser.add_argument("--queue", action="store_true", help="queue it for `dvc queue start`")
+    options = parser.parse_args()
+    command = ["dvc", "exp", "run", *(["--queue"] if options.queue else [])]
+    for key, value in read(options.name).items():
+        command += ["--set-param", f"{key}={json.dumps(value)}"]
+    if not shutil.which("dvc"):
+        raise UserError("dvc is not on the PATH: `make variant` has it, or activate .venv")
+    sys.stdout.flush()
+    os.execvp("dvc", command)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

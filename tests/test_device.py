@@ -1,0 +1,59 @@
+"""Where the arithmetic runs, in which precision, and the seed."""
+
+import pytest
+import torch
+
+from folio import device
+from folio.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_an_accelerator_that_is_not_there_is_one_line_with_the_way_out():
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    missing = [name for name, is_there in there.items() if not is_there]
+    assert missing  # no machine has both
+    for name in missing:
+        with pytest.raises(UserError, match=f"runtime.device: {name}, but PyTorch sees none here"):
+            device.resolve_device(name)
+    if len(missing) == 2:
+        with pytest.raises(UserError, match="take auto or cpu$"):
+            device.resolve_device("cuda")
+
+
+def test_auto_is_the_first_accelerator_that_is_there_and_computes():
+    found = device.resolve_device("auto")
+    assert torch.ones(2, device=found).sum().item() == 2
+    if found.type == "cpu":
+        assert not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+
+def test_the_cpu_is_always_there():
+    assert device.resolve_device("cpu") == CPU
+    assert device.describe(CPU) == f"cpu, {torch.get_num_threads()} threads"
+
+
+def test_auto_precision_is_fp32_on_a_cpu_and_any_other_is_taken_as_it_is():
+    assert device.resolve_precision("auto", CPU) == "fp32"
+    for precision in ["bf16", "fp16", "fp32"]:
+        assert device.resolve_precision(precision, CPU) == precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_products_are_in_the_precision_that_was_asked_for(precision, dtype):
+    a = torch.ones(2, 2)
+    with device.autocast(CPU, precision):
+        assert (a @ a).dtype == dtype
+    assert (a @ a).dtype == torch.float32
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    def numbers(seed):
+        device.seed(seed)
+        return torch.rand(5)
+
+    assert torch.equal(numbers(1), numbers(1))
+    assert not torch.equal(numbers(1), numbers(2))

@@ -1,0 +1,106 @@
+"""The head's cross-entropy by rows is PyTorch's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from folio import head
+
+V, C = 64, 16
+SIZES = [1, head.ROWS - 1, head.ROWS, head.ROWS + 1, 2 * head.ROWS + 77]
+
+
+def numbers(N, bias, scale=1.0):
+    """x [N, C], weight [V, C], bias [V] or None, y [N]."""
+    g = torch.Generator().manual_seed(N)
+    x, weight = scale * torch.randn(N, C, generator=g), torch.randn(V, C, generator=g)
+    y = torch.randint(V, (N,), generator=g)
+    return x, weight, torch.randn(V, generator=g) if bias else None, y
+
+
+def exact_losses(x, weight, bias, y):
+    """PyTorch's own, [N] in float64, from all the logits."""
+    bias = None if bias is None else bias.double()
+    logits = F.linear(x.double(), weight.double(), bias)
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+class Largest(TorchDispatchMode):
+    """Watches how many numbers the largest new tensor holds."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("N", SIZES)
+def test_loss_and_gradients_are_those_of_cross_entropy(N, bias):
+    x, weight, bias, y = numbers(N, bias)
+    x.requires_grad_(), weight.requires_grad_()
+    expected = exact_losses(x, weight, bias, y).mean()
+    expected_gradients = torch.autograd.grad(expected, [x, weight])
+    loss = head.linear_cross_entropy(x, weight, bias, y)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for found, exact in zip(torch.autograd.grad(loss, [x, weight]), expected_gradients, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6 / N)
+
+
+def test_in_float64_the_gradients_are_exact():
+    x, weight, bias, y = numbers(2 * head.ROWS + 77, bias=True)
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected = torch.autograd.grad(exact_losses(x, weight, bias, y).mean(), [x, weight])
+    loss = head.linear_cross_entropy(x, weight, bias.double(), y)
+    for found, exact in zip(torch.autograd.grad(loss, [x, weight]), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-15)
+
+
+def test_the_gradient_is_scaled_by_what_comes_after_the_loss():
+    x, weight, bias, y = numbers(300, bias=True)
+    x.requires_grad_(), weight.requires_grad_()
+    plain = torch.autograd.grad(head.linear_cross_entropy(x, weight, bias, y), [x, weight])
+    scaled = torch.autograd.grad(
+        (3 * head.linear_cross_entropy(x, weight, bias, y)).square() / 2, [x, weight]
+    )
+    factor = 9 * head.linear_cross_entropy(x, weight, bias, y).item()  # of (3 loss)^2 / 2
+    for once, often in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(often, factor * once)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("N", SIZES)
+def test_token_losses_are_those_of_cross_entropy(N, bias):
+    arguments = numbers(N, bias)
+    found = head.token_losses(*arguments)
+    assert found.shape == (N,)
+    torch.testing.assert_close(
+        found, exact_losses(*arguments), rtol=1e-5, atol=2e-6, check_dtype=False
+    )
+
+
+def test_logits_in_the_thousands_do_not_overflow():
+    x, weight, bias, y = numbers(300, bias=True, scale=1_000.0)
+    x.requires_grad_()
+    exact = exact_losses(x, weight, bias, y).detach()
+    torch.testing.assert_close(
+        head.token_losses(x, weight, bias, y), exact, rtol=1e-4, atol=1e-2, check_dtype=False
+    )
+    loss = head.linear_cross_entropy(x, weight, bias, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.mean().item(), rel=1e-4)
+    assert x.grad.isfinite().all()
+
+
+def test_never_are_the_logits_of_all_rows_held():
+    x, weight, bias, y = numbers(20 * head.ROWS, bias=True)
+    with Largest() as loss:
+        head.linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), bias, y).backward()
+    with Largest() as losses:
+        head.token_losses(x, weight, bias, y)
+    assert loss.numel == len(x) * C  # the gradient of x, a quarter of the logits
+    assert losses.numel == V * head.ROWS

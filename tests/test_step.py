@@ -1,0 +1,168 @@
+"""One update: accumulated, clipped, checked, with the rate that was asked for."""
+
+import copy
+
+import pytest
+import torch
+
+from folio import optim
+from folio.model import GPT, ModelParams
+from folio.step import NonFiniteError, Step
+
+PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
+CPU = torch.device("cpu")
+ROWS = 97
+NEVER = 1e9  # a bound that no gradient reaches
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return GPT(PARAMS, ROWS)
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(ROWS, (8, 17), generator=torch.Generator().manual_seed(2))
+    return ids[:, :-1], ids[:, 1:]
+
+
+class Root(torch.nn.Module):
+    """Its loss is finite, and at 0 its gradient is not."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([start, 4.0]))
+
+    def loss(self, x, y):
+        return self.weight.sqrt().sum()
+
+
+def sgd(model, precision="fp32", grad_clip=NEVER):
+    """A step whose update is the rate times the gradient, so that the gradient can be read off."""
+    return Step(model, torch.optim.SGD(model.parameters()), CPU, precision, grad_clip)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulation_equals_the_large_batch(model, batch):
+    accumulating, (x, y) = copy.deepcopy(model), batch
+    loss, norm = sgd(model)([(x, y)], rate=1.0)
+    parts = list(zip(x.split(2), y.split(2), strict=True))
+    accumulated_loss, accumulated_norm = sgd(accumulating)(parts, rate=1.0)
+    assert accumulated_loss == pytest.approx(loss, rel=1e-6)
+    assert accumulated_norm == pytest.approx(norm, rel=1e-5)
+    torch.testing.assert_close(weights(accumulating), weights(model), rtol=0, atol=1e-6)
+
+
+def test_it_returns_the_loss_before_the_update_and_the_norm_before_clipping(model, batch):
+    expected = model.loss(*batch)
+    expected.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    model.zero_grad()
+    found = sgd(model, grad_clip=1e-3)([batch], rate=1.0)
+    assert found == pytest.approx((expected.item(), norm.item()), rel=1e-6)
+
+
+def test_clipping_bounds_the_norm_of_the_update(model, batch):
+    before = weights(model)
+    _, norm = sgd(model, grad_clip=0.25)([batch], rate=1.0)
+    assert norm > 0.5
+    assert (weights(model) - before).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_gradient_within_the_bound_is_not_scaled(model, batch):
+    before = weights(model)
+    _, norm = sgd(model, grad_clip=100.0)([batch], rate=1.0)
+    assert (weights(model) - before).norm().item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_rate_is_that_of_this_update(model, batch):
+    step, before = sgd(model), weights(model)
+    _, norm = step([batch], rate=0.5)
+    between = weights(model)
+    assert (between - before).norm().item() == pytest.approx(0.5 * norm, rel=1e-4)
+    step([batch], rate=0.0)
+    assert torch.equal(weights(model), between)
+
+
+def test_the_rate_is_that_of_every_group(model, batch):
+    before = weights(model)
+    step = Step(model, optim.adamw(model, 0.1, (0.9, 0.95)), CPU, "fp32", 1.0)
+    step([batch], rate=0.0)
+    assert torch.equal(weights(model), before)
+
+
+def test_no_gradient_is_carried_into_the_next_update(model, batch):
+    step, other = sgd(model), tuple(part.flip(0) for part in batch)
+    step([batch], rate=1.0)
+    fresh = copy.deepcopy(model)
+    step([other], rate=1.0)
+    sgd(fresh)([other], rate=1.0)
+    assert torch.equal(weights(model), weights(fresh))
+
+
+def test_a_few_steps_learn_a_batch_by_heart(model, batch):
+    step = Step(model, optim.adamw(model, 0.0, (0.9, 0.95)), CPU, "fp32", 1.0)
+    losses = [step([batch], rate=1e-2)[0] for _ in range(40)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(model, batch):
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(1e38)
+        model.transformer.wte.weight *= 1e5  # logits of infinity less infinity
+    step, before = sgd(model), weights(model)
+    assert before.isfinite().all()
+    with pytest.raises(NonFiniteError, match="the loss is not finite"):
+        step([batch], rate=1.0)
+    assert torch.equal(weights(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_infinite_gradient_stops_before_the_weights_are_touched(batch):
+    model = Root(start=0.0)
+    step, before = sgd(model), weights(model)
+    with pytest.raises(NonFiniteError, match="the gradient is not finite"):
+        step([batch], rate=1.0)
+    assert torch.equal(weights(model), before)
+    assert model.weight.grad is None
+
+
+def test_one_bad_batch_among_good_ones_is_enough(batch):
+    class Sometimes(Root):
+        def loss(self, x, y):
+            return super().loss(x, y) * (1.0 if x.sum() else float("nan"))
+
+    model = Sometimes(start=1.0)
+    step, before = sgd(model), weights(model)
+    with pytest.raises(NonFiniteError, match="the loss is not finite"):
+        step([batch, (torch.zeros(1, 1), torch.zeros(1, 1)), batch], rate=1.0)
+    assert torch.equal(weights(model), before)
+
+
+def test_in_fp16_an_update_whose_gradient_overflows_is_skipped_and_the_scale_halved(batch):
+    model = Root(start=0.0)
+    step, before = sgd(model, precision="fp16"), weights(model)
+    scale = step.scaler.get_scale()
+    step([batch], rate=1.0)
+    assert torch.equal(weights(model), before)
+    assert step.scaler.get_scale() == scale / 2
+
+
+def test_in_fp16_the_update_is_that_of_the_unscaled_gradient(batch):
+    model = Root(start=1.0)
+    loss, norm = sgd(model, precision="fp16", grad_clip=NEVER)([batch], rate=1.0)
+    gradient = torch.tensor([0.5, 0.25])
+    assert (loss, norm) == pytest.approx((3.0, gradient.norm().item()))
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([1.0, 4.0]) - gradient)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_few_steps_learn_in_half_precision_too(model, batch, precision):
+    step = Step(model, optim.adamw(model, 0.0, (0.9, 0.95)), CPU, precision, 1.0)
+    losses = [step([batch], rate=1e-2)[0] for _ in range(40)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
