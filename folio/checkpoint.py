@@ -36,13 +36,16 @@ def only_trainer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_suffix(".lock"), blocking=False)
     try:
-        with lock:
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UserError(
             f"another process is training this variant ({folder.name}):"
             " wait for it, or end it and run again"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def capture(
@@ -150,7 +153,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
         try:
             return load(folder, step)
         except UserError as problem:
-            print(f"{problem}; trying the one before", file=sys.stderr)
+            print(f"{problem}; passing it over", file=sys.stderr)
     if found:
         raise UserError(f"every checkpoint in {folder} is damaged: remove it to start anew")
     return None

@@ -49,8 +49,14 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
         config = _config(model.params, len(tensors["transformer.wte.weight"]))
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        if folder.exists():
+            former = folder.with_name(f".{folder.name}.former")
+            shutil.rmtree(former, ignore_errors=True)
+            folder.rename(former)
+            temporary.rename(folder)
+            shutil.rmtree(former)
+        else:
+            temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -79,8 +85,6 @@ def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
         model.load_state_dict(weights, assign=True)
     except RuntimeError:
         raise UserError(f"{folder}: model.safetensors does not fit its config.json") from None
-    for p in model.parameters():
-        p.requires_grad_(True)
     return model.to(device).eval()
 
 

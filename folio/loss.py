@@ -8,7 +8,9 @@ _TOKENS_AT_ONCE = {"cpu": 1_024, "cuda": 65_536, "mps": 8_192}
 
 
 @torch.inference_mode()
-def token_losses(model: torch.nn.Module, tokens: np.ndarray, stride: int | None = None):
+def token_losses(
+    model: torch.nn.Module, tokens: np.ndarray, stride: int | None = None
+) -> np.ndarray:
     """Cross-entropy in nats of each token but the first, [N - 1] float64, given those before it.
 
     Windows of the model's context start every `stride` tokens (default: a context, so that they do
@@ -17,6 +19,7 @@ def token_losses(model: torch.nn.Module, tokens: np.ndarray, stride: int | None 
     """
     context = model.params.block_size
     stride = stride or context
+    assert stride <= context, "a longer stride would pass tokens over"
     device = next(model.parameters()).device
     losses = np.empty(len(tokens) - 1)
     training = model.training

@@ -26,10 +26,9 @@ class ModelParams:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            lower, upper = (self.n_embd // self.n_head + i for i in (0, 1))
+            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(
-                f"n_embd: {self.n_embd} is not divisible by n_head {self.n_head};"
-                f" take {max(1, lower) * self.n_head} or {upper * self.n_head}"
+                f"n_embd: {self.n_embd} is not divisible by n_head {self.n_head}; take {nearest}"
             )
 
 
@@ -154,6 +153,7 @@ class GPT(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Token ids [B, T] to logits [B, T, V]; with a cache, x follows the tokens in it."""
+        assert self.log_multiplicity is None, "a row that several tokens share has no logit of each"
         return F.linear(self.hidden(x, cache), self.transformer.wte.weight)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 def learning_rate(step: int, peak: float, floor: float, warmup_steps: int, steps: int) -> float:
     """The rate of update number `step` (from 0): a linear warm-up, then a cosine down to floor.
 
-    The last update, number steps - 1, gets floor exactly (Loshchilov and Hutter 2017, SGDR, eq. 5).
+    The update after the warm-up has the peak, and the last of all, number steps - 1, the floor
+    (Loshchilov and Hutter 2017, SGDR, eq. 5).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -19,10 +19,10 @@ def generate(
 ) -> Iterator[int]:
     """Yield `tokens` ids that follow the prompt, which must hold at least one.
 
-    Temperature 0 takes the likeliest each time. top_k keeps the k likeliest; top_p the fewest whose
-    probabilities add up to p (Holtzman et al. 2020, section 3.1). The model sees at most its
-    context: beyond that, the last block_size tokens, read anew for each token because every one of
-    them then stands at another position.
+    Temperature 0 takes the likeliest each time. top_k keeps the k likeliest; top_p, of these, the
+    fewest whose probabilities add up to p (Holtzman et al. 2020, section 3.1). The model sees at
+    most its context: beyond that, the last block_size tokens, read anew for each token because
+    every one of them then stands at another position.
     """
     assert prompt, "a prompt holds at least one token"
     context = model.params.block_size
@@ -42,10 +42,10 @@ def _choose(logits, temperature, top_k, top_p, generator) -> int:
     """Draw an id from logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / temperature, -1).cpu()
+    probabilities = torch.softmax((logits - logits.max()) / temperature, -1).cpu()
     likeliest, ids = probabilities.sort(descending=True, stable=True)
     if top_k is not None:
-        likeliest = likeliest[:top_k]
+        likeliest = likeliest[:top_k] / likeliest[:top_k].sum()
     if top_p is not None:
         before = likeliest.cumsum(0) - likeliest
         likeliest = likeliest[before < top_p]

@@ -1,5 +1,7 @@
 """One optimizer step: accumulate the gradient in the chosen precision, clip it, update."""
 
+import math
+
 import torch
 
 from folio.device import autocast
@@ -55,7 +57,8 @@ class Step:
         return loss, norm
 
     def _check(self, loss: float, norm: float) -> None:
-        finite = torch.tensor([loss, norm]).isfinite().tolist()
-        if not finite[0] or not (finite[1] or self.scaler.is_enabled()):
+        overflow_is_fine = self.scaler.is_enabled()  # the scaler skips the update, and scales less
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_fine):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the {'gradient' if finite[0] else 'loss'} is not finite")
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise NonFiniteError(f"the {what} is not finite")

@@ -54,6 +54,12 @@ class TrainParams:
     eval_interval: Annotated[int, ">= 1"]  # updates between evaluations on the held-out text
     patience: Annotated[int | None, ">= 1"]  # evaluations without a better one; null: never stop
 
+    def __post_init__(self):
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} leaves no step of {self.steps}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate: is above learning_rate {self.learning_rate}")
+
 
 def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)

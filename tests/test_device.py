@@ -17,7 +17,7 @@ def test_an_accelerator_that_is_not_there_is_one_line_with_the_way_out():
         with pytest.raises(UserError, match=f"runtime.device: {name}, but PyTorch sees none here"):
             device.resolve_device(name)
     if len(missing) == 2:
-        with pytest.raises(UserError, match="take auto or cpu$"):
+        with pytest.raises(UserError, match=r"take auto or cpu$"):
             device.resolve_device("cuda")
 
 

@@ -11,11 +11,11 @@ V, C = 64, 16
 SIZES = [1, head.ROWS - 1, head.ROWS, head.ROWS + 1, 2 * head.ROWS + 77]
 
 
-def numbers(N, bias, scale=1.0):
+def numbers(n, bias, scale=1.0):
     """x [N, C], weight [V, C], bias [V] or None, y [N]."""
-    g = torch.Generator().manual_seed(N)
-    x, weight = scale * torch.randn(N, C, generator=g), torch.randn(V, C, generator=g)
-    y = torch.randint(V, (N,), generator=g)
+    g = torch.Generator().manual_seed(n)
+    x, weight = scale * torch.randn(n, C, generator=g), torch.randn(V, C, generator=g)
+    y = torch.randint(V, (n,), generator=g)
     return x, weight, torch.randn(V, generator=g) if bias else None, y
 
 
@@ -39,16 +39,18 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("N", SIZES)
-def test_loss_and_gradients_are_those_of_cross_entropy(N, bias):
-    x, weight, bias, y = numbers(N, bias)
+@pytest.mark.parametrize("n", SIZES)
+def test_loss_and_gradients_are_those_of_cross_entropy(n, bias):
+    x, weight, bias, y = numbers(n, bias)
     x.requires_grad_(), weight.requires_grad_()
     expected = exact_losses(x, weight, bias, y).mean()
     expected_gradients = torch.autograd.grad(expected, [x, weight])
     loss = head.linear_cross_entropy(x, weight, bias, y)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for found, exact in zip(torch.autograd.grad(loss, [x, weight]), expected_gradients, strict=True):
-        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6 / N)
+    for found, exact in zip(
+        torch.autograd.grad(loss, [x, weight]), expected_gradients, strict=True
+    ):
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6 / n)
 
 
 def test_in_float64_the_gradients_are_exact():
@@ -73,11 +75,11 @@ def test_the_gradient_is_scaled_by_what_comes_after_the_loss():
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("N", SIZES)
-def test_token_losses_are_those_of_cross_entropy(N, bias):
-    arguments = numbers(N, bias)
+@pytest.mark.parametrize("n", SIZES)
+def test_token_losses_are_those_of_cross_entropy(n, bias):
+    arguments = numbers(n, bias)
     found = head.token_losses(*arguments)
-    assert found.shape == (N,)
+    assert found.shape == (n,)
     torch.testing.assert_close(
         found, exact_losses(*arguments), rtol=1e-5, atol=2e-6, check_dtype=False
     )

@@ -17,16 +17,16 @@ from folio.errors import UserError
 from folio.model import GPT, ModelParams
 from folio.sampling import generate
 
-# n_layer, n_head, n_embd, T
-SIZES = [(2, 2, 64, 32), (3, 4, 128, 64), (6, 6, 384, 128), (12, 12, 768, 8)]
-SIZE_IDS = ["2x2x64", "3x4x128", "6x6x384", "12x12x768"]
+# n_layer, n_head, n_embd, block_size
+SIZES = [(2, 2, 64, 32), (3, 4, 128, 64), (6, 6, 384, 128), (12, 12, 384, 16)]
+SIZE_IDS = ["2x2x64", "3x4x128", "6x6x384", "12x12x384"]
 ROWS = 503
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D keeps [in, out]
 
 
-def gpt(n_layer=2, n_head=2, n_embd=64, T=32, dropout=0.0):
+def gpt(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0):
     params = ModelParams(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=T, dropout=dropout
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, dropout=dropout
     )
     torch.manual_seed(1)
     return shake(GPT(params, ROWS).eval())
@@ -41,18 +41,20 @@ def shake(model):
     return model
 
 
-def theirs(n_layer=2, n_head=2, n_embd=64, T=32):
+def theirs(n_layer=2, n_head=2, n_embd=64, block_size=32):
     torch.manual_seed(2)
     config = GPT2Config(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=T, vocab_size=ROWS,
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=ROWS,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return shake(GPT2LMHeadModel(config).eval())
 
 
-def assert_same(ours, other, T):
+def assert_same(ours, other):
     """Logits, and the gradient of every parameter."""
-    ids = torch.randint(ROWS, (2, T), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(
+        ROWS, (2, ours.params.block_size), generator=torch.Generator().manual_seed(3)
+    )
     logits, other_logits = ours(ids), other(ids).logits
     assert logits.abs().max() > 1
     torch.testing.assert_close(logits, other_logits, rtol=0, atol=1e-4)
@@ -105,14 +107,14 @@ def test_transformers_computes_the_same_from_our_folder(size, tmp_path):
     huggingface.save(ours, tmp_path / "gpt2")
     other, report = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_same(ours, other.eval(), size[-1])
+    assert_same(ours, other.eval())
 
 
-@pytest.mark.parametrize("size", SIZES[:3], ids=SIZE_IDS[:3])
+@pytest.mark.parametrize("size", SIZES, ids=SIZE_IDS)
 def test_we_compute_the_same_from_a_folder_that_transformers_wrote(size, tmp_path):
     other = theirs(*size)
     other.save_pretrained(tmp_path)
-    assert_same(huggingface.load(tmp_path), other, size[-1])
+    assert_same(huggingface.load(tmp_path), other)
 
 
 def test_openais_names_without_a_prefix_are_known(tmp_path):
@@ -125,14 +127,14 @@ def test_openais_names_without_a_prefix_are_known(tmp_path):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     safetensors.torch.save_file(tensors, path)
-    assert_same(huggingface.load(tmp_path), other, 32)
+    assert_same(huggingface.load(tmp_path), other)
 
 
 def test_weights_in_half_precision_are_read_as_fp32(tmp_path):
     theirs().half().save_pretrained(tmp_path)
     model = huggingface.load(tmp_path)
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
-    assert_same(model, theirs().half().float(), 32)
+    assert_same(model, theirs().half().float())
 
 
 def test_what_was_saved_is_loaded_bit_for_bit_ready_to_use_and_to_train(folder, model):
@@ -145,11 +147,15 @@ def test_what_was_saved_is_loaded_bit_for_bit_ready_to_use_and_to_train(folder, 
         assert torch.equal(p, q)
 
 
-def test_transformers_writes_on_as_we_do(folder, model):
-    prompt = [11, 7, 5]
-    other = GPT2LMHeadModel.from_pretrained(folder)
+def test_transformers_writes_on_as_we_do(tmp_path):
+    model, prompt = gpt(), [11, 7, 5]
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    huggingface.save(model, tmp_path / "gpt2")
+    other = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     text = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
-    assert len(set(text)) > 5
+    assert len(set(text)) > 10
     assert [*prompt, *generate(model, prompt, 20, 0.0)] == text
 
 
@@ -164,7 +170,9 @@ def test_the_folder_holds_what_transformers_expects_and_no_pickle(folder):
 
 def test_auto_tokenizer_opens_the_folder(folder):
     opened = AutoTokenizer.from_pretrained(folder)
-    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n  na\u00efve \U0001f642"
+    text = (
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\n  na\u00efve \U0001f642"
+    )
     assert len(opened) == tokenizer.VOCABULARY
     assert opened(text)["input_ids"] == tokenizer.encode(text).tolist()
     assert opened.decode(tokenizer.encode(text).tolist()) == text

@@ -24,8 +24,8 @@ def model():
     return model
 
 
-def text(N):
-    return np.random.default_rng(N).integers(ROWS, size=N).astype(np.uint16)
+def text(length):
+    return np.random.default_rng(length).integers(ROWS, size=length).astype(np.uint16)
 
 
 @torch.no_grad()
@@ -42,16 +42,18 @@ def one_by_one(model, tokens, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 7, 8])
-@pytest.mark.parametrize("N", [2, 5, 8, 9, 10, 16, 17, 18, 24, 25, 41, 47])
-def test_every_token_is_scored_once_in_its_window(model, N, stride):
-    found = token_losses(model, text(N), stride)
-    assert found.shape == (N - 1,) and found.dtype == np.float64
-    np.testing.assert_allclose(found, one_by_one(model, text(N), stride), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("length", [2, 5, 8, 9, 10, 16, 17, 18, 24, 25, 41, 47])
+def test_every_token_is_scored_once_in_its_window(model, length, stride):
+    found = token_losses(model, text(length), stride)
+    assert found.shape == (length - 1,) and found.dtype == np.float64
+    np.testing.assert_allclose(found, one_by_one(model, text(length), stride), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("N", [8, 9, 17, 47])
-def test_windows_do_not_overlap_unless_asked_to(model, N):
-    assert np.array_equal(token_losses(model, text(N)), token_losses(model, text(N), CONTEXT))
+@pytest.mark.parametrize("length", [8, 9, 17, 47])
+def test_windows_do_not_overlap_unless_asked_to(model, length):
+    assert np.array_equal(
+        token_losses(model, text(length)), token_losses(model, text(length), CONTEXT)
+    )
 
 
 def test_a_sliding_window_gives_each_token_more_to_go_by(model):

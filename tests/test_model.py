@@ -28,8 +28,8 @@ def shake(model):
     return model
 
 
-def ids(B=3, T=TINY.block_size, rows=ROWS):
-    return torch.randint(rows, (B, T), generator=torch.Generator().manual_seed(2))
+def ids(batch=3, tokens=TINY.block_size, rows=ROWS):
+    return torch.randint(rows, (batch, tokens), generator=torch.Generator().manual_seed(2))
 
 
 def gradients(model):
@@ -112,7 +112,7 @@ def test_a_cache_gives_the_logits_of_a_forward_without_it():
     model, x = shake(gpt()).eval(), ids()
     with torch.inference_mode():
         expected = model(x)
-        for prompt in [1, 5, TINY.block_size]:
+        for prompt in [1, 2, 5, TINY.block_size]:
             cache = Cache(model, len(x))
             parts = [model(x[:, :prompt], cache)]
             parts += [model(x[:, t : t + 1], cache) for t in range(prompt, TINY.block_size)]
@@ -123,7 +123,7 @@ def test_a_cache_gives_the_logits_of_a_forward_without_it():
 def test_more_tokens_than_the_context_holds_is_a_bug_of_the_caller():
     model = gpt()
     with pytest.raises(AssertionError, match="more tokens than the context holds"):
-        model(ids(T=TINY.block_size + 1))
+        model(ids(tokens=TINY.block_size + 1))
     cache = Cache(model, 1)
     with torch.no_grad():
         model(ids(1), cache)
@@ -169,18 +169,20 @@ def test_bf16_changes_the_loss_and_its_gradient_by_its_rounding_alone(multiplici
 # --- dropout and gradient checkpointing
 
 
-@pytest.mark.parametrize("place", ["embeddings", "attention", "projections"])
+@pytest.mark.parametrize("place", ["embeddings", "attention", "after attention", "after MLP"])
 def test_dropout_acts_in_training_and_never_in_eval(place):
-    plain = shake(gpt())
-    model = gpt(dropout=0.5)
+    plain, model = shake(gpt()), gpt(dropout=0.5)
+    for name, p in plain.named_parameters():
+        silent = {"after attention": "mlp.c_proj", "after MLP": "attn.c_proj"}.get(place, "none")
+        if silent in name:  # so that there is nothing to drop
+            p.detach().zero_()
     model.load_state_dict(plain.state_dict())
-    t = model.transformer
     if place != "embeddings":
-        t.drop.p = 0.0
-    for block in t.h:
+        model.transformer.drop.p = 0.0
+    for block in model.transformer.h:
         if place != "attention":
             block.attn.dropout = 0.0
-        if place != "projections":
+        if not place.startswith("after"):
             block.drop.p = 0.0
     x = ids()
     assert (model.train()(x) - model(x)).abs().max() > 1e-2

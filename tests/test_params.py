@@ -34,6 +34,7 @@ class Section:
     kind: Literal["small", "large"]
     fast: bool
     name: str
+    offset: float
     temperatures: Annotated[list[float], ">= 0"]
 
     def __post_init__(self):
@@ -48,6 +49,7 @@ GOOD = {
     "kind": "small",
     "fast": "true",
     "name": "mine",
+    "offset": "-1.5",
     "temperatures": "[0.0, 1.0]",
 }
 
@@ -110,6 +112,7 @@ def test_values_come_with_their_types(write):
         kind="small",
         fast=True,
         name="mine",
+        offset=-1.5,
         temperatures=[0.0, 1.0],
     )
 
@@ -168,13 +171,13 @@ def test_a_missing_key_is_named_with_what_it_takes(write):
         ("learning_rate", "fast", "a float"),
         ("learning_rate", "''", "a float"),
         ("learning_rate", "null", "a float"),
-        ("learning_rate", ".nan", "a float"),
-        ("learning_rate", ".inf", "a float"),
-        ("learning_rate", "-.inf", "a float"),
-        ("learning_rate", "nan", "a float"),
-        ("learning_rate", "inf", "a float"),
-        ("learning_rate", "1e999", "a float"),
-        ("learning_rate", "1" + 400 * "0", "a float"),
+        ("offset", ".nan", "a float"),
+        ("offset", ".inf", "a float"),
+        ("offset", "-.inf", "a float"),
+        ("offset", "nan", "a float"),
+        ("offset", "inf", "a float"),
+        ("offset", "1e999", "a float"),
+        ("offset", "1" + 400 * "0", "a float"),
         ("learning_rate", "0", "> 0"),
         ("learning_rate", "10", "< 10"),
         ("patience", "0", "an int or null"),
@@ -254,7 +257,7 @@ def test_a_missing_file_says_where_to_run(tmp_path):
 def test_what_is_not_yaml_is_one_line_with_its_place(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text("# first\n" + text + "\n")
-    with pytest.raises(UserError, match="is not YAML at line [23]: mend it") as error:
+    with pytest.raises(UserError, match=r"is not YAML at line [23]: mend it") as error:
         read(path)
     assert "\n" not in str(error.value)
 

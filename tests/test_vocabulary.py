@@ -86,12 +86,17 @@ def test_each_token_loses_what_it_does_in_the_model_written_out(text, shared, mo
 
 
 @pytest.mark.parametrize("unseen", [False, True])
-def test_a_shared_row_gets_the_gradients_of_all_that_share_it(text, shared, models, unseen):
+def test_the_loss_is_the_same_and_a_shared_row_gets_the_gradients_of_all_that_share_it(
+    text, shared, models, unseen
+):
     (small, full), (x, y) = models, batch(text, unseen)
     for model in models:
         model.zero_grad(set_to_none=True)
-    small.loss(*(torch.from_numpy(shared.row[ids].astype(np.int64)) for ids in (x, y))).backward()
-    full.loss(torch.from_numpy(x), torch.from_numpy(y)).backward()
+    rows_x, rows_y = (torch.from_numpy(shared.row[ids].astype(np.int64)) for ids in (x, y))
+    loss = small.loss(rows_x, rows_y)
+    full_loss = full.loss(torch.from_numpy(x), torch.from_numpy(y))
+    assert loss.item() == pytest.approx(full_loss.item(), abs=1e-5)
+    loss.backward(), full_loss.backward()
     expected = {name: p.grad for name, p in full.named_parameters()}
     row = torch.from_numpy(shared.row.astype(np.int64))
     by_row = torch.zeros(shared.rows, PARAMS.n_embd, dtype=torch.float64)  # 50,217 in one sum

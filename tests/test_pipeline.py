@@ -1,0 +1,189 @@
+"""The whole pipeline in a real DVC repository of its own, with a real MLflow store."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import run, set_params
+
+
+@pytest.fixture(scope="module")
+def repo(make_project) -> Path:
+    """A committed repository in which `dvc repro` has run."""
+    folder = make_project()
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "Test"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "start"],
+        ["dvc", "repro"],
+        ["git", "add", "dvc.lock"],
+        ["git", "commit", "-qm", "run"],
+    ):
+        done = run(folder, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def store(repo: Path) -> mlflow.MlflowClient:
+    mlflow.set_tracking_uri(f"sqlite:///{repo / 'mlflow.db'}")
+    return mlflow.MlflowClient()
+
+
+def runs_of(store: mlflow.MlflowClient, key: str) -> tuple[list, list]:
+    """(variants, their nested evaluations) that carry a train_key."""
+    experiment = store.get_experiment_by_name("folio")
+    found = store.search_runs([experiment.experiment_id], f"tags.train_key = '{key}'")
+    nested = [r for r in found if "mlflow.parentRunId" in r.data.tags]
+    return [r for r in found if r not in nested], nested
+
+
+def written(repo: Path, file: str) -> dict:
+    return json.loads((repo / "models" / file).read_text())
+
+
+def test_repro_leaves_a_model_that_transformers_opens_and_samples_from(repo):
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(repo / "models/gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(repo / "models/gpt2")
+    prompt = tokenizer("The sea", return_tensors="pt")
+    out = model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=50256)
+    assert tokenizer.decode(out[0]).startswith("The sea")
+
+
+def test_transformers_finds_the_same_held_out_loss(repo):
+    import numpy as np
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(repo / "models/gpt2")
+    val = np.fromfile(repo / "data/prepared/val.bin", "<u2").astype(np.int64)
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(val) - 1, 16):
+            window = torch.from_numpy(val[start : start + 17])[None]
+            logits = model(window[:, :-1]).logits[0]
+            total += float(
+                torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
+            )
+    assert total / (len(val) - 1) == pytest.approx(
+        written(repo, "evaluation/metrics.json")["val_loss"], abs=1e-5
+    )
+    assert written(repo, "training/metrics.json")["best_val_loss"] == pytest.approx(
+        written(repo, "evaluation/metrics.json")["val_loss"], abs=1e-5
+    )
+
+
+def test_every_figure_of_the_issue_is_in_the_metrics_files(repo):
+    figures = written(repo, "evaluation/metrics.json")
+    assert {
+        "val_loss",
+        "val_loss_per_character",
+        "val_bits_per_byte",
+        "val_perplexity",
+        "train_loss",
+    } <= figures.keys()
+    diagnostics = json.loads((repo / "data/diagnostics.json").read_text())
+    assert list(diagnostics) == [
+        "characters",
+        "tokens",
+        "unique_tokens",
+        "vocabulary",
+        "characters_per_token",
+        "train_tokens",
+        "val_tokens",
+        "batches_per_epoch",
+        "unseen_val_share",
+    ]
+    for picture in ("training/loss", "evaluation/loss_by_position", "evaluation/loss_by_rarity"):
+        assert (repo / f"models/{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
+    variants, nested = runs_of(store, written(repo, "training/run.json")["train_key"])
+    [variant] = variants
+    assert variant.info.run_id == written(repo, "training/run.json")["run_id"]
+    assert variant.info.status == "FINISHED"
+    assert variant.data.params["train.steps"] == "6"
+    assert variant.data.params["data.corpus"] == "data/raw/verses.txt"
+    assert int(variant.data.params["data.tokens"]) > 1000
+    assert int(variant.data.params["parameters.total"]) > 1000
+    assert variant.data.tags["precision"] == "fp32"
+    assert variant.data.metrics["evaluate/val_loss"] == pytest.approx(
+        written(repo, "evaluation/metrics.json")["val_loss"]
+    )
+    [dataset] = variant.inputs.dataset_inputs
+    assert variant.data.tags["data_digest"].startswith(dataset.dataset.digest)
+    folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
+    assert folders == {"data", "evaluation", "model", "training"}
+    [child] = nested
+    assert child.data.tags["mlflow.parentRunId"] == variant.info.run_id
+    assert child.data.params["evaluate.sample_tokens"] == "4"
+
+
+def test_mlflow_holds_each_row_of_the_history_once(repo, store):
+    run_id = written(repo, "training/run.json")["run_id"]
+    history = (repo / "models/training/history.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in history]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    points = store.get_metric_history(run_id, "train_loss")
+    assert [(p.step, p.value, p.timestamp) for p in sorted(points, key=lambda p: p.step)] == [
+        (row["step"], row["train_loss"], row["time"]) for row in rows
+    ]
+    evaluated = [p.step for p in store.get_metric_history(run_id, "val_loss")]
+    assert Counter(evaluated) == Counter([2, 4, 6])
+
+
+def test_a_second_repro_does_nothing(repo):
+    before = (repo / "dvc.lock").read_bytes()
+    done = run(repo, "dvc", "repro")
+    assert "Running stage" not in done.stdout
+    assert (repo / "dvc.lock").read_bytes() == before
+
+
+def test_runtime_params_rerun_nothing_and_evaluate_params_evaluate_alone(repo):
+    set_params(repo, {"runtime.log_interval": 5, "runtime.progress": False})
+    assert "Running stage" not in run(repo, "dvc", "repro").stdout
+    set_params(repo, {"evaluate.sample_tokens": 5})
+    done = run(repo, "dvc", "repro")
+    ran = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == ["Running stage 'evaluate':"]
+    run(repo, "git", "checkout", "params.yaml", "dvc.lock")
+    run(repo, "dvc", "checkout")
+
+
+def test_an_edited_text_reruns_prepare_and_what_follows(repo):
+    text = repo / "data/raw/verses.txt"
+    original = text.read_text()
+    text.write_text(original.replace("star", "moon"))
+    status = run(repo, "dvc", "status").stdout
+    assert "data/raw" in status
+    text.write_text(original)
+
+
+def test_queued_experiments_with_two_workers_keep_their_runs(repo, store):
+    for seed in (1, 2):
+        queued = run(repo, "dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}")
+        assert queued.returncode == 0, queued.stderr
+    run(repo, "dvc", "queue", "start", "-j", "2")
+    end = time.monotonic() + 180
+    while time.monotonic() < end:
+        status = run(repo, "dvc", "queue", "status").stdout
+        if "Running" not in status and "Queued" not in status:
+            break
+        time.sleep(2)
+    assert status.count("Success") == 2, status
+    experiment = store.get_experiment_by_name("folio")
+    for seed in (1, 2):
+        [variant] = store.search_runs([experiment.experiment_id], f"params.`train.seed` = '{seed}'")
+        assert variant.info.status == "FINISHED"
+        assert variant.data.tags["dvc_experiment"]
+        assert variant.data.tags["dvc_baseline"]
+        assert Path(variant.info.artifact_uri.removeprefix("file://")).is_relative_to(repo)
+        assert "evaluate/val_loss" in variant.data.metrics
