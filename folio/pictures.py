@@ -45,7 +45,7 @@ def loss_by_position(losses: np.ndarray, context: int, path: Path) -> None:
     with _axes(path) as ax:
         given = np.arange(1, len(mean) + 1)
         ax.plot(given, mean, color=GREY, lw=0.8, label="each position")
-        width = max(1, len(mean) // 16)
+        width = max(1, len(mean) // 8)
         smooth = np.convolve(mean, np.ones(width) / width, "valid")
         ax.plot(given[width - 1 :], smooth, color=BLUE, label=f"mean of {width}")
         ax.set(
@@ -62,7 +62,7 @@ def loss_by_rarity(
     """Held-out loss by how often the token occurs in the training text; bars' widths are shares."""
     seen = np.bincount(train_tokens, minlength=int(targets.max()) + 1)[targets]
     edges = [0, 1, 10, 100, 1_000, 10_000, np.inf]
-    names = ["never", "1-9", "10-99", "100-999", "1,000-9,999", "10,000 and more"]
+    names = ["never", "1-9", "10-99", "100-999", "1,000-9,999", "10,000+"]
     groups = [(seen >= low) & (seen < high) for low, high in itertools.pairwise(edges)]
     present = [
         (n, g.mean(), losses[g].mean()) for n, g in zip(names, groups, strict=True) if g.any()

