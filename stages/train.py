@@ -172,7 +172,7 @@ class Trainer:
                     f" {max(checkpoint.steps(folder), default=0)}; {_WAY_OUT}"
                 ) from None
             losses.append(loss)
-            norms.append(norm)
+            norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow skipped the update
             self.step += 1
             bar.update()
 
@@ -183,7 +183,7 @@ class Trainer:
                 row = {
                     "train_loss": sum(losses) / len(losses),
                     "learning_rate": rate,
-                    "grad_norm": sum(norms) / len(norms),
+                    "grad_norm": sum(norms) / max(1, len(norms)),
                     "tokens_per_second": speed,
                 }
                 bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed:,.0f} tokens/s")

@@ -244,7 +244,9 @@ def test_every_problem_is_named_at_once(tmp_path):
 def test_a_width_that_heads_cannot_share_is_named_in_full(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("model: {n_layer: 1, n_head: 6, n_embd: 100, block_size: 8, dropout: 0.0}\n")
-    with pytest.raises(UserError, match=r"model\.n_embd: 100 is not divisible by n_head 6; take 102"):
+    with pytest.raises(
+        UserError, match=r"model\.n_embd: 100 is not divisible by n_head 6; take 102"
+    ):
         params.load(path, model=ModelParams)
 
 

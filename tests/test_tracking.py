@@ -1,15 +1,19 @@
 """MLflow as the stages use it: a real store, a real server, and none at all."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
 
 from folio import tracking
 
@@ -101,46 +105,62 @@ def test_evaluate_adds_to_a_run_that_is_over_and_says_when_there_is_none(project
     assert "0" * 32 in capsys.readouterr().err
 
 
-def test_a_server_given_by_the_environment_gets_points_and_artifacts(project, monkeypatch):
+@contextlib.contextmanager
+def serving(project: Path, *command: str) -> Iterator[str]:
+    """Run an MLflow command that serves, in a project's folder; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{project / 'server.db'}"]
-    command += ["--artifacts-destination", str(project / "kept")]
-    paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    log = (project / "server.log").open("w")
-    server = subprocess.Popen(
-        command, env=os.environ | {"PATH": paths}, stdout=log, stderr=log, start_new_session=True
-    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (project / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--port", str(port), "--workers", "1"],
+            cwd=project,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        wait_for(port, server)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        end = time.monotonic() + 90
+        while not answers(port):
+            assert server.poll() is None and time.monotonic() < end, "the server did not start"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_server_given_by_the_environment_gets_points_and_artifacts(project, monkeypatch):
+    store, artifacts = f"sqlite:///{project / 'server.db'}", str(project / "kept")
+    options = ["--backend-store-uri", store, "--artifacts-destination", artifacts]
+    with serving(project, "mlflow", "server", *options) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with tracking.Run(None) as tracked:
             tracked.ship(HISTORY)
             tracked.artifacts(Path(__file__), "there")
         assert points(tracked.id) == [(1, 4.0), (2, 3.0), (3, 2.0)]
-        kept = [path.name for path in (project / "kept").rglob("*.py")]
-        assert kept == [Path(__file__).name]
-        assert not (project / "mlflow.db").exists()
-    finally:
-        os.killpg(server.pid, 9)
-        server.wait()
+    kept = [path.name for path in (project / "kept").rglob("*.py")]
+    assert kept == [Path(__file__).name]
+    assert not (project / "mlflow.db").exists()
 
 
-def wait_for(port: int, server: subprocess.Popen) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError("the server did not start")
-
-
-def test_mlflow_ui_without_arguments_opens_the_store_that_the_stages_write(project):
+def test_mlflow_ui_without_arguments_shows_the_runs_and_their_artifacts(project):
     with tracking.Run(None) as tracked:
         tracked.ship(HISTORY)
-    code = f"import mlflow; print(mlflow.get_run('{tracked.id}').data.metrics)"
-    done = run(project, sys.executable, "-c", code)
-    assert "{'train_loss': 2.0}" in done.stdout, done.stderr
+        tracked.artifacts(Path(__file__), "there")
+    with serving(project, "mlflow", "ui") as address:
+        client = mlflow.MlflowClient(address)
+        experiment = client.get_experiment_by_name("folio")
+        [shown] = client.search_runs([experiment.experiment_id])
+        assert shown.info.run_id == tracked.id and shown.data.metrics == {"train_loss": 2.0}
+        page = f"{address}/get-artifact?path=there/{Path(__file__).name}&run_uuid={tracked.id}"
+        with urllib.request.urlopen(page) as answer:
+            assert answer.read() == Path(__file__).read_bytes()
