@@ -13,22 +13,17 @@ from statistics import median
 import torch
 
 from benchmarks.recipe import build
-from folio import optim, variants
+from folio import variants
 from stages.train import Trainer
 
 
 def measure(trainer: Trainer, steps: int) -> tuple[float, float, float]:
     """Peak memory in GB, tokens/s (the median step's), the last step's loss."""
     torch.cuda.reset_peak_memory_stats()
-    p, seconds = trainer.p, []
-    for step in range(steps):
-        first = step * p.accumulation
-        batches = [trainer.batches[first + i] for i in range(p.accumulation)]
-        rate = optim.learning_rate(
-            step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
-        )
+    seconds = []
+    for _ in range(steps):
         started = time.perf_counter()
-        loss, _ = trainer.take_step(batches, rate)  # waits for the device
+        loss, *_ = trainer.advance()  # waits for the device
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 1e9
     return peak, trainer.tokens_a_step / median(seconds), loss

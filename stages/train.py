@@ -149,36 +149,19 @@ class Trainer:
         return self.step >= self.p.steps or (patience is not None and self.worse >= patience)
 
     def train(self, folder: Path, runtime: RuntimeParams, tracked: tracking.Run) -> None:
-        p = self.p
-        bar = tqdm(
-            total=p.steps,
-            initial=self.step,
-            unit="step",
-            disable=None if runtime.progress else True,
-        )
+        """The loop: one step, and once in a while log, evaluate and save."""
         losses, norms, started, saved = [], [], time.perf_counter(), time.monotonic()
-        while not self.finished:
-            # one step
-            rate = optim.learning_rate(
-                self.step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
-            )
-            first = self.step * p.accumulation
-            batches = [self.batches[first + i] for i in range(p.accumulation)]
-            try:
-                loss, norm = self.take_step(batches, rate)
-            except NonFiniteError as problem:
-                raise UserError(
-                    f"step {self.step + 1}: {problem}; the last good weights are those of step"
-                    f" {max(checkpoint.steps(folder), default=0)}; {_WAY_OUT}"
-                ) from None
-            losses.append(loss)
-            norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow skipped the update
-            self.step += 1
-            bar.update()
+        hidden = None if runtime.progress else True  # None: shown where there is a terminal
+        with tqdm(total=self.p.steps, initial=self.step, unit="step", disable=hidden) as bar:
+            while not self.finished:
+                loss, norm, rate = self.advance()
+                losses.append(loss)
+                norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow, passed over
+                bar.update()
 
-            # once in a while: log, evaluate, save
-            evaluating = self.step % p.eval_interval == 0 or self.step == p.steps
-            if evaluating or self.step % runtime.log_interval == 0:
+                evaluating = self.step % self.p.eval_interval == 0 or self.step == self.p.steps
+                if not evaluating and self.step % runtime.log_interval:
+                    continue
                 speed = self.tokens_a_step * len(losses) / (time.perf_counter() - started)
                 row = {
                     "train_loss": sum(losses) / len(losses),
@@ -196,8 +179,22 @@ class Trainer:
                     tracked.ship(self.history)
                     saved = time.monotonic()
                 losses, norms, started = [], [], time.perf_counter()
-        bar.close()
         tracked.ship(self.history)
+
+    def advance(self) -> tuple[float, float, float]:
+        """One step: its training loss in nats a token, the gradient's norm, the learning rate."""
+        p = self.p
+        rate = optim.learning_rate(
+            self.step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
+        )
+        first = self.step * p.accumulation
+        batches = [self.batches[first + i] for i in range(p.accumulation)]
+        try:
+            loss, norm = self.take_step(batches, rate)
+        except NonFiniteError as problem:
+            raise UserError(f"step {self.step + 1}: {problem}; {_WAY_OUT}") from None
+        self.step += 1
+        return loss, norm, rate
 
     def evaluate(self) -> float:
         """The held-out loss now, in nats a token; keeps count of the best."""

@@ -1,5 +1,6 @@
 """Each thing a user can get wrong: one line that names it and the way out, and nothing torn."""
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import run, set_params
 
+from folio import checkpoint
 from folio.errors import one_line_errors
+from folio.model import GPT
 from stages import evaluate, prepare, train
 
 STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate}
@@ -81,6 +84,26 @@ def test_a_setting_that_will_not_do_is_named(project, capsys, stage, settings, w
         pytest.skip("there is a GPU here")
     set_params(project, settings)
     assert words in fails(stage, capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(
+    project, capsys, monkeypatch
+):
+    sound, calls = GPT.loss, itertools.count(1)
+
+    def spoiled_from_the_fifth_step(model, x, y):
+        return sound(model, x, y) * (float("nan") if next(calls) > 8 else 1)  # 2 calls a step
+
+    monkeypatch.setattr(GPT, "loss", spoiled_from_the_fifth_step)
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        train.main()
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 5: the loss is not finite" in line and "lower train.learning_rate" in line
+    [folder] = Path(".checkpoints").glob("*/")
+    assert checkpoint.steps(folder) == [2, 4]
+    last = checkpoint.load(folder, 4).tensors
+    assert all(tensor.isfinite().all() for tensor in last.values() if tensor.is_floating_point())
 
 
 def test_several_wrong_settings_are_all_named_at_once(project, capsys):
