@@ -2,18 +2,14 @@
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from folio import files
-
-COLOR = "#2f5d8a"
-GREY = "#8c8c8c"
-DPI = 150
+from folio import pictures
+from folio.pictures import BLUE, GREY
 
 
 def summary(
@@ -82,8 +78,8 @@ def rank_frequency(ids: np.ndarray, title: str) -> Figure:
     middle = slice(len(counts) // 1000, max(1, len(counts) // 10))
     level = np.exp(np.mean(np.log(counts[middle] * ranks[middle])))
 
-    figure, [axes] = _axes(1, (7, 5))
-    axes.loglog(ranks, counts, color=COLOR, linewidth=2, label="tokens of the corpus")
+    figure, [axes] = pictures.blank(1, (7, 5))
+    axes.loglog(ranks, counts, color=BLUE, linewidth=2, label="tokens of the corpus")
     axes.loglog(ranks, level / ranks, "--", color=GREY, linewidth=1, label="1 / rank (Zipf)")
     axes.set_ylim(bottom=0.7)
     axes.set_xlabel("rank of the token")
@@ -96,34 +92,17 @@ def rank_frequency(ids: np.ndarray, title: str) -> Figure:
 
 def lengths(text: str, title: str) -> Figure:
     """Histograms of line_lengths and speech_lengths."""
-    figure, [left, right] = _axes(2, (10, 4.2))
+    figure, [left, right] = pictures.blank(2, (10, 4.2))
     _histogram(left, line_lengths(text), "lines", "characters in a line")
     _histogram(right, speech_lengths(text), "speeches", "words in a speech")
     figure.suptitle(f"{title}: how long lines and speeches are", parse_math=False)
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture whole; its bytes depend on what it shows alone, not on the date."""
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, metadata={"Software": None})
-
-
-def _axes(columns: int, inches: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    # A Figure by itself draws with Agg: no window, and no pyplot that keeps figures alive.
-    figure = Figure(figsize=inches, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.25)
-        each.set_axisbelow(True)
-    return figure, axes
-
-
 def _histogram(axes: Axes, values: np.ndarray, nouns: str, label: str) -> None:
     # The longest 1 % are left out: they would squeeze the rest into a corner.
     longest = int(np.percentile(values, 99)) + 1
-    axes.hist(values, bins=np.arange(0, longest + 2, max(1, longest // 60)), color=COLOR)
+    axes.hist(values, bins=np.arange(0, longest + 2, max(1, longest // 60)), color=BLUE)
     median = np.median(values)
     axes.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:g}")
     axes.set_title(f"{len(values):,} {nouns}, the longest of {values.max():,}")

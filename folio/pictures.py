@@ -1,65 +1,82 @@
-"""The pictures of training and evaluation."""
+"""The pictures of training and evaluation, and the style of all pictures."""
 
 import itertools
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from folio import files
 
 BLUE, ORANGE, GREY = "#2f6690", "#d1603d", "#8d99ae"
 
 
+def blank(columns: int = 1, inches: tuple[float, float] = (7, 4)) -> tuple[Figure, list[Axes]]:
+    """A figure in the house style and its axes, side by side."""
+    # A Figure by itself draws with Agg: no window, and no pyplot that keeps figures alive.
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG whole; its bytes depend on what it shows alone, not on the date."""
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+
+
 def loss_curve(history: list[dict[str, Any]], path: Path) -> None:
     """Training and held-out loss by step, with the best held-out loss marked."""
     train = [(row["step"], row["train_loss"]) for row in history if "train_loss" in row]
     held_out = [(row["step"], row["val_loss"]) for row in history if "val_loss" in row]
-    with _axes(path) as ax:
-        ax.plot(*zip(*train, strict=True), color=BLUE, label="training text")
-        if held_out:
-            ax.plot(*zip(*held_out, strict=True), color=ORANGE, marker="o", ms=3, label="held-out")
-            step, best = min(held_out, key=lambda point: point[1])
-            ax.axhline(best, color=GREY, lw=0.8, ls=":")
-            ax.annotate(
-                f"best {best:.3f} at step {step:,}",
-                (step, best),
-                xytext=(0, 10),
-                textcoords="offset points",
-                ha="right",
-                color=ORANGE,
-            )
-        ax.set(title="Loss by step", xlabel="step", ylabel="loss, nats a token")
-        ax.legend(frameon=False)
+    figure, [ax] = blank()
+    ax.plot(*zip(*train, strict=True), color=BLUE, label="training text")
+    if held_out:
+        ax.plot(*zip(*held_out, strict=True), color=ORANGE, marker="o", ms=3, label="held-out")
+        step, best = min(held_out, key=lambda point: point[1])
+        ax.axhline(best, color=GREY, lw=0.8, ls=":")
+        ax.annotate(
+            f"best {best:.3f} at step {step:,}",
+            (step, best),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="right",
+            color=ORANGE,
+        )
+    ax.set(title="Loss by step", xlabel="step", ylabel="loss, nats a token")
+    ax.legend(frameon=False)
+    save(figure, path)
 
 
 def loss_by_position(losses: np.ndarray, context: int, path: Path) -> None:
     """Held-out loss by how many tokens the model was given, from losses [N] window after window."""
     whole = len(losses) // context * context
     mean = losses[:whole].reshape(-1, context).mean(0) if whole else losses
-    with _axes(path) as ax:
-        given = np.arange(1, len(mean) + 1)
-        ax.plot(given, mean, color=GREY, lw=0.8, label="each position")
-        width = max(1, len(mean) // 8)
-        smooth = np.convolve(mean, np.ones(width) / width, "valid")
-        ax.plot(given[width - 1 :], smooth, color=BLUE, label=f"mean of {width}")
-        ax.set(
-            title="Held-out loss by context",
-            xlabel="tokens the model was given",
-            ylabel="loss, nats a token",
-        )
-        ax.legend(frameon=False)
+    figure, [ax] = blank()
+    given = np.arange(1, len(mean) + 1)
+    ax.plot(given, mean, color=GREY, lw=0.8, label="each position")
+    width = max(1, len(mean) // 8)
+    smooth = np.convolve(mean, np.ones(width) / width, "valid")
+    ax.plot(given[width - 1 :], smooth, color=BLUE, label=f"mean of {width}")
+    ax.set(
+        title="Held-out loss by context",
+        xlabel="tokens the model was given",
+        ylabel="loss, nats a token",
+    )
+    ax.legend(frameon=False)
+    save(figure, path)
 
 
 def loss_by_rarity(
     losses: np.ndarray, targets: np.ndarray, train_tokens: np.ndarray, path: Path
 ) -> None:
-    """Held-out loss by how often the token occurs in the training text; bars' widths are shares."""
+    """Held-out loss by how often the token occurs in the training text."""
     seen = np.bincount(train_tokens, minlength=int(targets.max()) + 1)[targets]
     edges = [0, 1, 10, 100, 1_000, 10_000, np.inf]
     names = ["never", "1-9", "10-99", "100-999", "1,000-9,999", "10,000+"]
@@ -67,43 +84,22 @@ def loss_by_rarity(
     present = [
         (n, g.mean(), losses[g].mean()) for n, g in zip(names, groups, strict=True) if g.any()
     ]
-    with _axes(path) as ax:
-        for place, (_, share, loss) in enumerate(present):
-            ax.bar(place, loss, color=BLUE, width=0.8)
-            ax.annotate(
-                f"{loss:.2f}\n{share:.1%} of tokens",
-                (place, loss),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
-        ax.set_xticks(range(len(present)), [name for name, *_ in present])
-        ax.set(
-            title="Held-out loss by rarity",
-            xlabel="times the token occurs in the training text",
-            ylabel="loss, nats a token",
+    figure, [ax] = blank()
+    for place, (_, share, loss) in enumerate(present):
+        ax.bar(place, loss, color=BLUE, width=0.8)
+        ax.annotate(
+            f"{loss:.2f}\n{share:.1%} of tokens",
+            (place, loss),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
         )
-        ax.margins(y=0.15)
-
-
-class _axes:  # noqa: N801 - a context manager that reads as a verb
-    """Yield axes in the house style, and write the picture whole or not at all."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> plt.Axes:
-        self.figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-        ax.set_axisbelow(True)
-        return ax
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                with files.replacing(self.path) as temporary:
-                    self.figure.savefig(temporary, dpi=150)
-        finally:
-            plt.close(self.figure)
+    ax.set_xticks(range(len(present)), [name for name, *_ in present])
+    ax.set(
+        title="Held-out loss by rarity",
+        xlabel="times the token occurs in the training text",
+        ylabel="loss, nats a token",
+    )
+    ax.margins(y=0.15)
+    save(figure, path)

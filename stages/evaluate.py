@@ -58,8 +58,8 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path) -> None:
     losses = token_losses(model, data.val)
     metrics = measure(model, data, losses, p.stride)
     out = root / "models/evaluation"
-    _write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write(out / "samples.md", samples(model, p))
+    files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    files.write_text(out / "samples.md", samples(model, p))
     targets, context = data.val[1:], model.params.block_size
     pictures.loss_by_position(losses, context, out / "loss_by_position.png")
     pictures.loss_by_rarity(losses, targets, data.train, out / "loss_by_rarity.png")
@@ -138,11 +138,6 @@ def track(p: EvaluateParams, runtime: RuntimeParams, root: Path, metrics: dict[s
     ) as child:
         child.metrics(metrics)
         child.artifacts(out, "evaluation")
-
-
-def _write(path: Path, text: str) -> None:
-    with files.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import numpy as np
 
-from folio import corpus, diagnostics, files, tokenizer, tokens
+from folio import corpus, diagnostics, files, pictures, tokenizer, tokens
 from folio.errors import one_line_errors
 from folio.params import load
 
@@ -45,16 +45,15 @@ def run(params: PrepareParams, root: Path) -> None:
         params.report_batch_size,
         params.report_block_size,
     )
-    with files.replacing(data / "diagnostics.json") as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    files.write_text(data / "diagnostics.json", json.dumps(figures, indent=2) + "\n")
 
     table = diagnostics.commonest_tokens(all_ids, tokenizer.decode)
     with files.replacing(data / "diagnostics" / "commonest_tokens.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
     picture = diagnostics.rank_frequency(all_ids, source.name)
-    diagnostics.save(picture, data / "diagnostics" / "rank_frequency.png")
+    pictures.save(picture, data / "diagnostics" / "rank_frequency.png")
     picture = diagnostics.lengths(text, source.name)
-    diagnostics.save(picture, data / "diagnostics" / "lengths.png")
+    pictures.save(picture, data / "diagnostics" / "lengths.png")
 
     print(report(params, source.name, figures, text))
 

@@ -286,13 +286,17 @@ def _write_outs(
     huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row)
     out = root / "models/training"
     metrics = trainer.metrics()
-    rows = [json.dumps(row) + "\n" for row in trainer.history]
-    _write(out / "history.jsonl", "".join(rows))
-    _write(out / "history.csv", _as_csv(trainer.history, ["step", "train_loss", "learning_rate"]))
-    _write(out / "held_out.csv", _as_csv(trainer.history, ["step", "val_loss"]))
-    _write(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write(out / "run.json", json.dumps({"run_id": tracked.id, "train_key": key}, indent=2) + "\n")
-    pictures.loss_curve(trainer.history, out / "loss.png")
+    history = trainer.history
+    texts = {
+        "history.jsonl": "".join(json.dumps(row) + "\n" for row in history),
+        "history.csv": _as_csv(history, ["step", "train_loss", "learning_rate"]),
+        "held_out.csv": _as_csv(history, ["step", "val_loss"]),
+        "metrics.json": json.dumps(metrics, indent=2) + "\n",
+        "run.json": json.dumps({"run_id": tracked.id, "train_key": key}, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        files.write_text(out / name, text)
+    pictures.loss_curve(history, out / "loss.png")
     tracked.metrics(metrics, trainer.step)
     tracked.artifacts(root / "data/diagnostics", "data")
     tracked.artifacts(root / "data/diagnostics.json", "data")
@@ -305,11 +309,6 @@ def _as_csv(history: list[dict[str, Any]], columns: list[str]) -> str:
     empty cell as 0."""
     rows = [[row[column] for column in columns] for row in history if set(columns) <= row.keys()]
     return "".join(",".join(map(str, row)) + "\n" for row in [columns, *rows])
-
-
-def _write(path: Path, text: str) -> None:
-    with files.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

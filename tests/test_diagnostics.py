@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.image import imread
 
-from folio import diagnostics, tokenizer
+from folio import diagnostics, pictures, tokenizer
 
 TEXT = "KATE:\nA line.\nAnother line\n\nPETRUCHIO:\nOne.\n\n\n"
 
@@ -66,13 +66,13 @@ def test_pictures_are_titled_and_labelled():
 
 def test_the_smallest_text_and_an_odd_name_can_be_drawn(tmp_path):
     name = "data/raw/$a_{$.txt"  # to matplotlib, a formula that does not parse
-    diagnostics.save(diagnostics.rank_frequency(np.array([0]), name), tmp_path / "rank.png")
-    diagnostics.save(diagnostics.lengths("x", name), tmp_path / "lengths.png")
+    pictures.save(diagnostics.rank_frequency(np.array([0]), name), tmp_path / "rank.png")
+    pictures.save(diagnostics.lengths("x", name), tmp_path / "lengths.png")
 
 
 def test_a_saved_picture_is_not_blank_and_is_the_same_each_time(tmp_path):
     for name in ["one.png", "two.png"]:
-        diagnostics.save(diagnostics.lengths(TEXT, "mine"), tmp_path / name)
+        pictures.save(diagnostics.lengths(TEXT, "mine"), tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     picture = imread(tmp_path / "one.png")
     assert picture.shape[:2] == (630, 1500)
