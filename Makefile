@@ -4,6 +4,7 @@
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
 
 PYTHON ?= python3
+VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: run test ui variant clean
@@ -11,6 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 run: .venv/installed | git
 	dvc repro
+	@echo 'models/gpt2 is the model, models/evaluation/samples.md what it writes. Next: make ui'
 
 test: .venv/installed
 	ruff check .
@@ -18,9 +20,11 @@ test: .venv/installed
 	pytest
 
 ui: .venv/installed
+	@echo 'http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning has the runs'
 	mlflow ui
 
 variant: .venv/installed | git
+	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
 	python -m folio.variants $(NAME) $(if $(QUEUE),--queue)
 
 clean:

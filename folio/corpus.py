@@ -63,7 +63,7 @@ def _find(name: str, root: Path) -> Path:
     try:
         path = (root / name).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # missing, a null byte, a loop of links
-        own = [_show(path, root) for path in (root / RAW).rglob("*")]
+        own = [_show(path, root) for path in (root / RAW).rglob("[!.]*")]
         near = difflib.get_close_matches(name, [*NAMED, *own], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(

@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
         where = f" while writing {problem.filename}" if problem.filename else ""
         _leave(f"no space left on the disk{where}: make room, then run the same command again", 1)
     except KeyboardInterrupt:
-        _leave("stopped by Ctrl-C; the same command goes on from the last checkpoint", 130)
+        _leave("stopped by Ctrl-C; the same command goes on from the last checkpoint there is", 130)
 
 
 def _leave(line: str, status: int) -> None:

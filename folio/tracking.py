@@ -124,7 +124,7 @@ class Run:
         else:
             run = mlflow.start_run(
                 experiment_id=experiment,
-                run_name=self._name,
+                run_name=_named(self._name) if not self._parent else self._name,
                 parent_run_id=self._parent,
                 tags=_dvc_tags() | self._tags,
                 log_system_metrics=self._system_metrics,
@@ -186,6 +186,11 @@ def _has_run(run_id: str) -> bool:
         if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
+
+
+def _named(name: str | None) -> str | None:
+    """The run's name, behind that of the DVC experiment which it is part of."""
+    return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name])) or None
 
 
 def _dvc_tags() -> dict[str, str]:
