@@ -92,10 +92,6 @@ class Run:
             self._client()
             mlflow.log_metrics(values, step=step, run_id=self.id)
 
-    def params(self, values: dict[str, Any]) -> None:
-        with self._unharmed():
-            self._log_params(values)
-
     def artifacts(self, path: Path, folder: str | None = None) -> None:
         """Keep a file, or a folder's files, under `folder` of the run's artifacts."""
         with self._unharmed():
@@ -132,10 +128,7 @@ class Run:
         self.id = run.info.run_id
         if self._memo:
             self._memo.write_text(self.id)
-        self._log_params(self._params)
-
-    def _log_params(self, values: dict[str, Any]) -> None:
-        params = [Param(key, str(value)) for key, value in values.items()]
+        params = [Param(key, str(value)) for key, value in self._params.items()]
         self._client().log_batch(self.id, params=params)
 
     @contextlib.contextmanager

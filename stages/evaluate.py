@@ -55,6 +55,12 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path) -> None:
             f"evaluate.stride: {p.stride} is more than the model's context;"
             f" take at most {model.params.block_size}"
         )
+    if model.transformer.wte.num_embeddings < data.meta["vocabulary"]:
+        raise UserError(
+            "models/gpt2 has a smaller vocabulary than data/prepared: `dvc repro train` makes one"
+            " that fits"
+        )
+    trained = read_run(root / "models/training/run.json")
     losses = token_losses(model, data.val)
     metrics = measure(model, data, losses, p.stride)
     out = root / "models/evaluation"
@@ -64,7 +70,16 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path) -> None:
     pictures.loss_by_position(losses, context, out / "loss_by_position.png")
     pictures.loss_by_rarity(losses, targets, data.train, out / "loss_by_rarity.png")
     print(report(metrics))
-    track(p, runtime, root, metrics)
+    track(p, runtime, root, metrics, trained)
+
+
+def read_run(path: Path) -> dict[str, str]:
+    """Which MLflow run trained the model. Raises UserError if the file is missing or damaged."""
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        return {key: trained[key] for key in ("run_id", "train_key")}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is missing or damaged: `dvc repro train` makes it") from None
 
 
 def measure(model: GPT, data: tokens.Tokens, losses: np.ndarray, stride: int) -> dict[str, float]:
@@ -119,9 +134,14 @@ def report(m: dict[str, float]) -> str:
     )
 
 
-def track(p: EvaluateParams, runtime: RuntimeParams, root: Path, metrics: dict[str, float]) -> None:
+def track(
+    p: EvaluateParams,
+    runtime: RuntimeParams,
+    root: Path,
+    metrics: dict[str, float],
+    trained: dict[str, str],
+) -> None:
     """The headline figures on the variant's own run; all else on a nested one."""
-    trained = json.loads((root / "models/training/run.json").read_text(encoding="utf-8"))
     parent = tracking.reopen(runtime.tracking_uri, trained["run_id"])
     if parent is None:
         return

@@ -139,6 +139,13 @@ def test_evaluate_without_a_model_says_how_to_make_one(project, capsys):
     assert "models/gpt2" in line and "dvc repro train" in line
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_evaluate_without_the_run_that_trained_the_model_says_so(project, capsys, content):
+    file = project / "models/training/run.json"
+    file.unlink() if content is None else file.write_text(content)
+    assert "run.json is missing or damaged: `dvc repro train`" in fails("evaluate", capsys)
+
+
 def test_a_stage_run_by_hand_exits_with_1_and_no_traceback(project):
     set_params(project, {"train.steps": 0})
     done = run(project, "python", "-m", "stages.train")
