@@ -6,6 +6,18 @@ import os
 import sys
 from collections.abc import Iterator
 
+from folio import stopping
+
+# What the disk may refuse, and the way out.
+_WAYS_OUT = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EROFS: "make it writable",
+}
+
 
 class UserError(ValueError):
     """Bad input, not a bug. Its text is all that the user sees: what is wrong, then the way out."""
@@ -13,25 +25,34 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn bad input, a full disk and Ctrl-C into a line on stderr and an exit status.
+    """Turn bad input, a full disk and a notice to stop into a line on stderr and an exit status.
 
-    Exits with 1 for UserError and for a full disk, 130 for Ctrl-C. Any other exception is a bug
-    and keeps its traceback.
+    Exits with 1 for UserError and for a disk that refuses, 130 for Ctrl-C, 143 for SIGTERM. Any
+    other exception is a bug and keeps its traceback.
     """
     try:
-        yield
+        with stopping.listening(say):
+            yield
     except UserError as problem:
         _leave(str(problem), 1)
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if problem.errno not in _WAYS_OUT:
             raise
         where = f" while writing {problem.filename}" if problem.filename else ""
-        _leave(f"no space left on the disk{where}: make room, then run the same command again", 1)
-    except KeyboardInterrupt:
-        _leave("stopped by Ctrl-C; the same command goes on from the last checkpoint there is", 130)
+        way_out = f"{_WAYS_OUT[problem.errno]}, then run the same command again"
+        _leave(f"{problem.strerror}{where}: {way_out}", 1)
+    except stopping.Stopped as notice:
+        say(str(notice))
+        sys.stdout.flush()
+        os._exit(notice.status)  # PyTorch and MLflow take seconds to take leave
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, in the name of the stage that DVC runs."""
+    stage = os.environ.get("DVC_STAGE")
+    print(f"folio{' ' + stage if stage else ''}: {line}", file=sys.stderr, flush=True)
 
 
 def _leave(line: str, status: int) -> None:
-    stage = os.environ.get("DVC_STAGE")
-    print(f"folio{' ' + stage if stage else ''}: {line}", file=sys.stderr, flush=True)
+    say(line)
     sys.exit(status)
