@@ -1,7 +1,7 @@
 """The complete training state on disk: written atomically, read safely, never pickled.
 
-A variant's folder holds one folder a checkpoint, `step-00000500/`, with `state.safetensors` (every
-tensor, and what is not a tensor as JSON in its header) and `sha256`.
+A variant's folder holds a folder for each checkpoint, `step-00000500/`, with `state.safetensors`
+(every tensor, and what is not a tensor as JSON in its header) and `sha256`.
 """
 
 import hashlib
@@ -20,32 +20,57 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from folio import device, files
 from folio.errors import UserError
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     step: int  # updates done
-    tensors: dict[str, torch.Tensor]  # model.*, optimizer.*, rng.*
+    tensors: dict[str, torch.Tensor]  # model.*, optimizer.*, rng.*, best.*
     state: dict[str, Any]  # all that is not a tensor, as JSON has it
 
 
 @contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """Keep a second trainer off the same checkpoints. Raises UserError where one is at work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_suffix(".lock"), blocking=False)
+    """Keep a second trainer off the same checkpoints: wait, with a line, while one is at work."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
     try:
-        lock.acquire()
+        lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise UserError(
-            f"another process is training this variant ({folder.name}):"
-            " wait for it, or end it and run again"
-        ) from None
+        print(
+            f"another process is training this variant ({folder.name}): waiting for it to end",
+            file=sys.stderr,
+        )
+        lock.acquire(poll_interval=0.5)
     try:
+        folder.mkdir(exist_ok=True)
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def idle(folder: Path) -> Iterator[bool]:
+    """Whether no trainer is at work on a variant; if so, none begins within the block."""
+    lock = _lock(folder)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def remove(folder: Path) -> None:
+    """Remove a variant's checkpoints, unless a trainer is at work on them."""
+    with idle(folder) as free:
+        if free:
+            shutil.rmtree(folder)
 
 
 def capture(
@@ -57,9 +82,7 @@ def capture(
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in slots.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors |= {f"rng.{name}": t for name, t in device.rng_state().items()}
     return tensors, {"scaler": scaler.state_dict()}
 
 
@@ -72,28 +95,19 @@ def restore(
     """Put back what capture took. Raises UserError if it is another model's."""
     restore_model(checkpoint, model)
     slots: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "optimizer":
-            index, _, slot = rest.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+    for name, tensor in part(checkpoint, "optimizer").items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     scaler.load_state_dict(checkpoint.state["scaler"])
-    torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in checkpoint.tensors:
-        torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+    device.set_rng_state(part(checkpoint, "rng"))
 
 
 def restore_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
     """The weights alone. Raises UserError if they are another model's."""
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith("model.")
-    }
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(part(checkpoint, "model"))
     except RuntimeError:
         raise UserError(
             f"the checkpoint of step {checkpoint.step} is of another model (the code has changed):"
@@ -101,14 +115,15 @@ def restore_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
         ) from None
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: set[int]) -> None:
-    """Write a checkpoint, then remove all but it, the one before it and those of the steps in keep.
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, then remove all but it and the one before it.
 
     A kill or a full disk at any moment leaves the checkpoints that were there.
     """
+    for left in folder.glob("*.tmp"):  # by a kill
+        shutil.rmtree(left)
     place = _place(folder, checkpoint.step)
-    temporary = place.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = place.with_suffix(".new.tmp")
     temporary.mkdir(parents=True)
     try:
         tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
@@ -118,27 +133,27 @@ def save(folder: Path, checkpoint: Checkpoint, keep: set[int]) -> None:
         for file in temporary.iterdir():
             _fsync(file)
         _fsync(temporary)
-        shutil.rmtree(place, ignore_errors=True)
+        _remove(place)
         temporary.rename(place)
         _fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     before = [step for step in steps(folder) if step < checkpoint.step]
-    for step in set(steps(folder)) - {checkpoint.step, *before[-1:], *keep}:
-        shutil.rmtree(_place(folder, step))
+    for step in set(steps(folder)) - {checkpoint.step, *before[-1:]}:
+        _remove(_place(folder, step))
 
 
 def load(folder: Path, step: int) -> Checkpoint:
     """Raises UserError if there is none of that step or it is damaged."""
     place = _place(folder, step)
     try:
-        if (place / "sha256").read_text() != _sha256(place / "state.safetensors"):
+        if (place / "sha256").read_text() != files.sha256(place / "state.safetensors"):
             raise ValueError("its checksum does not match")
         with safe_open(place / "state.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             state = json.loads(file.metadata()["state"])
-    except (OSError, ValueError, SafetensorError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise UserError(f"checkpoint {place} is damaged: {problem}") from None
     return Checkpoint(step, tensors, state)
 
@@ -168,13 +183,27 @@ def steps(folder: Path) -> list[int]:
     )
 
 
+def part(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """The tensors called `name.*`, without the name."""
+    return {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in checkpoint.tensors.items()
+        if key.startswith(f"{name}.")
+    }
+
+
 def _place(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _remove(place: Path) -> None:
+    """Remove a checkpoint in such a way that a kill leaves no half of one under its name."""
+    if place.exists():
+        shutil.rmtree(place.rename(place.with_suffix(".old.tmp")))
+
+
+def _lock(folder: Path) -> filelock.FileLock:
+    return filelock.FileLock(folder.with_suffix(".lock"))
 
 
 def _fsync(path: Path) -> None:

@@ -47,6 +47,25 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+def rng_state() -> dict[str, torch.Tensor]:
+    """Where each of PyTorch's generators is, by the device's name."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what rng_state gave, on the devices that are here."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    if torch.backends.mps.is_available() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
 def describe(device: torch.device) -> str:
     """For people: the accelerator's name, or how many CPU threads compute."""
     if device.type == "cuda":

@@ -1,7 +1,10 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and reading one from a stranger."""
 
 import contextlib
+import errno
+import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,3 +34,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read(path: Path, most: int | None = None) -> bytes:
+    """The bytes of an ordinary file of at most `most` bytes.
+
+    Raises OSError for anything else in its place: a pipe would be waited for, a device never ends.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no ordinary file", path)
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", path)
+    return path.read_bytes()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ class Training:
             self.step += 1
         return losses
 
-    def save(self, folder, keep=frozenset()):
+    def save(self, folder):
         tensors, state = checkpoint.capture(self.model, self.optimizer, self.take_step.scaler)
-        checkpoint.save(folder, Checkpoint(self.step, tensors, state), keep)
+        checkpoint.save(folder, Checkpoint(self.step, tensors, state))
 
     def resume(self, folder):
         found = checkpoint.load_latest(folder)
@@ -66,15 +67,15 @@ def assert_equal(tensors, others):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The checkpoints of steps 1, 2 and 3, each of a tensor that holds the step."""
+    """The checkpoints of steps 2 and 3, each of a tensor that holds the step."""
     for step in (1, 2, 3):
-        write(tmp_path / "key", step, keep={1, 2})
+        write(tmp_path / "key", step)
     return tmp_path / "key"
 
 
-def write(folder, step, keep=frozenset(), numbers=100):
+def write(folder, step, numbers=100):
     content = {"model.w": torch.full((numbers,), step)}
-    checkpoint.save(folder, Checkpoint(step, content, {"history": [{"step": step}]}), keep)
+    checkpoint.save(folder, Checkpoint(step, content, {"history": [{"step": step}]}))
 
 
 def contents(folder):
@@ -132,7 +133,7 @@ def test_what_is_not_a_tensor_comes_back_as_json_has_it(tmp_path):
     state = {"history": [{"step": 1, "val_loss": 0.1 + 0.2}], "best": (1.5, 1), "none": None}
     tensors = {"a": torch.eye(3), "b": torch.tensor(2.5), "rng.cpu": torch.get_rng_state()}
     tensors["half"] = torch.ones(2, 3, dtype=torch.bfloat16).T
-    checkpoint.save(tmp_path / "key", Checkpoint(7, tensors, state), keep=set())
+    checkpoint.save(tmp_path / "key", Checkpoint(7, tensors, state))
     found = checkpoint.load(tmp_path / "key", 7)
     assert found.step == 7
     assert found.state == json.loads(json.dumps(state))
@@ -214,12 +215,12 @@ def test_an_undamaged_one_is_used_without_a_word(folder, capsys):
 
 
 def test_all_damaged_is_one_line_with_the_way_out(folder, capsys):
-    for step in (1, 2, 3):
+    for step in (2, 3):
         flip(folder / f"step-{step:08d}" / "state.safetensors", 0.5)
     with pytest.raises(UserError, match="is damaged: remove it to start anew") as error:
         checkpoint.load_latest(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_none_at_all_is_no_problem(tmp_path):
@@ -240,7 +241,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(folder):
     with full_disk(300), pytest.raises(OSError, match="File too large"):
         write(folder, 4)
     assert contents(folder) == before
-    assert checkpoint.steps(folder) == [1, 2, 3]
+    assert checkpoint.steps(folder) == [2, 3]
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoints_that_were_there(folder):
@@ -254,7 +255,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills it at the 50,0
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 tensors = {{"model.w": torch.zeros(100_000)}}
-checkpoint.save(Path({str(folder)!r}), checkpoint.Checkpoint(4, tensors, {{}}), set())
+checkpoint.save(Path({str(folder)!r}), checkpoint.Checkpoint(4, tensors, {{}}))
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGXFSZ, killed.stderr
@@ -271,58 +272,101 @@ checkpoint.save(Path({str(folder)!r}), checkpoint.Checkpoint(4, tensors, {{}}), 
 # --- which are kept
 
 
-def test_the_newest_two_and_the_best_are_kept(tmp_path):
+def test_the_newest_two_are_kept(tmp_path):
     kept = []
-    for step, best in [(10, 10), (20, 20), (30, 20), (40, 20), (50, 20), (60, 60), (70, 60)]:
-        write(tmp_path / "key", step, keep={best})
+    for step in (10, 20, 30, 40):
+        write(tmp_path / "key", step)
         kept.append(checkpoint.steps(tmp_path / "key"))
-    assert kept == [[10], [10, 20], [20, 30], [20, 30, 40], [20, 40, 50], [50, 60], [60, 70]]
+    assert kept == [[10], [10, 20], [20, 30], [30, 40]]
 
 
 def test_after_going_back_what_was_ahead_is_removed(folder):
-    write(folder, 2, keep={1})  # 3 was damaged, say, and 2 was done anew
-    assert checkpoint.steps(folder) == [1, 2]
+    flip(folder / "step-00000003" / "state.safetensors", 0.5)
+    write(folder, 2)
+    assert checkpoint.steps(folder) == [2]
 
 
 def test_saving_a_step_again_replaces_it(folder):
     write(folder, 3, numbers=7)
     assert len(checkpoint.load(folder, 3).tensors["model.w"]) == 7
+    assert checkpoint.steps(folder) == [2, 3]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_of_a_checkpoint(folder, call):
+    script = f"""
+import itertools, os, shutil, signal
+from pathlib import Path
+import torch
+from folio import checkpoint
+calls, sound = itertools.count(1), os.unlink
+def unlink(*arguments, **options):  # shutil.rmtree removes files by it
+    if next(calls) == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sound(*arguments, **options)
+os.unlink = unlink
+for step in (4, 5):
+    checkpoint.save(
+        Path({str(folder)!r}), checkpoint.Checkpoint(step, {{"model.w": torch.zeros(9)}}, {{}})
+    )
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for step in checkpoint.steps(folder):
+        checkpoint.load(folder, step)
+    write(folder, 6)
+    assert not list(folder.glob("*.tmp"))
 
 
 # --- one trainer a folder
 
 
-def test_a_second_trainer_is_kept_off_until_the_first_has_left(tmp_path):
-    for _ in range(2):
-        with checkpoint.only_trainer(tmp_path / "key"):
-            with (
-                pytest.raises(UserError, match=r"another process is training this variant \(key\)"),
-                checkpoint.only_trainer(tmp_path / "key"),
-            ):
-                raise AssertionError("two at once")
-            with checkpoint.only_trainer(tmp_path / "other"):
-                pass
-
-
-def test_a_trainer_in_another_process_holds_the_folder_until_it_is_killed(tmp_path):
-    script = f"""
+HOLD = """
 from pathlib import Path
 from folio import checkpoint
-with checkpoint.only_trainer(Path({str(tmp_path / "key")!r})):
+with checkpoint.only_trainer(Path({!r})):
     print("held", flush=True)
     input()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="wait for it, or end it and run again"):
-            checkpoint.only_trainer(tmp_path / "key").__enter__()
-        other.kill()
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that trains the variant tmp_path/key."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(str(tmp_path / "key"))],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_trainer_says_so_and_waits_until_the_first_has_left(tmp_path, other, capsys):
+    threading.Timer(1.0, other.kill).start()
+    with checkpoint.only_trainer(tmp_path / "other"):
+        assert capsys.readouterr().err == ""
     with checkpoint.only_trainer(tmp_path / "key"):
-        pass
+        assert other.wait(5) == -signal.SIGKILL
+    assert "another process is training this variant (key): waiting" in capsys.readouterr().err
 
 
-def test_the_lock_is_not_in_the_folder_that_training_removes(tmp_path):
+def test_the_checkpoints_of_a_trainer_at_work_are_not_removed(tmp_path, other):
+    with checkpoint.idle(tmp_path / "key") as idle:
+        assert not idle
+    checkpoint.remove(tmp_path / "key")
+    assert (tmp_path / "key").exists()
+    other.kill()
+    other.wait()
+    with checkpoint.idle(tmp_path / "key") as idle:
+        assert idle
+    checkpoint.remove(tmp_path / "key")
+    assert not (tmp_path / "key").exists()
+
+
+def test_the_lock_is_not_in_the_folder_that_is_removed(tmp_path):
     with checkpoint.only_trainer(tmp_path / "key"):
         assert list((tmp_path / "key").iterdir()) == []
