@@ -6,6 +6,9 @@ import torch
 
 from folio.device import autocast
 
+# What overflows at any scale is no overflow. The scale begins at 2**16 and is halved each time.
+_LEAST_SCALE = 2.0**-10
+
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient is infinite or not a number. The weights are as they were before."""
@@ -57,8 +60,10 @@ class Step:
         return loss, norm
 
     def _check(self, loss: float, norm: float) -> None:
-        overflow_is_fine = self.scaler.is_enabled()  # the scaler skips the update, and scales less
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_fine):
+        is_finite = math.isfinite(norm)
+        if not is_finite and self.scaler.is_enabled():  # it skips the update, and scales less
+            is_finite = self.scaler.get_scale() > _LEAST_SCALE
+        if not (math.isfinite(loss) and is_finite):
             self.optimizer.zero_grad(set_to_none=True)
             what = "gradient" if math.isfinite(loss) else "loss"
             raise NonFiniteError(f"the {what} is not finite")

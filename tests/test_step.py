@@ -153,6 +153,15 @@ def test_in_fp16_an_update_whose_gradient_overflows_is_skipped_and_the_scale_hal
     assert step.scaler.get_scale() == scale / 2
 
 
+def test_in_fp16_a_gradient_that_overflows_at_any_scale_stops_the_training(batch):
+    model = Root(start=0.0)
+    step, before = sgd(model, precision="fp16"), weights(model)
+    with pytest.raises(NonFiniteError, match="the gradient is not finite"):
+        for _ in range(40):
+            step([batch], rate=1.0)
+    assert torch.equal(weights(model), before)
+
+
 def test_in_fp16_the_update_is_that_of_the_unscaled_gradient(batch):
     model = Root(start=1.0)
     loss, norm = sgd(model, precision="fp16", grad_clip=NEVER)([batch], rate=1.0)
