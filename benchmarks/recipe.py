@@ -24,9 +24,9 @@ from stages.train import Trainer, TrainParams
 
 
 class _Untracked:
-    """Stands where training expects a run to send its history to."""
+    """Stands where training expects a follower of its history."""
 
-    def ship(self, history: list) -> None:
+    def follow(self, history: list) -> None:
         pass
 
 

@@ -3,27 +3,51 @@
 import contextlib
 import logging
 import os
+import sqlite3
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# A server that is away is given up on after seconds; MLflow's own settings wait for minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+# A server that is away is given up on at once; MLflow's own settings wait for minutes. And a
+# request that is repeated after its answer was lost would make a run twice.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import filelock
 import mlflow
 from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
+from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.tracking.context import registry
+
+from folio import records
+from folio.errors import UserError
+from folio.records import Record, Run
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # tables made, monitors started
 
 EXPERIMENT = "folio"
+SYNC = "`python -m folio.sync`"
+LACKING = f"MLflow lacks a part of this run: {SYNC} sends it"
 _BATCH = 1000  # metrics that one log_batch call may hold
+_LONGEST = 6000  # characters that a param may have
+
+# Where a local store keeps addresses of artifacts: (table, column).
+_ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 
 
 def project_root() -> Path:
@@ -31,162 +55,264 @@ def project_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
-class Run:
-    """One MLflow run, as a context manager.
-
-    Whatever fails in the store or on the way to it is said once and does no harm: points wait in
-    the history and go with the next call that gets through. `id` is None until the run exists.
-    """
-
-    def __init__(
-        self,
-        address: str | None,
-        name: str | None = None,
-        params: dict[str, Any] | None = None,
-        tags: dict[str, str] | None = None,
-        parent: str | None = None,
-        memo: Path | None = None,
-        system_metrics: bool = False,
-    ):
-        """address: the store's; None takes MLFLOW_TRACKING_URI, or mlflow.db at the project's root.
-
-        memo: a file that remembers the run's id, so that a restart goes on with the same run.
-        """
-        self.id: str | None = None
-        self._address, self._name, self._parent, self._memo = address, name, parent, memo
-        self._params, self._tags = params or {}, tags or {}
-        self._system_metrics = system_metrics
-        self._shipped = 0  # rows of the history that are in the store
-        self._complained = False
-
-    def __enter__(self) -> Self:
-        with self._unharmed():
-            self._start()
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        with self._unharmed():
-            if self.id:
-                stopped = "KILLED" if kind is KeyboardInterrupt else "FAILED"
-                mlflow.end_run(stopped if kind else "FINISHED")
-
-    def ship(self, history: list[dict[str, Any]]) -> None:
-        """Send the rows that are not in the store yet; each has step, time (ms) and metrics.
-
-        Sending a row twice does no harm: the store drops exact repeats.
-        """
-        points = [
-            Metric(key, value, row["time"], row["step"])
-            for row in history[self._shipped :]
-            for key, value in row.items()
-            if key not in ("step", "time")
-        ]
-        with self._unharmed():
-            client = self._client()
-            for i in range(0, len(points), _BATCH):
-                client.log_batch(self.id, metrics=points[i : i + _BATCH])
-            self._shipped = len(history)
-
-    def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        with self._unharmed():
-            self._client()
-            mlflow.log_metrics(values, step=step, run_id=self.id)
-
-    def artifacts(self, path: Path, folder: str | None = None) -> None:
-        """Keep a file, or a folder's files, under `folder` of the run's artifacts."""
-        with self._unharmed():
-            client = self._client()
-            log = client.log_artifacts if path.is_dir() else client.log_artifact
-            log(self.id, str(path), folder)
-
-    def dataset(self, name: str, digest: str, made_by: str) -> None:
-        """Say what the run is trained on; made_by is the source file that made it."""
-        with self._unharmed():
-            self._client()
-            source = CodeDatasetSource({"mlflow.source.name": made_by})
-            mlflow.log_input(MetaDataset(source, name, digest[:32]), context="training")
-
-    def _client(self) -> mlflow.MlflowClient:
-        """A client of the store, with the run in it (started now if the store was away before)."""
-        if self.id is None:
-            self._start()
-        return mlflow.MlflowClient()
-
-    def _start(self) -> None:
-        experiment = _open_store(self._address)
-        known = self._memo.read_text().strip() if self._memo and self._memo.exists() else None
-        if known and _has_run(known):
-            run = mlflow.start_run(run_id=known, log_system_metrics=self._system_metrics)
-        else:
-            run = mlflow.start_run(
-                experiment_id=experiment,
-                run_name=_named(self._name) if not self._parent else self._name,
-                parent_run_id=self._parent,
-                tags=_dvc_tags() | self._tags,
-                log_system_metrics=self._system_metrics,
-            )
-        self.id = run.info.run_id
-        if self._memo:
-            self._memo.write_text(self.id)
-        params = [Param(key, str(value)) for key, value in self._params.items()]
-        self._client().log_batch(self.id, params=params)
-
-    @contextlib.contextmanager
-    def _unharmed(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as problem:  # whatever a store, a network or a disk can raise
-            if not self._complained:
-                reason = str(problem).strip().splitlines()[0] if str(problem) else repr(problem)
-                print(f"MLflow did not take this, going on without it: {reason}", file=sys.stderr)
-            self._complained = True
+def run_name(name: str) -> str:
+    """The name, behind that of the DVC experiment which the run is part of."""
+    return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name]))
 
 
-def reopen(address: str | None, run_id: str | None) -> Run | None:
-    """A run that is over, to add to; None, with a line, where the store does not have it."""
-    run = Run(address)
-    with run._unharmed():
-        _open_store(address)
-        if run_id and _has_run(run_id):
-            run.id = run_id
-            return run
-        print(f"MLflow has no run {run_id} here: its figures are in files only", file=sys.stderr)
-    return None
-
-
-def _open_store(address: str | None) -> str:
-    """Point mlflow at the store; returns the experiment's id, made where it is missing.
-
-    The client makes the experiment, under a lock: two processes that make a store at once break
-    it, and an experiment that `mlflow ui` makes takes no artifacts from a local client.
-    """
-    root = project_root()
-    local = f"sqlite:///{root / 'mlflow.db'}"
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or address or local)
-    mlflow.set_system_metrics_sampling_interval(5)
-    with filelock.FileLock(root / "mlflow.db.lock"):
-        experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-        if experiment:
-            return experiment.experiment_id
-        place = (root / "mlruns").as_uri() if mlflow.get_tracking_uri() == local else None
-        return mlflow.create_experiment(EXPERIMENT, artifact_location=place)
-
-
-def _has_run(run_id: str) -> bool:
-    try:
-        return mlflow.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as problem:
-        if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-
-
-def _named(name: str | None) -> str | None:
-    """The run's name, behind that of the DVC experiment which it is part of."""
-    return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name])) or None
-
-
-def _dvc_tags() -> dict[str, str]:
-    """Which DVC experiment this is, and the commit that it started from."""
+def context(source: str) -> dict[str, str]:
+    """Tags that say who runs what: user, git commit, DVC experiment and the commit it is from."""
     names = {"dvc_experiment": "DVC_EXP_NAME", "dvc_baseline": "DVC_EXP_BASELINE_REV"}
-    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    dvc = {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    return registry.resolve_tags() | {"mlflow.source.name": source} | dvc
+
+
+class Store:
+    """A tracking store with the project's experiment in it. Its methods raise what MLflow raises.
+
+    Whatever is sent twice is there once: a run is known by its folio_id, the store drops exact
+    repeats of a point, and an artifact of the same size is not sent again.
+    """
+
+    def __init__(self, address: str | None, mend: bool = False):
+        """address: MLFLOW_TRACKING_URI where that is set; None is mlflow.db at the project's root.
+
+        mend: where the project's folder was moved, put the new place into the store's addresses.
+        Raises UserError otherwise.
+        """
+        self._root = project_root()
+        local = _sqlite(self._root / "mlflow.db")
+        self.address = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or address or local)
+        self._is_local = self.address == local
+        self._opened: dict[str, str] = {}  # folio_id -> MLflow's run id, with params and tags sent
+        with self._lock():
+            if self._is_local and not (self._root / "mlflow.db").exists():
+                _make_store(self._root)
+            self._client = mlflow.MlflowClient(self.address)
+            self._experiment = self._open_experiment(mend)
+
+    def send(self, run: Run, status: str, stopped: str | None = None) -> None:
+        """Bring the store up to date with the run; its status is changed last.
+
+        stopped: what ended it early, where something did.
+        """
+        record = run.record
+        with self._lock():
+            run_id = self._opened.get(record.id) or self._open(record)
+            self._opened[record.id] = run_id
+            points = _points(run.history)
+            for i in range(0, len(points), _BATCH):
+                self._client.log_batch(run_id, metrics=points[i : i + _BATCH])
+            self._sum_up(run_id, run)
+            if record.parent:
+                self._sum_up(self._id_of(record.parent), run)
+            for path, folder in run.files:
+                self._upload(run_id, path, folder)
+            tags = record.tags | ({"stopped": stopped} if stopped else {})
+            self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+            if status != "RUNNING":
+                self._client.set_terminated(run_id, status, record.ended or records.now())
+
+    def complete(self, run: Run) -> None:
+        """Send a run that is over, unless all of it is there."""
+        found = self._find(run.record.id)
+        if found is None or found.info.status != "FINISHED":
+            self.send(run, "FINISHED")
+        elif run.record.parent:
+            self._sum_up(self._id_of(run.record.parent), run)
+
+    def statuses(self) -> dict[str, str]:
+        """The status of each run that came from Folio, by its folio_id; DELETED is one, too."""
+        found, token = {}, None
+        while token is None or token:
+            page = self._client.search_runs(
+                [self._experiment], run_view_type=ViewType.ALL, page_token=token
+            )
+            for run in page:
+                gone = run.info.lifecycle_stage == "deleted"
+                if "folio_id" in run.data.tags:
+                    found[run.data.tags["folio_id"]] = "DELETED" if gone else run.info.status
+            token = page.token or ""
+        return found
+
+    def _open(self, record: Record) -> str:
+        """MLflow's id of the record's run, which is made where it is missing."""
+        tags = record.tags | {"folio_id": record.id}
+        if record.parent:
+            tags["mlflow.parentRunId"] = self._id_of(record.parent)
+        params = record.params
+        found = self._find(record.id)
+        if found is None:
+            found = self._client.create_run(self._experiment, record.started, tags, record.name)
+        else:  # a training that goes on
+            params = {key: params[key] for key in params.keys() - found.data.params.keys()}
+            if "stopped" in found.data.tags:
+                self._client.delete_tag(found.info.run_id, "stopped")
+            self._client.update_run(found.info.run_id, "RUNNING", record.name)
+        run_id = found.info.run_id
+        self._client.log_batch(
+            run_id,
+            params=[Param(key, value[:_LONGEST]) for key, value in params.items()],
+            tags=[RunTag(*tag) for tag in tags.items()],
+        )
+        if "data_digest" in record.tags:
+            self._client.log_inputs(run_id, [_dataset(record)])
+        return run_id
+
+    def _find(self, folio_id: str) -> MlflowRun | None:
+        found = self._client.search_runs(
+            [self._experiment], f"tags.folio_id = '{folio_id}'", ViewType.ALL, max_results=1
+        )
+        return found[0] if found else None
+
+    def _id_of(self, folio_id: str) -> str:
+        found = self._find(folio_id)
+        if found is None:
+            raise UserError(f"the run of the training {folio_id} is not there: {SYNC} sends it")
+        return found.info.run_id
+
+    def _sum_up(self, run_id: str, run: Run) -> None:
+        """Log the figures of a run, but for those that are there."""
+        there = self._client.get_run(run_id).data.metrics
+        when, step = run.record.ended or run.record.started, int(run.figures.get("steps", 0))
+        new = {name: value for name, value in run.figures.items() if there.get(name) != value}
+        self._client.log_batch(run_id, [Metric(*point, when, step) for point in new.items()])
+
+    def _upload(self, run_id: str, path: Path, folder: str) -> None:
+        """Send a file, or a folder's files, to `folder` of the run's artifacts."""
+        top = path if path.is_dir() else path.parent
+        files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+        there: dict[str, dict[str, int]] = {}  # the sizes of what is there, folder by folder
+        for file in files:
+            place = (Path(folder) / file.relative_to(top)).parent.as_posix()
+            if place not in there:
+                listed = self._client.list_artifacts(run_id, place)
+                there[place] = {Path(item.path).name: item.file_size for item in listed}
+            if there[place].get(file.name) != file.stat().st_size:
+                self._client.log_artifact(run_id, str(file), place)
+
+    def _open_experiment(self, mend: bool) -> str:
+        """Its id. The client makes it: one that `mlflow ui` makes takes no artifacts from here."""
+        place = _artifacts(self._root) if self._is_local else None
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(EXPERIMENT, place)
+            except MlflowException:  # another client has made it just now
+                return self._client.get_experiment_by_name(EXPERIMENT).experiment_id
+        if place and experiment.artifact_location != place:
+            if not mend:
+                raise UserError(
+                    f"mlflow.db was made for {experiment.artifact_location}, and the project has"
+                    f" been moved since: {SYNC} mends its addresses"
+                )
+            _readdress(self._root / "mlflow.db", experiment.artifact_location, place)
+        return experiment.experiment_id
+
+    def _lock(self) -> contextlib.AbstractContextManager:
+        """SQLite takes one writer at a time, and two that make the tables at once break them."""
+        return (
+            filelock.FileLock(f"{self._root / 'mlflow.db'}.lock")
+            if self._is_local
+            else (contextlib.nullcontext())
+        )
+
+
+class Load:
+    """The machine's load as MLflow's own monitors measure it: CPU, memory, disk, network, GPU."""
+
+    SECONDS = 5.0  # between two readings at least
+
+    def __init__(self):
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or no way to ask it
+            self._monitors.append(GPUMonitor())
+        self._read = time.monotonic()
+
+    def read(self) -> dict[str, float]:
+        """Metrics by the names under which MLflow shows them; {} where it is too early."""
+        if time.monotonic() - self._read < self.SECONDS:
+            return {}
+        self._read = time.monotonic()
+        load = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            load |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return load
+
+
+@contextlib.contextmanager
+def harmless() -> Iterator[None]:
+    """Say what fails in MLflow, and go on."""
+    try:
+        yield
+    except Exception as problem:  # whatever a store, a network or a disk can raise
+        complain(problem)
+        print(LACKING, file=sys.stderr)
+
+
+def reason(problem: Exception) -> str:
+    """The first line of what went wrong."""
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else repr(problem)
+
+
+def complain(problem: Exception) -> None:
+    print(f"MLflow did not take this, going on without it: {reason(problem)}", file=sys.stderr)
+
+
+def _points(history: list[dict[str, Any]]) -> list[Metric]:
+    return [
+        Metric(key, value, row["time"], row["step"])
+        for row in history
+        for key, value in row.items()
+        if key not in ("step", "time")
+    ]
+
+
+def _dataset(record: Record) -> DatasetInput:
+    name, digest = record.params["data.corpus"], record.tags["data_digest"][:32]
+    source = CodeDatasetSource({"mlflow.source.name": "stages/prepare.py"}).to_json()
+    return DatasetInput(
+        Dataset(name, digest, "code", source), [InputTag("mlflow.data.context", "training")]
+    )
+
+
+def _absolute(address: str) -> str:
+    """A relative SQLite file is the project's: in an experiment's own copy it would go with it."""
+    scheme, slashes, path = address.partition("sqlite:///")
+    if slashes and not scheme and not Path(path).is_absolute():
+        return _sqlite(project_root() / path)
+    return address
+
+
+def _sqlite(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def _artifacts(root: Path) -> str:
+    return (root / "mlruns").as_uri()
+
+
+def _readdress(store: Path, old: str, new: str) -> None:
+    """Give every artifact address in a SQLite store that begins with `old` the beginning `new`."""
+    with contextlib.closing(sqlite3.connect(store)) as database, database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        for table, column in _ADDRESSES:
+            if table in tables:
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    f" WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old), old),
+                )
+
+
+def _make_store(root: Path) -> None:
+    """Make mlflow.db whole or not at all: killed while its tables are made, it stays broken."""
+    for left in root.glob("mlflow.db.new*"):  # by a kill, perhaps with SQLite's journal
+        left.unlink()
+    store = root / "mlflow.db.new"
+    mlflow.MlflowClient(_sqlite(store)).create_experiment(EXPERIMENT, _artifacts(root))
+    if not (root / "mlflow.db").exists():  # else `mlflow ui` has made one meanwhile
+        store.replace(root / "mlflow.db")

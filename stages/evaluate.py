@@ -1,5 +1,6 @@
 """Evaluate: what models/gpt2 has learned, as figures, samples and pictures."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 
 from folio import (
+    checkpoint,
     device,
     files,
     huggingface,
     params,
     pictures,
+    records,
     sampling,
     tokenizer,
     tokens,
@@ -43,11 +46,11 @@ class EvaluateParams:
 
 def main() -> None:
     evaluate, runtime = params.load(evaluate=EvaluateParams, runtime=RuntimeParams)
-    run(evaluate, runtime, Path.cwd())
+    run(evaluate, runtime, Path.cwd(), tracking.project_root())
 
 
-def run(p: EvaluateParams, runtime: RuntimeParams, root: Path) -> None:
-    """Read root/models/gpt2 and root/data/prepared; write root/models/evaluation."""
+def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) -> None:
+    """Read root/models and root/data/prepared, write root/models/evaluation, tell MLflow."""
     model = huggingface.load(root / "models/gpt2", device.resolve_device(runtime.device))
     data = tokens.read(root / "data/prepared")
     if p.stride > model.params.block_size:
@@ -60,26 +63,30 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path) -> None:
             "models/gpt2 has a smaller vocabulary than data/prepared: `dvc repro train` makes one"
             " that fits"
         )
-    trained = read_run(root / "models/training/run.json")
+    trained = records.read(root / records.TRAINING / "record.json")
+    if files.sha256(root / "models/gpt2/model.safetensors") != trained.tags["weights_sha256"]:
+        raise UserError(
+            "models/gpt2 is not the model that models/training tells of: `dvc checkout` brings it"
+            " back, `dvc repro --force train` makes it anew"
+        )
     losses = token_losses(model, data.val)
     metrics = measure(model, data, losses, p.stride)
-    out = root / "models/evaluation"
+    out = root / records.EVALUATION
     files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     files.write_text(out / "samples.md", samples(model, p))
     targets, context = data.val[1:], model.params.block_size
     pictures.loss_by_position(losses, context, out / "loss_by_position.png")
     pictures.loss_by_rarity(losses, targets, data.train, out / "loss_by_rarity.png")
+    records.write(_record(p, trained, out), out / "record.json")
     print(report(metrics))
-    track(p, runtime, root, metrics, trained)
-
-
-def read_run(path: Path) -> dict[str, str]:
-    """Which MLflow run trained the model. Raises UserError if the file is missing or damaged."""
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))
-        return {key: trained[key] for key in ("run_id", "train_key")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is missing or damaged: `dvc repro train` makes it") from None
+    with tracking.harmless():
+        store = tracking.Store(runtime.tracking_uri)
+        store.complete(records.training(root))
+        store.complete(records.evaluation(root))
+    # The model is in DVC's hands by now: the checkpoints that it came from have done their work.
+    left = project / ".checkpoints" / trained.tags["train_key"]
+    if (left / "record.json").exists() and records.read(left / "record.json").id == trained.id:
+        checkpoint.remove(left)
 
 
 def measure(model: GPT, data: tokens.Tokens, losses: np.ndarray, stride: int) -> dict[str, float]:
@@ -134,30 +141,21 @@ def report(m: dict[str, float]) -> str:
     )
 
 
-def track(
-    p: EvaluateParams,
-    runtime: RuntimeParams,
-    root: Path,
-    metrics: dict[str, float],
-    trained: dict[str, str],
-) -> None:
-    """The headline figures on the variant's own run; all else on a nested one."""
-    parent = tracking.reopen(runtime.tracking_uri, trained["run_id"])
-    if parent is None:
-        return
-    out = root / "models/evaluation"
-    metrics = {f"evaluate/{key}": value for key, value in metrics.items()}
-    parent.metrics(metrics)
-    parent.artifacts(out, "evaluation")
-    with tracking.Run(
-        runtime.tracking_uri,
+def _record(p: EvaluateParams, trained: records.Record, out: Path) -> records.Record:
+    """The evaluation's identity is what it found: the same again is the same run in MLflow."""
+    settings = {name: str(value) for name, value in params.flatten(evaluate=p).items()}
+    found = [(out / name).read_text(encoding="utf-8") for name in ("metrics.json", "samples.md")]
+    content = json.dumps([trained.id, settings, *found])
+    now = records.now()
+    return records.Record(
+        id=hashlib.sha256(content.encode()).hexdigest()[:32],
         name="evaluate",
-        params=params.flatten(evaluate=p),
-        tags={"train_key": trained["train_key"]},
-        parent=parent.id,
-    ) as child:
-        child.metrics(metrics)
-        child.artifacts(out, "evaluation")
+        started=now,
+        ended=now,
+        parent=trained.id,
+        params=settings,
+        tags=tracking.context("stages/evaluate.py") | {"train_key": trained.tags["train_key"]},
+    )
 
 
 if __name__ == "__main__":

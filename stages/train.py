@@ -3,9 +3,8 @@
 import hashlib
 import json
 import math
-import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,16 +20,26 @@ from folio import (
     optim,
     params,
     pictures,
+    records,
+    stopping,
     tokens,
     tracking,
     vocabulary,
 )
 from folio.checkpoint import Checkpoint
 from folio.errors import UserError, one_line_errors
+from folio.follower import Follower
 from folio.loss import token_losses
 from folio.model import GPT, ModelParams, parameter_report
 from folio.runtime import RuntimeParams
 from folio.step import NonFiniteError, Step
+
+# The modules that have a say in the weights, besides this one: when one of them changes, a training
+# begins anew instead of going on from what other code has computed.
+ARITHMETIC = ("device", "head", "loss", "model", "optim", "step", "tokens", "vocabulary")
+
+# What a checkpoint holds of a Trainer's attributes, besides weights, optimizer and generators.
+_STATE = ("losses", "norms", "history", "best", "worse")
 
 _WAY_OUT = "lower train.learning_rate or train.grad_clip, or take train.precision fp32"
 
@@ -86,25 +95,19 @@ def run(
         trainer.resume(folder)
         report = parameter_report(trainer.model)
         print(_describe(trainer, report))
-        with tracking.Run(
-            runtime.tracking_uri,
-            name=f"{model_params.n_layer}x{model_params.n_head}x{model_params.n_embd}-{key[:6]}",
-            params=params.flatten(model=model_params, train=train_params)
-            | _facts(data, root, report),
-            tags={"train_key": key, "data_digest": data.digest, "precision": precision}
-            | {"device": device.describe(where)},
-            memo=folder / "run_id",
-            system_metrics=runtime.system_metrics,
-        ) as tracked:
-            tracked.dataset(data.meta["corpus"], data.digest, "stages/prepare.py")
-            trainer.train(folder, runtime, tracked)
-            _write_outs(trainer, folder, root, tracked, key)
-        shutil.rmtree(folder)
+        record = _record(trainer, folder, report, root)
+        with Follower(runtime.tracking_uri, record) as follower:
+            trainer.train(folder, runtime, follower)
+            _write_outs(trainer, record, root)
+            follower.finish(records.training(root))
 
 
 def train_key(model: ModelParams, train: TrainParams, data_digest: str) -> str:
     """What a variant is: sha256 (hex, its first 16) of what the weights depend on."""
-    what = json.dumps([asdict(model), asdict(train), data_digest], sort_keys=True)
+    library = Path(device.__file__).parent
+    sources = [Path(__file__), *(library / f"{module}.py" for module in ARITHMETIC)]
+    code = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
+    what = json.dumps([asdict(model), asdict(train), data_digest, code], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -135,9 +138,17 @@ class Trainer:
         self.batches = tokens.Batches(train, model_params.block_size, p.batch_size, p.seed)
         self.val = self.vocabulary.rows_of(data.val)
         self.step = 0  # updates done
+        self.losses: list[float] = []  # of the steps since the last row
+        self.norms: list[float] = []  # of their gradients, where finite
         self.history: list[dict[str, Any]] = []  # a row a log point
+        self.told: dict[int, dict[str, Any]] = {}  # by step: rows of steps to be done once more
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
+        self.best_weights: dict[str, torch.Tensor] = {}  # on the CPU
         self.worse = 0  # evaluations since the best
+        self.timed_from = (
+            0,
+            time.perf_counter(),
+        )  # the step from which speed is measured, and when
 
     @property
     def tokens_a_step(self) -> int:
@@ -148,77 +159,146 @@ class Trainer:
         patience = self.p.patience
         return self.step >= self.p.steps or (patience is not None and self.worse >= patience)
 
-    def train(self, folder: Path, runtime: RuntimeParams, tracked: tracking.Run) -> None:
-        """The loop: one step, and once in a while log, evaluate and save."""
-        losses, norms, started, saved = [], [], time.perf_counter(), time.monotonic()
+    def train(self, folder: Path, runtime: RuntimeParams, follower: Follower) -> None:
+        """The loop: one step, and once in a while log, evaluate and save.
+
+        Told to stop, it saves where it is and raises Stopped.
+        """
+        load = tracking.Load() if runtime.system_metrics else None
         hidden = None if runtime.progress else True  # None: shown where there is a terminal
-        with tqdm(total=self.p.steps, initial=self.step, unit="step", disable=hidden) as bar:
-            while not self.finished:
-                loss, norm, rate = self.advance()
-                losses.append(loss)
-                norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow, passed over
-                bar.update()
+        bar = tqdm(total=self.p.steps, initial=self.step, unit="step", disable=hidden)
+        saved = time.monotonic()
+        self.timed_from = (self.step, time.perf_counter())
+        try:
+            with bar, stopping.deferred():
+                while True:
+                    stopping.check()
+                    if self.wants_row(runtime.log_interval):
+                        row = self.log(bar, load)
+                        unsaved = time.monotonic() - saved
+                        if "val_loss" in row or unsaved > runtime.checkpoint_seconds:
+                            self.save(folder)
+                            follower.follow(self.history)
+                            saved = time.monotonic()
+                        self.timed_from = (self.step, time.perf_counter())
+                    if self.finished:
+                        return
+                    self.advance()
+                    bar.update()
+        except NonFiniteError as problem:
+            self.save(folder)
+            raise UserError(f"step {self.step + 1}: {problem}; {_WAY_OUT}") from None
+        except stopping.Stopped:
+            self.save(folder)
+            follower.follow(self.history)
+            left = f"step {self.step:,} is saved, and the same command goes on from there"
+            raise stopping.Stopped(left) from None
 
-                evaluating = self.step % self.p.eval_interval == 0 or self.step == self.p.steps
-                if not evaluating and self.step % runtime.log_interval:
-                    continue
-                speed = self.tokens_a_step * len(losses) / (time.perf_counter() - started)
-                row = {
-                    "train_loss": sum(losses) / len(losses),
-                    "learning_rate": rate,
-                    "grad_norm": sum(norms) / max(1, len(norms)),
-                    "tokens_per_second": speed,
-                }
-                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed:,.0f} tokens/s")
-                if evaluating:
-                    row["val_loss"] = self.evaluate()
-                    bar.write(self._line(row))
-                self.history.append({"step": self.step, "time": time.time_ns() // 1_000_000} | row)
-                if evaluating or time.monotonic() - saved > runtime.checkpoint_seconds:
-                    self.save(folder)
-                    tracked.ship(self.history)
-                    saved = time.monotonic()
-                losses, norms, started = [], [], time.perf_counter()
-        tracked.ship(self.history)
-
-    def advance(self) -> tuple[float, float, float]:
-        """One step: its training loss in nats a token, the gradient's norm, the learning rate."""
-        p = self.p
-        rate = optim.learning_rate(
-            self.step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
-        )
+    def advance(self) -> None:
+        """One step. Raises NonFiniteError, with everything as it was before."""
+        p, rng = self.p, device.rng_state()
         first = self.step * p.accumulation
         batches = [self.batches[first + i] for i in range(p.accumulation)]
         try:
-            loss, norm = self.take_step(batches, rate)
-        except NonFiniteError as problem:
-            raise UserError(f"step {self.step + 1}: {problem}; {_WAY_OUT}") from None
+            loss, norm = self.take_step(batches, self.rate(self.step))
+        except NonFiniteError:
+            device.set_rng_state(rng)
+            raise
         self.step += 1
-        return loss, norm, rate
+        self.losses.append(loss)
+        self.norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow, passed over
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update number `step`, from 0."""
+        p = self.p
+        return optim.learning_rate(
+            step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
+        )
+
+    @property
+    def is_evaluation(self) -> bool:
+        return self.step % self.p.eval_interval == 0 or self.step == self.p.steps
+
+    def wants_row(self, log_interval: int) -> bool:
+        """Whether there is to be a row of this step, and is none yet."""
+        last = self.history[-1]["step"] if self.history else 0
+        return self.step > last and (self.is_evaluation or self.step % log_interval == 0)
+
+    def log(self, bar: tqdm, load: tracking.Load | None) -> dict[str, Any]:
+        """Add a row of the steps since the last one to the history, and return it."""
+        row = {
+            "train_loss": sum(self.losses) / len(self.losses),
+            "learning_rate": self.rate(self.step - 1),
+            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
+        }
+        since, started = self.timed_from
+        if self.step > since:  # else just resumed
+            speed = self.tokens_a_step * (self.step - since) / (time.perf_counter() - started)
+            row["tokens_per_second"] = speed
+            bar.set_postfix_str(f"loss {row['train_loss']:.3f}, {speed:,.0f} tokens/s")
+        if self.is_evaluation:
+            with stopping.allowed():  # nothing has changed when it is left half-way
+                row["val_loss"] = self.evaluate()
+            self._compare(row["val_loss"])
+            bar.write(self._line(row))
+        row = {"step": self.step, "time": records.now()} | row | (load.read() if load else {})
+        # A step done once more, after a damaged checkpoint, keeps the row that MLflow has of it.
+        row = self.told.pop(self.step, row)
+        self.history.append(row)
+        self.losses, self.norms = [], []
+        return row
 
     def evaluate(self) -> float:
-        """The held-out loss now, in nats a token; keeps count of the best."""
+        """The held-out loss now, in nats a token."""
         loss = float(token_losses(self.model, self.val).mean())
         if not math.isfinite(loss):
             raise UserError(f"step {self.step}: the held-out loss is not finite; {_WAY_OUT}")
-        if loss < self.best[0]:
-            self.best, self.worse = (loss, self.step), 0
-        else:
-            self.worse += 1
         return loss
 
+    def _compare(self, loss: float) -> None:
+        if loss < self.best[0]:
+            self.best, self.worse = (loss, self.step), 0
+            self.best_weights = {
+                name: weight.to("cpu", copy=True)
+                for name, weight in self.model.state_dict().items()
+            }
+        else:
+            self.worse += 1
+
     def save(self, folder: Path) -> None:
+        """A checkpoint, then the history that MLflow may be told."""
         tensors, state = checkpoint.capture(self.model, self.optimizer, self.take_step.scaler)
-        state |= {"history": self.history, "best": self.best, "worse": self.worse}
-        checkpoint.save(folder, Checkpoint(self.step, tensors, state), keep={self.best[1]})
+        if self.best[1] != self.step:
+            tensors |= {f"best.{name}": weight for name, weight in self.best_weights.items()}
+        state |= {name: getattr(self, name) for name in _STATE} | {"made_by": self._made_by}
+        checkpoint.save(folder, Checkpoint(self.step, tensors, state))
+        records.write_history([*self.history, *self.told.values()], folder / "history.jsonl")
 
     def resume(self, folder: Path) -> None:
         """Go on from the newest whole checkpoint, where there is one."""
         found = checkpoint.load_latest(folder)
-        if found:
-            checkpoint.restore(found, self.model, self.optimizer, self.take_step.scaler)
-            self.step, self.history = found.step, found.state["history"]
-            self.best, self.worse = tuple(found.state["best"]), found.state["worse"]
+        if not found:
+            return
+        checkpoint.restore(found, self.model, self.optimizer, self.take_step.scaler)
+        self.step = found.step
+        for name in _STATE:
+            setattr(self, name, found.state[name])
+        weights = checkpoint.part(found, "best" if self.best[1] != self.step else "model")
+        self.best, self.best_weights = tuple(self.best), weights
+        told = folder / "history.jsonl"
+        if told.exists():
+            rows = records.read_history(told)
+            self.told = {row["step"]: row for row in rows if row["step"] > self.step}
+        if found.state["made_by"] != self._made_by:
+            print(
+                f"the checkpoint was made {found.state['made_by']}, and this is"
+                f" {self._made_by}: the weights will not be, bit for bit, those of one machine"
+            )
+
+    @property
+    def _made_by(self) -> str:
+        where = f"on {device.describe(self.device)} in {self.precision}"
+        return f"{where} with PyTorch {torch.__version__}"
 
     def metrics(self) -> dict[str, float]:
         rows = [row for row in self.history if "val_loss" in row]
@@ -229,7 +309,9 @@ class Trainer:
             "last_train_loss": rows[-1]["train_loss"],
             "steps": self.step,
             "epochs": self.step * self.tokens_a_step / len(self.data.train),
-            "tokens_per_second": median(row["tokens_per_second"] for row in self.history),
+            "median_tokens_per_second": median(
+                row.get("tokens_per_second", 0) for row in self.history
+            ),
             "parameters": self.model_size,
         }
 
@@ -278,30 +360,43 @@ def _describe(trainer: Trainer, report: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _write_outs(
-    trainer: Trainer, folder: Path, root: Path, tracked: tracking.Run, key: str
-) -> None:
-    best = checkpoint.load(folder, trainer.best[1])
-    checkpoint.restore_model(best, trainer.model)
+def _record(trainer: Trainer, folder: Path, report: dict[str, int], root: Path) -> records.Record:
+    """The run that this training is: the one that it was before it was stopped."""
+    path, now = folder / "record.json", records.now()
+    known = records.read(path) if path.exists() else None
+    size, key = trainer.model.params, folder.name
+    settings = params.flatten(model=size, train=trainer.p) | _facts(trainer.data, root, report)
+    record = records.Record(
+        id=known.id if known else records.new_id(),
+        started=known.started if known else now,
+        name=tracking.run_name(f"{size.n_layer}x{size.n_head}x{size.n_embd}-{key[:6]}"),
+        params={name: str(value) for name, value in settings.items()},
+        tags=tracking.context("stages/train.py")
+        | {"train_key": key, "data_digest": trainer.data.digest}
+        | {"precision": trainer.precision, "device": device.describe(trainer.device)},
+    )
+    records.write(record, path)  # before MLflow hears of it: a kill makes no second run
+    return record
+
+
+def _write_outs(trainer: Trainer, record: records.Record, root: Path) -> None:
+    trainer.model.load_state_dict(trainer.best_weights)
     huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row)
-    out = root / "models/training"
-    metrics = trainer.metrics()
-    history = trainer.history
+    out, history = root / records.TRAINING, trainer.history
+    ids = {"folio_id": record.id, "train_key": record.tags["train_key"]}
     texts = {
-        "history.jsonl": "".join(json.dumps(row) + "\n" for row in history),
         "history.csv": _as_csv(history, ["step", "train_loss", "learning_rate"]),
         "held_out.csv": _as_csv(history, ["step", "val_loss"]),
-        "metrics.json": json.dumps(metrics, indent=2) + "\n",
-        "run.json": json.dumps({"run_id": tracked.id, "train_key": key}, indent=2) + "\n",
+        "metrics.json": json.dumps(trainer.metrics(), indent=2) + "\n",
+        "run.json": json.dumps(ids, indent=2) + "\n",
     }
     for name, text in texts.items():
         files.write_text(out / name, text)
+    records.write_history(history, out / "history.jsonl")
     pictures.loss_curve(history, out / "loss.png")
-    tracked.metrics(metrics, trainer.step)
-    tracked.artifacts(root / "data/diagnostics", "data")
-    tracked.artifacts(root / "data/diagnostics.json", "data")
-    tracked.artifacts(out, "training")
-    tracked.artifacts(root / "models/gpt2", "model")
+    weights = files.sha256(root / "models/gpt2/model.safetensors")
+    tags = record.tags | {"weights_sha256": weights}
+    records.write(replace(record, ended=history[-1]["time"], tags=tags), out / "record.json")
 
 
 def _as_csv(history: list[dict[str, Any]], columns: list[str]) -> str:

@@ -4,14 +4,17 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores
 
+import contextlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+from folio import tracking
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -51,18 +54,31 @@ def set_params(folder: Path, settings: dict) -> None:
     file.write_text(yaml.safe_dump(tree))
 
 
-def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command in a project's folder, with this interpreter first on the PATH."""
+def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
+    """For a process of a test's own: this interpreter first on the PATH, no settings from outside.
+
+    first_on_path: folders that go before what PYTHONPATH has.
+    """
     clean = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))
     }
-    paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    python_path = [*map(str, first_on_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return clean | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(python_path),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        **more,
+    }
+
+
+def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
+    """Run a command in a project's folder, with more variables in its environment."""
     return subprocess.run(
         command,
         cwd=folder,
-        env=clean | paths | {"MLFLOW_DISABLE_TELEMETRY": "true"} | environment,
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=240,
@@ -71,9 +87,17 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
 
 @pytest.fixture(scope="session")
 def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_project(**settings) is a new folder with the code, tiny params and a short text."""
+    """make_project(settings) is a new folder with the code, tiny params and a short text.
 
-    def make(settings: dict | None = None) -> Path:
+    It has an empty MLflow store, unless store is False: to make one takes five seconds.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        first = tmp_path_factory.mktemp("store").resolve()
+        patch.setenv("DVC_ROOT", str(first))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking.Store(None)
+
+    def make(settings: dict | None = None, store: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("project")
         for name in ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml"):
             source, copy = ROOT / name, folder / name
@@ -86,6 +110,38 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         (folder / "data/raw").mkdir(parents=True)
         (folder / "data/raw/verses.txt").write_text(VERSES)
         set_params(folder, TINY | (settings or {}))
+        if store:
+            shutil.copy(first / "mlflow.db", folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DVC_ROOT", str(folder))
+                patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+                tracking.Store(None, mend=True)
         return folder
 
     return make
+
+
+class SmallDisk:
+    """A file system of a few MB that can be filled to the last byte."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def fill(self) -> None:
+        with contextlib.suppress(OSError), (self.folder / "filler").open("wb", 0) as file:
+            while True:
+                file.write(b"x" * 4096)
+
+    def clear(self) -> None:
+        (self.folder / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,11 +1,13 @@
 """MLflow as the stages use it: a real store, a real server, and none at all."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,11 +15,18 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
-from folio import tracking
+from folio import records, tracking
+from folio.errors import UserError
+from folio.follower import Follower
+from folio.stopping import Stopped
 
 HISTORY = [{"step": n, "time": 1_700_000_000_000 + n, "train_loss": 5.0 - n} for n in (1, 2, 3)]
+ONCE = [(1, 4.0), (2, 3.0), (3, 2.0)]
+RECORD = records.Record(
+    id="a" * 32, name="tiny", started=1_700_000_000_000, params={"train.seed": "1"}, tags={}
+)
 
 
 @pytest.fixture
@@ -25,84 +34,258 @@ def project(tmp_path, monkeypatch) -> Path:
     """The root of a project with no store yet."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield tmp_path
-    while mlflow.active_run():
-        mlflow.end_run()
+    return tmp_path
 
 
-def points(run_id: str, key: str = "train_loss") -> list[tuple[int, float]]:
-    found = mlflow.MlflowClient().get_metric_history(run_id, key)
+def runs(address: str) -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(address)
+    experiment = client.get_experiment_by_name("folio")
+    return client.search_runs([experiment.experiment_id])
+
+
+def points(address: str, key: str = "train_loss") -> list[tuple[int, float]]:
+    """All points of the only run there is."""
+    [run] = runs(address)
+    found = mlflow.MlflowClient(address).get_metric_history(run.info.run_id, key)
     return sorted((point.step, point.value) for point in found)
 
 
-def test_rows_sent_twice_are_kept_once(project):
-    with tracking.Run(None) as first:
-        first.ship(HISTORY)
-        first._shipped = 0
-        first.ship(HISTORY)
-    assert points(first.id) == [(1, 4.0), (2, 3.0), (3, 2.0)]
+def local(project: Path) -> str:
+    return f"sqlite:///{project / 'mlflow.db'}"
 
 
-def test_a_restart_goes_on_with_the_same_run(project):
-    memo = project / "run_id"
-    with pytest.raises(RuntimeError), tracking.Run(None, memo=memo) as killed:
-        killed.ship(HISTORY[:2])
-        raise RuntimeError
-    assert mlflow.get_run(killed.id).info.status == "FAILED"
-    with tracking.Run(None, memo=memo) as resumed:
-        resumed.ship(HISTORY)
-    assert resumed.id == killed.id
-    assert mlflow.get_run(resumed.id).info.status == "FINISHED"
-    assert points(resumed.id) == [(1, 4.0), (2, 3.0), (3, 2.0)]
+def whole(folder: Path) -> records.Run:
+    """A run that is over, with all that a run can have."""
+    (folder / "kept").mkdir(exist_ok=True)
+    (folder / "kept/a.txt").write_text("a")
+    (folder / "b.txt").write_text("b")
+    return records.Run(
+        record=dataclasses.replace(RECORD, ended=1_700_000_000_009),
+        history=HISTORY,
+        figures={"steps": 3, "best": 2.0},
+        files=[(folder / "kept", "folder"), (folder / "b.txt", "folder/file")],
+    )
 
 
-def test_a_remembered_run_that_the_store_lacks_gives_a_new_one(project):
-    memo = project / "run_id"
-    memo.write_text("0" * 32)
-    with tracking.Run(None, memo=memo) as new:
-        new.ship(HISTORY)
-    assert new.id != "0" * 32 and memo.read_text() == new.id
+def artifacts(address: str) -> list[str]:
+    client, [run] = mlflow.MlflowClient(address), runs(address)
+    found, folders = [], [None]
+    while folders:
+        for item in client.list_artifacts(run.info.run_id, folders.pop()):
+            (folders if item.is_dir else found).append(item.path)
+    return sorted(found)
 
 
-def test_two_processes_that_make_the_store_at_once_both_get_their_run(project):
-    code = "from folio import tracking\nwith tracking.Run(None) as r: r.metrics({'a': 1.0})"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
-    mlflow.set_tracking_uri(f"sqlite:///{project / 'mlflow.db'}")
-    found = mlflow.search_runs(experiment_names=["folio"], output_format="list")
-    assert [r.info.status for r in found] == ["FINISHED"] * 2
-    assert [r.data.metrics for r in found] == [{"a": 1.0}] * 2
+def test_a_follower_sends_a_training_and_marks_it_finished(project):
+    with Follower(None, RECORD) as follower:
+        follower.follow(HISTORY[:2])
+        follower.finish(whole(project))
+    [run] = runs(local(project))
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
+    assert run.info.end_time - run.info.start_time == 9
+    assert run.data.params == {"train.seed": "1"} and run.data.tags["folio_id"] == RECORD.id
+    assert run.data.metrics == {"train_loss": 2.0, "steps": 3.0, "best": 2.0}
+    assert points(local(project)) == ONCE and points(local(project), "best") == [(3, 2.0)]
+    assert artifacts(local(project)) == ["folder/a.txt", "folder/file/b.txt"]
 
 
-def test_a_server_that_is_away_is_said_once_and_harms_nothing(project, monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with tracking.Run("http://127.0.0.1:9") as away:
-        away.ship(HISTORY)
-        away.metrics({"a": 1.0})
-        away.artifacts(Path(__file__))
-    assert away.id is None
-    assert capsys.readouterr().err.count("going on without it") == 1
+def test_what_is_sent_twice_is_there_once(project):
+    for _ in range(2):
+        store = tracking.Store(None)
+        for _ in range(2):
+            store.send(whole(project), "FINISHED")
+        store.complete(whole(project))
+    assert points(local(project)) == ONCE and points(local(project), "best") == [(3, 2.0)]
+    assert artifacts(local(project)) == ["folder/a.txt", "folder/file/b.txt"]
+
+
+def test_half_an_artifact_is_sent_again(project):
+    store = tracking.Store(None)
+    store.send(whole(project), "RUNNING")
+    [half] = (project / "mlruns").rglob("a.txt")
+    half.write_text("")
+    store.send(whole(project), "FINISHED")
+    assert half.read_text() == "a"
+
+
+@pytest.mark.parametrize(
+    ("problem", "status"), [(Stopped("step 2 is saved"), "KILLED"), (ValueError("bad"), "FAILED")]
+)
+def test_a_restart_goes_on_with_the_same_run(project, problem, status):
+    with pytest.raises(type(problem)), Follower(None, RECORD) as follower:
+        follower.follow(HISTORY[:2])
+        raise problem
+    [run] = runs(local(project))
+    assert run.info.status == status and run.data.tags["stopped"] == str(problem)
+    again = dataclasses.replace(RECORD, name="again", params=RECORD.params | {"data.tokens": "9"})
+    with Follower(None, again) as follower:
+        follower.follow(HISTORY)
+        follower.finish(records.Run(record=again, history=HISTORY))
+    [run] = runs(local(project))
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "again")
+    assert "stopped" not in run.data.tags and run.data.params["data.tokens"] == "9"
+    assert points(local(project)) == ONCE
+
+
+def test_a_param_that_has_changed_meanwhile_does_not_stop_the_rest(project):
+    store = tracking.Store(None)
+    store.send(records.Run(record=RECORD, history=HISTORY[:1]), "RUNNING")
+    changed = dataclasses.replace(RECORD, params={"train.seed": "2"})
+    tracking.Store(None).send(records.Run(record=changed, history=HISTORY), "FINISHED")
+    assert points(local(project)) == ONCE
+
+
+def test_four_processes_that_make_the_store_at_once_all_get_their_run(project):
+    code = """
+import sys
+from folio import records
+from folio.follower import Follower
+name = sys.argv[1]
+record = records.Record(id=name * 32, name=name, started=1, params={}, tags={})
+run = records.Run(record=record, figures={"a": 1.0})
+with Follower(None, record) as follower:
+    follower.finish(run)
+"""
+    ours = environment(ROOT, DVC_ROOT=str(project))
+    four = [subprocess.Popen([sys.executable, "-c", code, name], env=ours) for name in "abcd"]
+    assert [process.wait(120) for process in four] == [0] * 4
+    found = runs(local(project))
+    assert sorted((r.info.run_name, r.info.status) for r in found) == [
+        (name, "FINISHED") for name in "abcd"
+    ]
+    assert [r.data.metrics for r in found] == [{"a": 1.0}] * 4
+
+
+def test_a_server_that_is_away_is_said_once_and_how_to_send_the_rest(project, capsys):
+    with Follower("http://127.0.0.1:9", RECORD) as follower:
+        follower.follow(HISTORY[:1])
+        time.sleep(0.5)
+        follower.follow(HISTORY)
+        follower.finish(whole(project))
+    told = capsys.readouterr().err
+    assert told.count("going on without it") == 1
+    assert told.strip().splitlines()[-1] == (
+        "MLflow lacks a part of this run: `python -m folio.sync` sends it"
+    )
+
+
+def test_a_server_that_never_answers_does_not_hold_a_notice_to_stop_up(project):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(Stopped), Follower(address, RECORD) as follower:
+            follower.follow(HISTORY)
+            assert time.monotonic() - started < 1  # nor a training
+            raise Stopped
+        assert time.monotonic() - started < 5
 
 
 def test_points_that_a_store_missed_go_with_the_next_call(project, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with tracking.Run("http://127.0.0.1:9") as late:
-        late.ship(HISTORY[:1])
-        late._address = None  # the store comes back
-        late.ship(HISTORY)
-    assert points(late.id) == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    sound, away = tracking.Store.__init__, threading.Event()
+
+    def opened_later(self, *arguments):
+        if not away.is_set():
+            away.set()
+            raise OSError("away")
+        sound(self, *arguments)
+
+    monkeypatch.setattr(tracking.Store, "__init__", opened_later)
+    with Follower(None, RECORD) as late:
+        assert away.wait(5)
+        late.follow(HISTORY)
+    assert points(local(project)) == ONCE
 
 
-def test_evaluate_adds_to_a_run_that_is_over_and_says_when_there_is_none(project, capsys):
-    with tracking.Run(None) as trained:
-        pass
-    again = tracking.reopen(None, trained.id)
-    again.metrics({"evaluate/val_loss": 4.5})
-    assert mlflow.get_run(trained.id).data.metrics == {"evaluate/val_loss": 4.5}
-    assert mlflow.get_run(trained.id).info.status == "FINISHED"
-    assert tracking.reopen(None, "0" * 32) is None
-    assert "0" * 32 in capsys.readouterr().err
+def test_a_full_disk_in_the_store_harms_nothing_and_is_made_up_for(
+    project, monkeypatch, capsys, small_disk
+):
+    monkeypatch.setenv("DVC_ROOT", str(small_disk.folder))
+    tracking.Store(None)
+    small_disk.fill()
+    with Follower(None, RECORD) as follower:
+        follower.finish(whole(project))
+    assert "python -m folio.sync" in capsys.readouterr().err
+    small_disk.clear()
+    tracking.Store(None).complete(whole(project))
+    assert points(local(small_disk.folder)) == ONCE
+    assert artifacts(local(small_disk.folder)) == ["folder/a.txt", "folder/file/b.txt"]
+
+
+def test_a_store_whose_making_was_killed_is_made_anew(project):
+    code = """
+import os, signal
+from folio import tracking
+tracking.mlflow.MlflowClient.create_experiment = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+tracking.Store(None)
+"""
+    ours = environment(ROOT, DVC_ROOT=str(project))
+    assert subprocess.run([sys.executable, "-c", code], env=ours).returncode < 0
+    assert not (project / "mlflow.db").exists() and list(project.glob("mlflow.db.new*"))
+    tracking.Store(None).send(whole(project), "FINISHED")
+    assert points(local(project)) == ONCE and not list(project.glob("mlflow.db.new*"))
+
+
+def test_a_project_that_was_moved_is_told_how_to_mend_its_store(project, monkeypatch):
+    tracking.Store(None).send(whole(project), "FINISHED")
+    moved = project / "elsewhere & more"
+    moved.mkdir()
+    for name in ("mlflow.db", "mlruns"):
+        (project / name).rename(moved / name)
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    with pytest.raises(UserError, match=r"has been moved since: `python -m folio.sync` mends"):
+        tracking.Store(None)
+    tracking.Store(None, mend=True)
+    client, [run] = mlflow.MlflowClient(local(moved)), runs(local(moved))
+    assert Path(client.download_artifacts(run.info.run_id, "folder/a.txt")).read_text() == "a"
+    tracking.Store(None).send(
+        dataclasses.replace(whole(moved), record=dataclasses.replace(RECORD, id="b")), "FINISHED"
+    )
+    assert not (project / "mlruns").exists()
+
+
+def test_a_relative_store_lies_in_the_project_wherever_the_stage_runs(project, monkeypatch):
+    monkeypatch.chdir(project.parent)
+    store = tracking.Store("sqlite:///other.db")
+    assert store.address == f"sqlite:///{project / 'other.db'}"
+    assert (project / "other.db").exists()
+
+
+def test_an_evaluation_is_nested_and_its_figures_are_on_the_training_too(project):
+    store = tracking.Store(None)
+    for seed in (1, 2, 1):  # the third finds what the first has found
+        store.complete(whole(project))
+        store.complete(
+            records.Run(
+                record=dataclasses.replace(
+                    RECORD, id=f"{seed}" * 32, parent=RECORD.id, name="evaluate", ended=seed + 10
+                ),
+                figures={"evaluate/val_loss": float(seed)},
+            )
+        )
+    parents = [r for r in runs(local(project)) if r.info.run_name == "tiny"]
+    children = [r for r in runs(local(project)) if r.info.run_name == "evaluate"]
+    assert [len(parents), len(children)] == [1, 2]
+    parent = parents[0].info.run_id
+    assert all(child.data.tags["mlflow.parentRunId"] == parent for child in children)
+    assert parents[0].data.metrics["evaluate/val_loss"] == 2.0
+
+
+def test_an_evaluation_without_its_training_is_one_line(project):
+    orphan = dataclasses.replace(RECORD, parent="b" * 32)
+    with pytest.raises(UserError, match=r"is not there: `python -m folio.sync` sends it"):
+        tracking.Store(None).complete(records.Run(record=orphan))
+
+
+def test_the_machines_load_is_read_by_the_names_that_mlflow_shows(monkeypatch):
+    monkeypatch.setattr(tracking.Load, "SECONDS", 0.2)
+    load = tracking.Load()
+    assert load.read() == {}  # too early
+    time.sleep(0.2)
+    read = load.read()
+    assert 0 <= read["system/cpu_utilization_percentage"] <= 100
+    assert read["system/system_memory_usage_megabytes"] > 100
 
 
 @contextlib.contextmanager
@@ -111,13 +294,11 @@ def serving(project: Path, *command: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (project / "server.log").open("w") as log:
         server = subprocess.Popen(
             [*command, "--port", str(port), "--workers", "1"],
             cwd=project,
-            env=environment,
+            env=environment(),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -138,29 +319,25 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_server_given_by_the_environment_gets_points_and_artifacts(project, monkeypatch):
-    store, artifacts = f"sqlite:///{project / 'server.db'}", str(project / "kept")
-    options = ["--backend-store-uri", store, "--artifacts-destination", artifacts]
+def test_a_server_keeps_the_runs_and_the_artifacts(project, monkeypatch):
+    store, kept = f"sqlite:///{project / 'server.db'}", str(project / "server")
+    options = ["--backend-store-uri", store, "--artifacts-destination", kept]
     with serving(project, "mlflow", "server", *options) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        with tracking.Run(None) as tracked:
-            tracked.ship(HISTORY)
-            tracked.artifacts(Path(__file__), "there")
-        assert points(tracked.id) == [(1, 4.0), (2, 3.0), (3, 2.0)]
-    kept = [path.name for path in (project / "kept").rglob("*.py")]
-    assert kept == [Path(__file__).name]
+        for _ in range(2):
+            with Follower(None, RECORD) as follower:
+                follower.finish(whole(project))
+        assert points(address) == ONCE
+        assert artifacts(address) == ["folder/a.txt", "folder/file/b.txt"]
+    assert len(list((project / "server").rglob("*.txt"))) == 2
     assert not (project / "mlflow.db").exists()
 
 
 def test_mlflow_ui_without_arguments_shows_the_runs_and_their_artifacts(project):
-    with tracking.Run(None) as tracked:
-        tracked.ship(HISTORY)
-        tracked.artifacts(Path(__file__), "there")
+    tracking.Store(None).send(whole(project), "FINISHED")
     with serving(project, "mlflow", "ui") as address:
-        client = mlflow.MlflowClient(address)
-        experiment = client.get_experiment_by_name("folio")
-        [shown] = client.search_runs([experiment.experiment_id])
-        assert shown.info.run_id == tracked.id and shown.data.metrics == {"train_loss": 2.0}
-        page = f"{address}/get-artifact?path=there/{Path(__file__).name}&run_uuid={tracked.id}"
+        [shown] = runs(address)
+        assert shown.data.metrics["train_loss"] == 2.0
+        page = f"{address}/get-artifact?path=folder/a.txt&run_uuid={shown.info.run_id}"
         with urllib.request.urlopen(page) as answer:
-            assert answer.read() == Path(__file__).read_bytes()
+            assert answer.read() == b"a"

@@ -1,13 +1,17 @@
 """What training keeps of what it has seen."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from conftest import ROOT, run
+from tqdm import tqdm
 
-from folio import params
+from folio import device, params, records, tokens
 from folio.model import ModelParams
 from stages import train
 
@@ -66,3 +70,63 @@ def test_a_key_changes_with_the_data_and_with_any_model_or_train_param():
     }
     assert len(keys) == 4
     assert train.train_key(model, one, "data") in keys
+
+
+def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
+    monkeypatch.chdir(folder)
+    model, settings = params.load(model=ModelParams, train=train.TrainParams)
+    data = tokens.read(folder / "data/prepared")
+    return train.Trainer(model, settings, data, torch.device("cpu"), "fp32")
+
+
+def test_a_checkpoint_of_another_machine_is_used_with_a_word(
+    overfitted, monkeypatch, tmp_path, capsys
+):
+    trainer(overfitted, monkeypatch).save(tmp_path)
+    trainer(overfitted, monkeypatch).resume(tmp_path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(device, "describe", lambda _: "NVIDIA H200")
+    trainer(overfitted, monkeypatch).resume(tmp_path)
+    told = capsys.readouterr().out
+    assert "the checkpoint was made on cpu, " in told and "this is on NVIDIA H200" in told
+    assert "will not be, bit for bit" in told
+
+
+def test_every_module_that_train_uses_has_a_say_in_its_key_or_none_in_the_weights():
+    described = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
+    used = {Path(dep).stem for dep in described["deps"] if dep.startswith("folio/")}
+    no_say = {"checkpoint", "errors", "files", "follower", "huggingface", "packages", "params"}
+    no_say |= {"pictures", "records", "runtime", "stopping", "tokenizer", "tracking"}
+    assert used - no_say == set(train.ARITHMETIC)
+
+
+def test_changed_arithmetic_never_goes_on_from_another_ones_checkpoint(
+    overfitted, monkeypatch, tmp_path
+):
+    model, one = params.load(ROOT / "params.yaml", model=ModelParams, train=train.TrainParams)
+    before = train.train_key(model, one, "data")
+    shutil.copytree(ROOT / "folio", tmp_path / "folio")
+    monkeypatch.setattr(device, "__file__", str(tmp_path / "folio/device.py"))
+    assert train.train_key(model, one, "data") == before
+    with (tmp_path / "folio/model.py").open("a") as file:
+        file.write("# another way to compute\n")
+    assert train.train_key(model, one, "data") != before
+
+
+def test_rows_that_mlflow_has_are_kept_when_their_steps_are_done_once_more(
+    overfitted, monkeypatch, tmp_path
+):
+    told = [{"step": step, "time": step, "train_loss": 1.0} for step in (1, 2, 3)]
+    one = trainer(overfitted, monkeypatch)
+    one.save(tmp_path)  # at step 0: those after it were damaged
+    records.write_history(told, tmp_path / "history.jsonl")
+    for _ in range(2):  # and killed again at once
+        one = trainer(overfitted, monkeypatch)
+        one.resume(tmp_path)
+        one.save(tmp_path)
+    for _ in range(2):
+        one.advance()
+        one.log(tqdm(disable=True), load=None)
+    assert one.history == told[:2]
+    one.save(tmp_path)
+    assert records.read_history(tmp_path / "history.jsonl") == told
