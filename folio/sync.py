@@ -1,0 +1,112 @@
+"""Write to MLflow what it lacks: `python -m folio.sync`, in the project's root.
+
+Sends every training and evaluation that DVC keeps (here, in commits, experiments, the run cache),
+then what there is of trainings that were cut short, and mends the addresses of a local store whose
+project has been moved. Run twice, it changes nothing the second time.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from folio import checkpoint, params, records, tracking
+from folio.cache import Cache
+from folio.errors import UserError, one_line_errors
+from folio.records import Record, Run
+from folio.runtime import RuntimeParams
+
+PREPARED = "data/prepared"
+KINDS = {records.TRAINING: records.training, records.EVALUATION: records.evaluation}
+
+# Puts a run's files under a folder and returns where they are; None where some are not here.
+Bring = Callable[[Path], Path | None]
+
+
+def run(address: str | None, root: Path) -> list[str]:
+    """Bring the store at the address up to date. Returns what was done, a line each.
+
+    Raises UserError where the store does not take it.
+    """
+    told: list[str] = []
+    try:
+        store = tracking.Store(address, mend=True)
+        statuses = store.statuses()
+        for kind, read in KINDS.items():  # trainings first: evaluations are nested under them
+            for record, bring in _kept(root, kind):
+                if statuses.get(record.id) not in ("FINISHED", "DELETED"):
+                    told.append(_send(store, statuses, record, read, bring))
+        told += [_send_unfinished(store, statuses, folder) for folder in _unfinished(root)]
+    except (tracking.MlflowException, OSError) as problem:
+        reason = tracking.reason(problem)
+        raise UserError(f"MLflow did not take this: {reason}; run it again later") from None
+    return [line for line in told if line]
+
+
+def _send(
+    store: tracking.Store,
+    statuses: dict[str, str],
+    record: Record,
+    read: Callable[[Path], Run],
+    bring: Bring,
+) -> str:
+    if record.parent and statuses.get(record.parent, "DELETED") == "DELETED":
+        return ""  # nobody wants it, or its training is named below as missing
+    with tempfile.TemporaryDirectory(prefix="folio-") as folder:
+        place = bring(Path(folder))
+        if place is None:
+            return f"not in DVC's cache: {record.name} (`dvc fetch --all-commits` may bring it)"
+        store.send(read(place), "FINISHED")
+    statuses[record.id] = "FINISHED"
+    return f"sent {record.name}"
+
+
+def _kept(root: Path, kind: Path) -> Iterator[tuple[Record, Bring]]:
+    """The runs of a kind that are here or in DVC's cache, each with a way to get its files."""
+    path, seen = kind / "record.json", set()
+    cache = Cache(root)
+    entries = cache.entries()
+    prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
+    for entry in entries:
+        content = cache.read(entry.outs.get(path.as_posix(), ""))
+        if content:
+            record = records.parse(content, path)
+            outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
+            yield record, _from(cache, outs)
+            seen.add(record.id)
+    if (root / path).exists() and (made := records.read(root / path)).id not in seen:
+        yield made, lambda _: root  # by hand, without DVC
+
+
+def _from(cache: Cache, outs: dict[str, str]) -> Bring:
+    return lambda folder: folder if cache.copy(outs, folder) else None
+
+
+def _unfinished(root: Path) -> list[Path]:
+    """The checkpoint folders of trainings that have not ended."""
+    return sorted(path.parent for path in (root / ".checkpoints").glob("*/record.json"))
+
+
+def _send_unfinished(store: tracking.Store, statuses: dict[str, str], folder: Path) -> str:
+    record = records.read(folder / "record.json")
+    with checkpoint.idle(folder) as idle:
+        if not idle or statuses.get(record.id, "RUNNING") != "RUNNING":
+            return ""  # its trainer tells MLflow, or has
+        path = folder / "history.jsonl"
+        history = records.read_history(path) if path.exists() else []
+        store.send(Run(record=record, history=history), "KILLED", "cut short")
+        return f"sent {record.name}, cut short after step {history[-1]['step'] if history else 0}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m folio.sync", description="Write to MLflow what it lacks."
+    ).parse_args()
+    (runtime,) = params.load(runtime=RuntimeParams)
+    told = run(runtime.tracking_uri, tracking.project_root())
+    print("\n".join(told or ["MLflow has every run"]))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
