@@ -21,7 +21,7 @@ test: .venv/installed
 
 ui: .venv/installed
 	@echo 'http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning has the runs'
-	mlflow ui
+	mlflow ui --host 127.0.0.1
 
 variant: .venv/installed | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import run, set_params
 
-from folio import checkpoint
+from folio import checkpoint, tracking
 from folio.errors import one_line_errors
 from folio.model import GPT
 from stages import evaluate, prepare, train
@@ -33,6 +33,7 @@ def project(trained, tmp_path, monkeypatch) -> Path:
     shutil.copytree(trained, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
+    tracking.Store(None, mend=True)
     return folder
 
 
@@ -86,24 +87,41 @@ def test_a_setting_that_will_not_do_is_named(project, capsys, stage, settings, w
     assert words in fails(stage, capsys)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(
-    project, capsys, monkeypatch
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_with_the_weights_of_the_last_good_step(
+    project, capsys, monkeypatch, where
 ):
+    for made in ("models", ".checkpoints"):
+        shutil.rmtree(made)
+    train.main()
+    undisturbed = Path("models/gpt2/model.safetensors").read_bytes()
+    shutil.rmtree(".checkpoints")
     sound, calls = GPT.loss, itertools.count(1)
 
     def spoiled_from_the_fifth_step(model, x, y):
-        return sound(model, x, y) * (float("nan") if next(calls) > 8 else 1)  # 2 calls a step
+        loss = sound(model, x, y)
+        if next(calls) > 8:  # 2 calls a step
+            if where == "loss":
+                return loss * float("nan")
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
-    monkeypatch.setattr(GPT, "loss", spoiled_from_the_fifth_step)
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
-        train.main()
+    with monkeypatch.context() as spoiling:
+        spoiling.setattr(GPT, "loss", spoiled_from_the_fifth_step)
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            train.main()
     assert stopped.value.code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 5: the loss is not finite" in line and "lower train.learning_rate" in line
+    assert f"step 5: the {where} is not finite" in line and "lower train.learning_rate" in line
     [folder] = Path(".checkpoints").glob("*/")
-    assert checkpoint.steps(folder) == [2, 4]
     last = checkpoint.load(folder, 4).tensors
     assert all(tensor.isfinite().all() for tensor in last.values() if tensor.is_floating_point())
+    store = tracking.Store(None)
+    [status] = {*store.statuses().values()} - {"FINISHED"}
+    assert status == "FAILED"
+
+    train.main()  # it was chance, say: what comes out is as if it had not been
+    assert Path("models/gpt2/model.safetensors").read_bytes() == undisturbed
 
 
 def test_several_wrong_settings_are_all_named_at_once(project, capsys):
@@ -140,10 +158,19 @@ def test_evaluate_without_a_model_says_how_to_make_one(project, capsys):
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}"])
-def test_evaluate_without_the_run_that_trained_the_model_says_so(project, capsys, content):
-    file = project / "models/training/run.json"
+def test_evaluate_without_the_record_of_the_training_says_so(project, capsys, content):
+    file = project / "models/training/record.json"
     file.unlink() if content is None else file.write_text(content)
-    assert "run.json is missing or damaged: `dvc repro train`" in fails("evaluate", capsys)
+    line = fails("evaluate", capsys)
+    assert "record.json is missing or damaged: `dvc repro --force train`" in line
+
+
+def test_evaluate_does_not_take_another_model_for_the_one_that_was_trained(project, capsys):
+    file = project / "models/gpt2/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "models/gpt2 is not the model that models/training tells of" in fails("evaluate", capsys)
 
 
 def test_a_stage_run_by_hand_exits_with_1_and_no_traceback(project):
@@ -178,7 +205,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(project, full_disk
     shutil.rmtree(project / full, ignore_errors=True)
     (project / full).symlink_to(full_disk, target_is_directory=True)
     (full_disk / "filler").write_bytes(b"x" * 60 * 1024)
-    assert "no space left on the disk" in fails(stage, capsys)
+    assert "No space left on device" in fails(stage, capsys)
     assert {path.name for path in (project / full).rglob("*")} <= {"filler"} | lock_files(project)
     subprocess.run(["mount", "-o", "remount,size=64m", str(full_disk)], check=True)
     STAGES[stage].main()

@@ -1,14 +1,17 @@
 """The whole pipeline in a real DVC repository of its own, with a real MLflow store."""
 
 import json
+import subprocess
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import torch
-from conftest import run, set_params
+from conftest import environment, run, set_params
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,7 @@ def repo(make_project) -> Path:
 
 @pytest.fixture
 def store(repo: Path) -> mlflow.MlflowClient:
-    mlflow.set_tracking_uri(f"sqlite:///{repo / 'mlflow.db'}")
-    return mlflow.MlflowClient()
+    return mlflow.MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
 
 
 def runs_of(store: mlflow.MlflowClient, key: str) -> tuple[list, list]:
@@ -108,7 +110,7 @@ def test_every_figure_of_the_issue_is_in_the_metrics_files(repo):
 def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
     variants, nested = runs_of(store, written(repo, "training/run.json")["train_key"])
     [variant] = variants
-    assert variant.info.run_id == written(repo, "training/run.json")["run_id"]
+    assert variant.data.tags["folio_id"] == written(repo, "training/run.json")["folio_id"]
     assert variant.info.status == "FINISHED"
     assert variant.data.params["train.steps"] == "6"
     assert variant.data.params["data.corpus"] == "data/raw/verses.txt"
@@ -121,14 +123,17 @@ def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
     [dataset] = variant.inputs.dataset_inputs
     assert variant.data.tags["data_digest"].startswith(dataset.dataset.digest)
     folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
-    assert folders == {"data", "evaluation", "model", "training"}
+    assert folders == {"data", "model", "training"}
     [child] = nested
+    folders = {item.path for item in store.list_artifacts(child.info.run_id)}
+    assert folders == {"evaluation"}
     assert child.data.tags["mlflow.parentRunId"] == variant.info.run_id
     assert child.data.params["evaluate.sample_tokens"] == "4"
 
 
 def test_mlflow_holds_each_row_of_the_history_once(repo, store):
-    run_id = written(repo, "training/run.json")["run_id"]
+    [[variant], _] = runs_of(store, written(repo, "training/run.json")["train_key"])
+    run_id = variant.info.run_id
     history = (repo / "models/training/history.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in history]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -178,23 +183,40 @@ def test_an_edited_text_reruns_prepare_and_what_follows(repo):
     text.write_text(original)
 
 
-def test_queued_experiments_with_two_workers_keep_their_runs(repo, store):
-    for seed in (1, 2):
-        queued = run(repo, "dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}")
-        assert queued.returncode == 0, queued.stderr
-    run(repo, "dvc", "queue", "start", "-j", "2")
-    end = time.monotonic() + 180
-    while time.monotonic() < end:
-        status = run(repo, "dvc", "queue", "status").stdout
-        if "Running" not in status and "Queued" not in status:
-            break
-        time.sleep(2)
-    assert status.count("Success") == 2, status
-    experiment = store.get_experiment_by_name("folio")
-    for seed in (1, 2):
-        [variant] = store.search_runs([experiment.experiment_id], f"params.`train.seed` = '{seed}'")
-        assert variant.info.status == "FINISHED"
-        assert variant.data.tags["dvc_experiment"]
-        assert variant.data.tags["dvc_baseline"]
-        assert Path(variant.info.artifact_uri.removeprefix("file://")).is_relative_to(repo)
-        assert "evaluate/val_loss" in variant.data.metrics
+def trainers() -> list[psutil.Process]:
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if (p.info["cmdline"] or [])[-2:] == ["-m", "stages.train"]]
+
+
+def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(repo, store):
+    others = {process.pid for process in trainers()}
+    set_params(repo, {"train.seed": 3, "train.steps": 3000, "train.eval_interval": 100})
+    dvc = subprocess.Popen(["dvc", "repro"], cwd=repo, env=environment())
+    while not list(repo.glob(".checkpoints/*/step-*[0-9]")):
+        assert dvc.poll() is None
+        time.sleep(0.02)
+    [trainer] = [process for process in trainers() if process.pid not in others]
+    dvc.kill()
+    dvc.wait()
+    trainer.wait(10)
+    again = run(repo, "dvc", "repro")
+    assert again.returncode == 0 and "going on from the checkpoint of step" in again.stdout
+    [variant], _ = runs_of(store, written(repo, "training/run.json")["train_key"])
+    assert variant.info.status == "FINISHED"
+    assert not list(repo.glob(".checkpoints/*/*"))
+    run(repo, "git", "checkout", ".")
+    run(repo, "dvc", "checkout")
+
+
+def test_two_repros_at_once_make_one_run(repo, store):
+    set_params(repo, {"train.seed": 4})
+    with ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda _: run(repo, "dvc", "repro"), range(2)))
+    assert 0 in [d.returncode for d in done]
+    for refused in (d for d in done if d.returncode):
+        assert "another" in refused.stderr.lower() or "busy" in refused.stderr, refused.stderr
+    assert "Running stage" not in run(repo, "dvc", "repro").stdout
+    [variant], [_] = runs_of(store, written(repo, "training/run.json")["train_key"])
+    assert variant.info.status == "FINISHED"
+    run(repo, "git", "checkout", ".")
+    run(repo, "dvc", "checkout")

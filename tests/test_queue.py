@@ -1,0 +1,44 @@
+"""Four experiments at once, into a store that is not there yet."""
+
+import time
+from pathlib import Path
+
+import mlflow
+from conftest import run
+
+SEEDS = ("1", "2", "3", "4")
+
+
+def test_four_queued_experiments_at_once_keep_their_runs(make_project):
+    repo = make_project(store=False)
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "Test"],
+        ["dvc", "repro", "prepare"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "start"],
+        *(["dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}"] for seed in SEEDS),
+        ["dvc", "queue", "start", "-j", "4"],
+    ):
+        done = run(repo, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        status = run(repo, "dvc", "queue", "status").stdout
+        if "Running" not in status and "Queued" not in status:
+            break
+        time.sleep(3)
+    assert status.count("Success") == 4, status
+    store = mlflow.MlflowClient(f"sqlite:///{repo / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("folio").experiment_id
+    for seed in SEEDS:
+        [variant] = store.search_runs([experiment], f"params.`train.seed` = '{seed}'")
+        assert variant.info.status == "FINISHED"
+        assert variant.data.tags["dvc_experiment"] and variant.data.tags["dvc_baseline"]
+        assert Path(variant.info.artifact_uri.removeprefix("file://")).is_relative_to(repo)
+        assert "evaluate/val_loss" in variant.data.metrics
+        points = store.get_metric_history(variant.info.run_id, "train_loss")
+        assert sorted(point.step for point in points) == [1, 2, 3, 4, 5, 6]
+        folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
+        assert folders == {"data", "model", "training"}
