@@ -70,6 +70,8 @@ def remove(folder: Path) -> None:
     """Remove a variant's checkpoints, unless a trainer is at work on them."""
     with idle(folder) as free:
         if free:
+            for place in folder.glob("step-*"):  # first: a kill leaves none without its record
+                shutil.rmtree(place)
             shutil.rmtree(folder)
 
 
@@ -120,14 +122,15 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
     A kill or a full disk at any moment leaves the checkpoints that were there.
     """
-    for left in folder.glob("*.tmp"):  # by a kill
+    for left in folder.glob("step-*.tmp"):  # by a kill
         shutil.rmtree(left)
     place = _place(folder, checkpoint.step)
     temporary = place.with_suffix(".new.tmp")
     temporary.mkdir(parents=True)
     try:
         tensors = {name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}
-        content = safetensors.torch.save(tensors, {"state": json.dumps(checkpoint.state)})
+        header = {"step": str(checkpoint.step), "state": json.dumps(checkpoint.state)}
+        content = safetensors.torch.save(tensors, header)
         (temporary / "state.safetensors").write_bytes(content)
         (temporary / "sha256").write_text(hashlib.sha256(content).hexdigest())
         for file in temporary.iterdir():
@@ -152,7 +155,10 @@ def load(folder: Path, step: int) -> Checkpoint:
             raise ValueError("its checksum does not match")
         with safe_open(place / "state.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            state = json.loads(file.metadata()["state"])
+            header = file.metadata()
+        if int(header["step"]) != step:
+            raise ValueError(f"it is of step {header['step']}")
+        state = json.loads(header["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise UserError(f"checkpoint {place} is damaged: {problem}") from None
     return Checkpoint(step, tensors, state)
@@ -176,11 +182,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def steps(folder: Path) -> list[int]:
     """The steps of which there are checkpoints, oldest first."""
-    return sorted(
-        int(place.name.removeprefix("step-"))
-        for place in folder.glob("step-*")
-        if place.suffix != ".tmp"
-    )
+    names = [place.name.removeprefix("step-") for place in folder.glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def part(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

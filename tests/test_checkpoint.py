@@ -1,8 +1,10 @@
 """A checkpoint is the complete state, written whole or not at all, and checked when it is read."""
 
 import contextlib
+import itertools
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +211,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, dam
         checkpoint.load(folder, 3)
 
 
+def test_a_checkpoint_under_another_ones_name_is_named_and_passed_over(folder, capsys):
+    (folder / "step-00000003").rename(folder / "step-00000009")
+    assert checkpoint.load_latest(folder).step == 2
+    assert "step-00000009 is damaged: it is of step 3; passing it over" in capsys.readouterr().err
+
+
 def test_an_undamaged_one_is_used_without_a_word(folder, capsys):
     assert checkpoint.load_latest(folder).step == 3
     assert capsys.readouterr().err == ""
@@ -365,6 +373,23 @@ def test_the_checkpoints_of_a_trainer_at_work_are_not_removed(tmp_path, other):
         assert idle
     checkpoint.remove(tmp_path / "key")
     assert not (tmp_path / "key").exists()
+
+
+def test_a_removal_that_is_killed_leaves_the_record_by_which_it_goes_on(folder, monkeypatch):
+    (folder / "record.json").write_text("{}")
+    sound, calls = shutil.rmtree, itertools.count(1)
+
+    def killed(*arguments, **options):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        sound(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.remove(folder)
+    assert (folder / "record.json").exists() and len(checkpoint.steps(folder)) == 1
+    checkpoint.remove(folder)
+    assert not folder.exists()
 
 
 def test_the_lock_is_not_in_the_folder_that_is_removed(tmp_path):
