@@ -18,6 +18,7 @@ from folio.errors import UserError
 
 TRAINING = Path("models/training")
 EVALUATION = Path("models/evaluation")
+FILE = "record.json"  # beside the history, and beside the figures of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def training(root: Path) -> Run:
     """The training whose outs are under root."""
     folder = root / TRAINING
     return Run(
-        record=read(folder / "record.json"),
+        record=read(folder / FILE),
         history=read_history(folder / "history.jsonl"),
         figures=_read_figures(folder / "metrics.json"),
         files=[
@@ -104,7 +105,7 @@ def evaluation(root: Path) -> Run:
     folder = root / EVALUATION
     figures = _read_figures(folder / "metrics.json")
     return Run(
-        record=read(folder / "record.json"),
+        record=read(folder / FILE),
         figures={f"evaluate/{name}": value for name, value in figures.items()},
         files=[(folder, "evaluation")],
     )

@@ -63,7 +63,7 @@ def _send(
 
 def _kept(root: Path, kind: Path) -> Iterator[tuple[Record, Bring]]:
     """The runs of a kind that are here or in DVC's cache, each with a way to get its files."""
-    path, seen = kind / "record.json", set()
+    path, seen = kind / records.FILE, set()
     cache = Cache(root)
     entries = cache.entries()
     prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
@@ -88,7 +88,7 @@ def _unfinished(root: Path) -> list[Path]:
 
 
 def _send_unfinished(store: tracking.Store, statuses: dict[str, str], folder: Path) -> str:
-    record = records.read(folder / "record.json")
+    record = records.read(folder / records.FILE)
     with checkpoint.idle(folder) as idle:
         if not idle or statuses.get(record.id, "RUNNING") != "RUNNING":
             return ""  # its trainer tells MLflow, or has

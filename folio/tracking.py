@@ -179,9 +179,10 @@ class Store:
         self._client.log_batch(run_id, [Metric(*point, when, step) for point in new.items()])
 
     def _upload(self, run_id: str, path: Path, folder: str) -> None:
-        """Send a file, or a folder's files, to `folder` of the run's artifacts."""
+        """Send a file, or a folder's files but for the record, to `folder` of the artifacts."""
         top = path if path.is_dir() else path.parent
         files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+        files = [f for f in files if f.name != records.FILE]  # what it says is the run itself
         there: dict[str, dict[str, int]] = {}  # the sizes of what is there, folder by folder
         for file in files:
             place = (Path(folder) / file.relative_to(top)).parent.as_posix()

@@ -63,7 +63,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
             "models/gpt2 has a smaller vocabulary than data/prepared: `dvc repro train` makes one"
             " that fits"
         )
-    trained = records.read(root / records.TRAINING / "record.json")
+    trained = records.read(root / records.TRAINING / records.FILE)
     if files.sha256(root / "models/gpt2/model.safetensors") != trained.tags["weights_sha256"]:
         raise UserError(
             "models/gpt2 is not the model that models/training tells of: `dvc checkout` brings it"
@@ -77,7 +77,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     targets, context = data.val[1:], model.params.block_size
     pictures.loss_by_position(losses, context, out / "loss_by_position.png")
     pictures.loss_by_rarity(losses, targets, data.train, out / "loss_by_rarity.png")
-    records.write(_record(p, trained, out), out / "record.json")
+    records.write(_record(p, trained, out), out / records.FILE)
     print(report(metrics))
     with tracking.harmless():
         store = tracking.Store(runtime.tracking_uri)
@@ -85,7 +85,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
         store.complete(records.evaluation(root))
     # The model is in DVC's hands by now: the checkpoints that it came from have done their work.
     left = project / ".checkpoints" / trained.tags["train_key"]
-    if (left / "record.json").exists() and records.read(left / "record.json").id == trained.id:
+    if (left / records.FILE).exists() and records.read(left / records.FILE).id == trained.id:
         checkpoint.remove(left)
 
 

@@ -362,7 +362,7 @@ def _describe(trainer: Trainer, report: dict[str, int]) -> str:
 
 def _record(trainer: Trainer, folder: Path, report: dict[str, int], root: Path) -> records.Record:
     """The run that this training is: the one that it was before it was stopped."""
-    path, now = folder / "record.json", records.now()
+    path, now = folder / records.FILE, records.now()
     known = records.read(path) if path.exists() else None
     size, key = trainer.model.params, folder.name
     settings = params.flatten(model=size, train=trainer.p) | _facts(trainer.data, root, report)
@@ -396,7 +396,7 @@ def _write_outs(trainer: Trainer, record: records.Record, root: Path) -> None:
     pictures.loss_curve(history, out / "loss.png")
     weights = files.sha256(root / "models/gpt2/model.safetensors")
     tags = record.tags | {"weights_sha256": weights}
-    records.write(replace(record, ended=history[-1]["time"], tags=tags), out / "record.json")
+    records.write(replace(record, ended=history[-1]["time"], tags=tags), out / records.FILE)
 
 
 def _as_csv(history: list[dict[str, Any]], columns: list[str]) -> str:

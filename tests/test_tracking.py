@@ -58,6 +58,7 @@ def whole(folder: Path) -> records.Run:
     """A run that is over, with all that a run can have."""
     (folder / "kept").mkdir(exist_ok=True)
     (folder / "kept/a.txt").write_text("a")
+    (folder / "kept/record.json").write_text("{}")  # the run itself: it is not sent
     (folder / "b.txt").write_text("b")
     return records.Run(
         record=dataclasses.replace(RECORD, ended=1_700_000_000_009),
