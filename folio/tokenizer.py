@@ -7,7 +7,9 @@ built from them, and nothing is fetched or left behind.
 
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +32,13 @@ HUGGING_FACE = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # the 
 # (tiktoken_ext/openai_public.py, r50k_pat_str), linear in time on a text of one repeated character.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+# \s+(?!\S), white space but for its last character, costs tiktoken's engine a place on a stack for
+# each character, and of these it has a million. So a run that long is cut out beforehand, at the
+# two places where the pattern would cut it. The class is the engine's \s, not Python's.
+_BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_BLANK = re.compile(f"(?<!{_BLANK}){_BLANK}{{100000,}}")
+_NO_TEXT = 187  # the token of the byte 0xFF, which no UTF-8 has
+
 
 def encode(text: str) -> np.ndarray:
     """Return the token ids of a text, [tokens] uint16.
@@ -37,17 +46,21 @@ def encode(text: str) -> np.ndarray:
     `<|endoftext|>` in the text is plain text, not the token. A lone surrogate, which no UTF-8 file
     but a terminal's input may hold, becomes U+FFFD as it does in tiktoken.
     """
-    try:
-        ids = _encoding().encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = _encoding().encode_to_numpy(text, disallowed_special=())
-    return ids.astype(np.uint16)
+    cuts = [0]
+    for blank in LONG_BLANK.finditer(text):
+        cuts += [blank.start(), blank.end() - (blank.end() < len(text))]
+    pieces = [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+    return np.concatenate([_encode(piece) for piece in pieces])
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Return the text of token ids; bytes that are not UTF-8, as in half a character, as U+FFFD."""
-    return _encoding().decode([int(token) for token in ids])
+    """Return the text of token ids.
+
+    Bytes that are not UTF-8, as in half a character, become U+FFFD, and so do ids beyond GPT-2's,
+    which a model with a padded vocabulary has.
+    """
+    tokens = (int(token) for token in ids)
+    return _encoding().decode([token if token < VOCABULARY else _NO_TEXT for token in tokens])
 
 
 def save(folder: Path) -> None:
@@ -65,6 +78,15 @@ def save(folder: Path) -> None:
     }
     with files.replacing(folder / "tokenizer_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _encode(text: str) -> np.ndarray:
+    try:
+        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+    return ids.astype(np.uint16)
 
 
 @functools.cache

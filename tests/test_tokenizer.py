@@ -1,6 +1,7 @@
 """GPT-2's tokenizer: offline, the same as tiktoken's and transformers'."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -62,6 +63,28 @@ def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
 def test_ids_are_those_of_tiktoken(tiny, original):
     for text in [*ODD, tiny.val]:
         assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \r\n", "\u3000"])
+@pytest.mark.parametrize("after", ["", "x"])
+def test_a_run_of_millions_of_blanks_is_encoded(run, after):
+    text = f"x{run * (1_200_000 // len(run))}{after}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_cutting_a_run_of_blanks_out_changes_no_token(original, monkeypatch):
+    short = tokenizer.LONG_BLANK.pattern.replace("100000", "3")
+    monkeypatch.setattr(tokenizer, "LONG_BLANK", re.compile(short))
+    random = np.random.default_rng(1)
+    alphabet = list(" \n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180ea1!'s\u4e2d")
+    for _ in range(2_000):
+        text = "".join(random.choice(alphabet, random.integers(30)))
+        assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+def test_ids_that_gpt2_does_not_have_are_decoded_as_unknown():
+    assert tokenizer.decode([11, tokenizer.VOCABULARY, 65_535, 11]) == ",\ufffd\ufffd,"
 
 
 @pytest.mark.parametrize("text", ODD)
