@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -21,6 +22,7 @@ from folio.errors import UserError
 SECTIONS = ("prepare", "model", "train", "evaluate", "runtime")
 FILE = Path("params.yaml")
 
+MOST_LEVELS = 10  # the file, a section, a list: three are used
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -31,9 +33,9 @@ def load(path: str | Path = FILE, /, **sections: type) -> tuple:
     params.yaml. Raises UserError with one line a problem: unknown, missing and mistyped keys, and
     values out of bounds.
     """
-    tree = _read(Path(path))
+    tree = read(Path(path))
     problems = [
-        f"{name}: unknown section{_nearest(name, SECTIONS)}"
+        f"{_name(name)}: unknown section{_nearest(_name(name), SECTIONS)}"
         for name in tree
         if name not in SECTIONS
     ]
@@ -52,18 +54,71 @@ def flatten(**sections: Any) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[Any, Any]:
+    """A YAML file's mapping as it stands, its names and values unchecked.
+
+    Raises UserError when there is none, or when YAML would take something in it amiss: of a key
+    that comes twice, it keeps the last without a word.
+    """
+    way_out = f"mend it, or `git checkout {path}`"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run this in the project's root") from None
-    except (ValueError, yaml.YAMLError) as problem:  # not UTF-8, a 13th month, not YAML
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}): {way_out}") from None
+    except _Refused as problem:
+        line = problem.problem_mark.line + 1
+        raise UserError(f"{path}: line {line}: {problem.problem}") from None
+    except (ValueError, OverflowError, yaml.YAMLError) as problem:  # not UTF-8, a 13th month, ...
         where = getattr(problem, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"{path} is not YAML{line}: mend it, or `git checkout {path}`") from None
+        raise UserError(f"{path} is not YAML{line}: {way_out}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no sections: it needs {', '.join(SECTIONS)}")
-    return {str(name): value for name, value in tree.items()}
+    return tree
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML, but not in params.yaml: `problem` says why and the way out."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader less what loses values (a repeated key) or takes more than the file's size.
+
+    Nesting is bounded for Python's stack's sake, and merge keys are refused because each doubles
+    what it merges. A tag would let `!!bool perhaps` raise whatever PyYAML stumbles over.
+    """
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise _refused("a tag such as !!str is not read: write the plain value", event)
+        if self.levels == MOST_LEVELS:
+            raise _refused(f"more than {MOST_LEVELS} levels deep: a section holds values", event)
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a list or a mapping is no name for a value", key)
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise _refused("`<<` is not read: write out the keys that it merges", key)
+            name = self.construct_object(key)
+            if name in names:
+                raise _refused(f"{_name(name)} is there twice: keep one of them", key)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _refused(why: str, what: yaml.Event | yaml.Node) -> _Refused:
+    return _Refused(problem=why, problem_mark=what.start_mark)
 
 
 def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
@@ -75,8 +130,8 @@ def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
     before = len(problems)
     for key in values:
         if key not in hints:
-            near = _nearest(str(key), hints, f"{name}.")
-            problems.append(f"{name}.{key}: unknown{near or '; remove it'}")
+            near = _nearest(_name(key), hints, f"{name}.")
+            problems.append(f"{name}.{_name(key)}: unknown{near or '; remove it'}")
     known = {}
     for key, hint in hints.items():
         if key not in values:
@@ -86,7 +141,7 @@ def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
             known[key] = _convert(values[key], hint)
         except (ValueError, OverflowError):  # an int may be too large for a float
             problems.append(
-                f"{name}.{key}: {values[key]!r} will not do; it takes {_describe(hint)}"
+                f"{name}.{key}: {_show(values[key])} will not do; it takes {_describe(hint)}"
             )
     if len(problems) > before:
         return None
@@ -123,6 +178,8 @@ def _convert(value: Any, hint: Any) -> Any:
         raise ValueError
     if type(value) is not hint:  # a bool is no int
         raise ValueError
+    if hint is int and value.bit_length() > 63:  # no count is, and torch and numpy take no more
+        raise ValueError
     return value
 
 
@@ -149,3 +206,24 @@ def _describe(hint: Any) -> str:
 def _nearest(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+class _Short(reprlib.Repr):
+    """repr in a line's length, whatever the size: aliases in YAML can nest a value 10^9 times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 2, 60, 60
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python writes no more than 4,300 digits.
+        return repr(value) if value.bit_length() < 64 else f"an int of {value.bit_length()} bits"
+
+
+_show = _Short().repr
+
+
+def _name(key: Any) -> str:
+    """A key as it stands, or quoted and shortened where it would not read as one name."""
+    plain = isinstance(key, str) and key.isprintable() and 0 < len(key) <= 60
+    return key if plain else _show(key)

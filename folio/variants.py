@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from folio import params
 from folio.errors import UserError, one_line_errors
 
 FOLDER = Path("variants")
@@ -22,12 +21,16 @@ FOLDER = Path("variants")
 def read(name: str) -> dict[str, Any]:
     """A variant's settings as {"train.steps": 1650, ...}.
 
-    Raises UserError if there is none of that name.
+    Raises UserError if there is none of that name, or if it is no overlay of params.yaml.
     """
     names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     if name not in names:
         raise UserError(f"no variant {name!r} in {FOLDER}; there are {', '.join(names)}")
-    tree = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    file = FOLDER / f"{name}.yaml"
+    tree = params.read(file)
+    for section, values in tree.items():
+        if section not in params.SECTIONS or not isinstance(values, dict):
+            raise UserError(f"{file}: its top level takes {', '.join(params.SECTIONS)} alone")
     return {
         f"{section}.{key}": value
         for section, values in tree.items()
@@ -44,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     command = ["dvc", "exp", "run", *(["--queue"] if options.queue else [])]
     for key, value in read(options.name).items():
-        command += ["--set-param", f"{key}={json.dumps(value)}"]
+        command += ["--set-param", f"{key}={json.dumps(value, default=str)}"]
     if not shutil.which("dvc"):
         raise UserError("dvc is not on the PATH: `make variant` has it, or activate .venv")
     sys.stdout.flush()

@@ -1,8 +1,10 @@
 """params.yaml is read strictly, and every problem is named at once."""
 
 import dataclasses
+import errno
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -278,6 +280,103 @@ def test_a_file_without_sections_is_told_which_it_needs(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match="holds no sections: it needs prepare, model, train"):
+        read(path)
+
+
+@pytest.mark.parametrize("second", ["steps", "'steps'", '"st\\x65ps"'])
+def test_a_key_that_comes_twice_is_named_with_its_line(write, second):
+    path = write()
+    path.write_text(path.read_text() + f"  {second}: 20\n")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value) == f"{path}: line 10: steps is there twice: keep one of them"
+
+
+def test_a_section_that_comes_twice_is_named_with_its_line(write):
+    path = write()
+    path.write_text(path.read_text() + "train: {steps: 20}\n")
+    with pytest.raises(UserError, match="line 10: train is there twice: keep one of them"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["x: " + "[" * 100_000, "x: " + "{a: " * 100_000, "- " * 9_999, "? " * 9_999]
+)
+def test_deep_nesting_is_one_line_with_its_place(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text("train: 1\nmodel:\n" + text)
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: line 3: more than 10 levels deep")
+
+
+def test_aliases_that_multiply_are_shown_shortened(write):
+    path = write(name="*i")
+    laughs = "".join(f"{b}: &{b} [{', '.join(10 * ['*' + a])}]\n" for a, b in pairwise("abcdefghi"))
+    path.write_text(f"a: &a lol\n{laughs}" + path.read_text())
+    problem = next(line for line in refusals(path) if line.startswith("train.name: "))
+    assert problem.startswith("train.name: [[[...], [...]") and len(problem) < 500
+
+
+def test_a_value_may_be_written_once_and_meant_twice(write):
+    section = read(write(steps="&n 7", patience="*n"))
+    assert (section.steps, section.patience) == (7, 7)
+
+
+def test_merge_keys_are_refused_for_each_doubles_what_it_merges(tmp_path):
+    path = tmp_path / "params.yaml"
+    levels = "".join(f"{b}: &{b} {{<<: [*{a}, *{a}]}}\n" for a, b in pairwise("abcdefghijklmnop"))
+    path.write_text("a: &a {x: 1}\n" + levels)
+    with pytest.raises(UserError, match="line 2: `<<` is not read: write out the keys"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["!!int ''", "!!bool perhaps", "!!timestamp x", "!!python/none"])
+def test_a_tag_is_refused(write, text):
+    path = write(steps=text)
+    with pytest.raises(UserError, match="line 2: a tag such as !!str is not read"):
+        read(path)
+
+
+@pytest.mark.parametrize("digits", [16, 4_000, 100_000])
+def test_an_int_of_any_length_is_shown_by_its_size(write, digits):
+    problem = refused(write(steps="0x" + "f" * digits))
+    assert problem == f"train.steps: an int of {4 * digits} bits will not do; it takes an int >= 1"
+    assert len(refused(write(**{f"? 0x{'f' * digits}\n  ": "1"}))) < 100
+
+
+@pytest.mark.parametrize("text", ["1" * 5_000, "1:" * 300 + "0.5"])
+def test_a_number_that_python_cannot_read_is_one_line(write, text):
+    path = write(steps=text)
+    with pytest.raises(UserError, match="is not YAML") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ['"two\\nlines"', '"\\e[31m"', "'" + "x" * 500 + "'", "''"])
+def test_a_key_that_does_not_read_as_a_name_is_quoted(write, key):
+    problem = refused(write(**{key: "1"}))
+    assert problem.startswith("train.'") and problem.isprintable() and len(problem) < 150
+
+
+def test_a_long_value_is_shortened(write):
+    problem = refused(write(kind="x" * 100_000))
+    assert problem.startswith("train.kind: 'xxxxx") and len(problem) < 200
+
+
+def test_a_folder_in_place_of_the_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\): mend it") as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(write, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    path = write()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"params\.yaml cannot be read \(Permission denied\)"):
         read(path)
 
 

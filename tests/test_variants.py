@@ -4,7 +4,8 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
-from folio import params
+from folio import params, variants
+from folio.errors import UserError
 from folio.model import ModelParams
 from folio.runtime import RuntimeParams
 from stages.evaluate import EvaluateParams
@@ -31,6 +32,25 @@ def test_a_variant_laid_over_params_is_a_whole_set_of_params(name, tmp_path):
     )
     assert evaluate.stride <= model.block_size
     assert train.warmup_steps < train.steps
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no sections"),
+        ("train: 5", "its top level takes prepare, model"),
+        ("trian: {steps: 5}", "its top level takes prepare, model"),
+        ("train: {steps: 5, steps: 6}", "line 1: steps is there twice"),
+        ("train: [", "is not YAML"),
+    ],
+)
+def test_a_variant_that_is_no_overlay_is_one_line(tmp_path, monkeypatch, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(variants, "FOLDER", tmp_path)
+    with pytest.raises(UserError) as problem:
+        variants.read("mine")
+    assert "mine.yaml" in str(problem.value) and words in str(problem.value)
+    assert "\n" not in str(problem.value)
 
 
 def test_an_unknown_variant_is_named_with_those_there_are():
