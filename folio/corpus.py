@@ -1,10 +1,13 @@
 """Where text comes from: a named corpus, or the user's own file or folder under data/raw."""
 
 import difflib
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from folio import shakespeare
+from folio import files, shakespeare
 from folio.errors import UserError
 
 NAMED = ("tinyshakespeare", "shakespeare")
@@ -13,7 +16,7 @@ RAW = Path("data", "raw")  # the folder that DVC tracks: a change in it reruns t
 
 @dataclass(frozen=True)
 class Corpus:
-    name: str  # as in NAMED, or the path under the project's root
+    name: str  # as in NAMED, or the path under the project's root, in printable characters
     train: str
     val: str  # what follows train in the text
 
@@ -62,22 +65,25 @@ def _find(name: str, root: Path) -> Path:
     """The real path of a file or folder in data/raw; links are followed before it is judged."""
     try:
         path = (root / name).resolve(strict=True)
+    except PermissionError as problem:
+        raise _unreadable(_printable(name), problem) from None
     except (OSError, ValueError, RuntimeError):  # missing, a null byte, a loop of links
         own = [_show(path, root) for path in (root / RAW).rglob("[!.]*")]
         near = difflib.get_close_matches(name, [*NAMED, *own], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"prepare.corpus: {name!r} is neither {' nor '.join(NAMED)}, "
+            f"prepare.corpus: '{_printable(name)}' is neither {' nor '.join(NAMED)}, "
             f"nor a path under {RAW}{hint}"
         ) from None
-    _check_inside(path, name, root)
+    _check_inside(path, _printable(name), root)
     return path
 
 
-def _check_inside(path: Path, name: str, root: Path) -> None:
-    if not path.resolve().is_relative_to((root / RAW).resolve()):
+def _check_inside(path: Path, shown: str, root: Path) -> None:
+    """UserError unless a real path lies in data/raw."""
+    if not path.is_relative_to((root / RAW).resolve()):
         raise UserError(
-            f"prepare.corpus: {name} lies outside {RAW}, where DVC would not see it change: "
+            f"prepare.corpus: {shown} lies outside {RAW}, where DVC would not see it change: "
             f"copy it to {RAW} and give that path"
         )
 
@@ -86,35 +92,59 @@ def _show(path: Path, root: Path) -> str:
     """A path as messages and meta.json give it: from the project's root, with slashes."""
     for base in (root, root.resolve()):
         if path.is_relative_to(base):
-            return path.relative_to(base).as_posix()
-    return (RAW / path.relative_to((root / RAW).resolve())).as_posix()  # data/raw is itself a link
+            return _printable(path.relative_to(base).as_posix())
+    inside = path.relative_to((root / RAW).resolve())  # data/raw is itself a link
+    return _printable((RAW / inside).as_posix())
+
+
+def _printable(name: str) -> str:
+    """A name on one line: a file's may hold line ends, terminal codes and bytes that are no text.
+
+    An absurdly long one loses its middle.
+    """
+    name = name if len(name) <= 300 else f"{name[:150]}...{name[-147:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _read_folder(folder: Path, root: Path) -> str:
-    files = sorted(
-        (path for path in folder.rglob("*") if path.suffix.lower() == ".txt" and path.is_file()),
+    def fail(problem: OSError) -> NoReturn:  # else os.walk leaves out what it may not open
+        raise _unreadable(_show(Path(problem.filename), root), problem) from None
+
+    paths = sorted(
+        (
+            Path(place, name)
+            for place, _, names in os.walk(folder, onerror=fail)
+            for name in names
+            if Path(name).suffix.lower() == ".txt"
+        ),
         key=lambda path: path.relative_to(folder).as_posix(),
     )
-    if not files:
+    if not paths:
         raise UserError(f"{_show(folder, root)} holds no .txt file: put one in, or give a file")
     text = ""
-    for file in files:
-        _check_inside(file, _show(file, root), root)
+    for path in paths:
         if text and not text.endswith("\n"):
             text += "\n"
-        text += _read_file(file, root)
+        text += _read_file(path, root)
     return text
 
 
 def _read_file(path: Path, root: Path) -> str:
     """The file's text, line ends and all, less a byte-order mark."""
+    shown = _show(path, root)
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        _check_inside(path.resolve(strict=True), shown, root)
+        return files.read(path).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as problem:
-        raise UserError(
-            f"{_show(path, root)} is not UTF-8 at byte {problem.start}: save it as UTF-8"
-        ) from None
+        raise UserError(f"{shown} is not UTF-8 at byte {problem.start}: save it as UTF-8") from None
+    except RuntimeError:  # links in a circle, to Python before 3.13
+        raise _unreadable(shown, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
     except OSError as problem:
-        raise UserError(
-            f"{_show(path, root)} cannot be read ({problem.strerror}): check its permissions"
-        ) from None
+        raise _unreadable(shown, problem) from None
+
+
+def _unreadable(shown: str, problem: OSError) -> UserError:
+    return UserError(
+        f"{shown} cannot be read ({problem.strerror}): make it an ordinary, readable file, "
+        "or set prepare.corpus to another"
+    )

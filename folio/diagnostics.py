@@ -79,13 +79,15 @@ def rank_frequency(ids: np.ndarray, title: str) -> Figure:
     level = np.exp(np.mean(np.log(counts[middle] * ranks[middle])))
 
     figure, [axes] = pictures.blank(1, (7, 5))
-    axes.loglog(ranks, counts, color=BLUE, linewidth=2, label="tokens of the corpus")
-    axes.loglog(ranks, level / ranks, "--", color=GREY, linewidth=1, label="1 / rank (Zipf)")
-    axes.set_ylim(bottom=0.7)
+    # Limits of our own: for a single token, matplotlib would find none, and say so.
+    highest = 1.5 * max(counts[0], level)
+    axes.set(xscale="log", yscale="log", xlim=(0.7, 1.5 * len(counts)), ylim=(0.7, highest))
+    axes.plot(ranks, counts, color=BLUE, linewidth=2, label="tokens of the corpus")
+    axes.plot(ranks, level / ranks, "--", color=GREY, linewidth=1, label="1 / rank (Zipf)")
     axes.set_xlabel("rank of the token")
     axes.set_ylabel("occurrences")
     axes.legend(frameon=False)
-    heading = f"{title}: {len(counts):,} different tokens among {len(ids):,}"
+    heading = f"{_short(title)}: {len(counts):,} different tokens among {len(ids):,}"
     figure.suptitle(heading, parse_math=False)
     return figure
 
@@ -95,8 +97,13 @@ def lengths(text: str, title: str) -> Figure:
     figure, [left, right] = pictures.blank(2, (10, 4.2))
     _histogram(left, line_lengths(text), "lines", "characters in a line")
     _histogram(right, speech_lengths(text), "speeches", "words in a speech")
-    figure.suptitle(f"{title}: how long lines and speeches are", parse_math=False)
+    figure.suptitle(f"{_short(title)}: how long lines and speeches are", parse_math=False)
     return figure
+
+
+def _short(title: str) -> str:
+    """The end of a title that would not fit above a picture: of a path, it says most."""
+    return title if len(title) <= 40 else f"...{title[-37:]}"
 
 
 def _histogram(axes: Axes, values: np.ndarray, nouns: str, label: str) -> None:

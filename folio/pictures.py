@@ -1,6 +1,7 @@
 """The pictures of training and evaluation, and the style of all pictures."""
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def blank(columns: int = 1, inches: tuple[float, float] = (7, 4)) -> tuple[Figur
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG whole; its bytes depend on what it shows alone, not on the date."""
-    with files.replacing(path) as temporary:
+    with files.replacing(path) as temporary, warnings.catch_warnings():
+        # A text's name may be in any script; what the font lacks is drawn as an empty box.
+        warnings.filterwarnings("ignore", r"Glyph \d+ ", UserWarning)
         figure.savefig(temporary, dpi=150, metadata={"Software": None})
 
 

@@ -16,13 +16,26 @@ from folio.errors import UserError
 PARTS = ("train", "val")
 DTYPE = np.dtype("<u2")  # two bytes a token, the low one first, on every machine
 WAY_OUT = "run `dvc repro --force prepare`"
+META = {
+    "corpus": str,
+    "vocabulary": int,
+    "text_sha256": str,
+    "train_tokens": int,
+    "train_characters": int,
+    "train_bytes": int,
+    "train_sha256": str,
+    "val_tokens": int,
+    "val_characters": int,
+    "val_bytes": int,
+    "val_sha256": str,
+}  # what meta.json holds, besides the sha256 of the rest
 
 
 @dataclass(frozen=True)
 class Tokens:
     train: np.ndarray  # [N] uint16, read-only, mapped from the file
     val: np.ndarray  # [M] uint16, as train; it follows train in the text
-    meta: dict[str, Any]  # what write() put in meta.json
+    meta: dict[str, Any]  # what write() returned: corpus, vocabulary, counts and sums of each part
     digest: str  # sha256 over those of the two files: what a model trained on them depends on
 
 
@@ -33,7 +46,7 @@ def write(
     texts: dict[str, str],
     ids: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json, and return what meta.json holds.
+    """Write train.bin, val.bin and meta.json, and return what meta.json says of them.
 
     `texts` and `ids` hold the text and the token ids, [tokens], of "train" and "val"; `vocabulary`
     is how many ids there are. All three files are whole before the first takes its name, and
@@ -52,7 +65,8 @@ def write(
         meta[f"{part}_sha256"] = _sha256(contents[part])  # of the file
     with contextlib.ExitStack() as stack:  # the first to enter is the last to be renamed
         temporary = stack.enter_context(files.replacing(folder / "meta.json"))
-        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        content = meta | {"sha256": _meta_sha256(meta)}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for part in PARTS:
             # Not ndarray.tofile: its error on a full disk does not carry ENOSPC.
             stack.enter_context(files.replacing(folder / f"{part}.bin")).write_bytes(contents[part])
@@ -60,25 +74,23 @@ def write(
 
 
 def read(folder: Path) -> Tokens:
-    """Open the token files, after checking each against meta.json.
+    """Open the token files, after checking each against meta.json, and that against itself.
 
     Raises UserError, naming the file, when one is missing, cut short or changed.
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        expected = {part: (meta[f"{part}_tokens"], meta[f"{part}_sha256"]) for part in PARTS}
-        vocabulary = int(meta["vocabulary"])
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {WAY_OUT}") from None
-    except (ValueError, KeyError, TypeError):
+        meta = json.loads(files.read(path, most=1 << 20))
+        if meta.pop("sha256") != _meta_sha256(meta):
+            raise ValueError
+        _check(meta)
+    except OSError as problem:
+        raise _unreadable(path, problem) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: {WAY_OUT}") from None
-    parts = {
-        part: _open(folder / f"{part}.bin", *expected[part], vocabulary=vocabulary)
-        for part in PARTS
-    }
-    digest = _sha256("".join(sha256 for _, sha256 in expected.values()).encode())
-    return Tokens(parts["train"], parts["val"], meta, digest)
+    parts = [_open(folder / f"{part}.bin", part, meta) for part in PARTS]
+    digest = _sha256("".join(meta[f"{part}_sha256"] for part in PARTS).encode())
+    return Tokens(*parts, meta, digest)
 
 
 def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
@@ -141,21 +153,45 @@ class Batches:
         return self._starts
 
 
-def _open(path: Path, count: int, sha256: str, vocabulary: int) -> np.ndarray:
+def _open(path: Path, part: str, meta: dict[str, Any]) -> np.ndarray:
+    """A part's tokens, checked against meta. Hashing reads the file once; it stays mapped."""
+    expected = meta[f"{part}_tokens"] * DTYPE.itemsize
     try:
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {WAY_OUT}") from None
-    if size != count * DTYPE.itemsize:
-        raise UserError(f"{path} holds {size} bytes, not {count * DTYPE.itemsize}: {WAY_OUT}")
-    if size == 0:  # nothing to map
-        raise UserError(f"{path} holds no tokens: {WAY_OUT}")
-    tokens = np.memmap(path, dtype=DTYPE, mode="r")
-    if _sha256(tokens) != sha256:
+        if size != expected:
+            raise UserError(f"{path} holds {size} bytes, not {expected}: {WAY_OUT}")
+        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+    except OSError as problem:
+        raise _unreadable(path, problem) from None
+    if _sha256(tokens) != meta[f"{part}_sha256"]:
         raise UserError(f"{path} is not the file that meta.json describes: {WAY_OUT}")
-    if tokens.max() >= vocabulary:
-        raise UserError(f"{path} holds ids beyond the vocabulary of {vocabulary}: {WAY_OUT}")
+    if tokens.max() >= meta["vocabulary"]:
+        raise UserError(
+            f"{path} holds ids beyond the vocabulary of {meta['vocabulary']}: {WAY_OUT}"
+        )
     return tokens
+
+
+def _check(meta: dict[str, Any]) -> None:
+    """ValueError unless meta is of the kind that write() makes: it may be a stranger's."""
+    if {key: type(value) for key, value in meta.items()} != META:
+        raise ValueError
+    figures = [value for value in meta.values() if type(value) is int]
+    if not all(0 < figure < 1 << 63 for figure in figures) or meta["vocabulary"] > 1 << 16:
+        raise ValueError  # ids are of 16 bits
+    if not meta["corpus"].isprintable():  # corpus.read gives no other
+        raise ValueError
+
+
+def _unreadable(path: Path, problem: OSError) -> UserError:
+    if isinstance(problem, FileNotFoundError):
+        return UserError(f"{path} is missing: {WAY_OUT}")
+    return UserError(f"{path} cannot be read ({problem.strerror}): remove it, then {WAY_OUT}")
+
+
+def _meta_sha256(meta: dict[str, Any]) -> str:
+    """The sum of meta.json's figures, whatever their order and the file's spacing."""
+    return _sha256(json.dumps(meta, sort_keys=True).encode())
 
 
 def _sha256(content: bytes | np.ndarray) -> str:

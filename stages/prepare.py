@@ -4,6 +4,7 @@ Run by `dvc repro prepare`, or by hand: `python -m stages.prepare` in the projec
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -75,10 +76,13 @@ def report(params: PrepareParams, name: str, figures: dict[str, int | float], te
         ("Batches per epoch", f"{figures['batches_per_epoch']:,}", f"of {batch}, all tokens"),
     ]
     lines = [f"  {label:<22}{value:>12}  {remark}".rstrip() for label, value, remark in rows]
-    return "\n".join([f"Corpus: {name}", *lines, "", "The first 300 characters:", text[:300]])
+    # A terminal obeys some characters: of the text's, it gets those that print and line ends.
+    start = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:300])
+    return "\n".join([f"Corpus: {name}", *lines, "", "The first 300 characters:", start])
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     (params,) = load(prepare=PrepareParams)
     run(params, Path())
 

@@ -1,11 +1,13 @@
 """Where text comes from: the named corpora, and the user's own files."""
 
+import errno
 import hashlib
+import os
 import sys
 
 import pytest
 
-from folio import corpus, packages, shakespeare
+from folio import corpus, files, packages, shakespeare
 from folio.errors import UserError
 
 
@@ -183,6 +185,58 @@ def test_a_link_that_leads_out_of_data_raw_is_refused(raw, tmp_path):
     assert "outside data/raw" in refusal("data/raw/set/link.txt", tmp_path)
     line = refusal("data/raw/set", tmp_path)
     assert "data/raw/set/link.txt lies outside data/raw" in line
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "broken link", "links in a circle"])
+def test_what_is_no_file_is_named_and_waited_for_by_nobody(raw, tmp_path, kind):
+    odd = raw / "set" / "odd.txt"
+    odd.parent.mkdir()
+    (odd.parent / "good.txt").write_text("text enough")
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        target = {"device": "/dev/zero", "broken link": raw / "none", "links in a circle": odd}
+        odd.symlink_to(target[kind])
+    assert "data/raw/set/odd.txt" in refusal("data/raw/set", tmp_path)
+    assert "data/raw/set/odd.txt" in refusal("data/raw/set/odd.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data/raw/set", "data/raw/set/mine.txt"])
+@pytest.mark.parametrize("closed", ["scandir", "read"])
+def test_what_may_not_be_read_is_named(raw, tmp_path, monkeypatch, name, closed):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (raw / "set").mkdir()
+    (raw / "set" / "mine.txt").write_text("text enough")
+    monkeypatch.setattr(*{"scandir": (os, "scandir"), "read": (files, "read")}[closed], refuse)
+    if (name, closed) == ("data/raw/set/mine.txt", "scandir"):
+        assert corpus.read(name, 0.5, tmp_path).train == "text "  # its folder need not be listed
+    else:
+        line = refusal(name, tmp_path)
+        assert "data/raw/set" in line and "cannot be read (Permission denied)" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["data/raw/\0", "x" * 300, "x" * 100_000, "../" * 50_000, "\ud800", "a\nb", "\x1b[31m"]
+)
+def test_a_name_that_no_file_has_is_one_printable_line(raw, tmp_path, name):
+    line = refusal(name, tmp_path)
+    assert line.isprintable() and len(line) < 600
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("two\nlines.txt", "two\\nlines.txt"),
+        ("\x1b[31m.txt", "\\x1b[31m.txt"),
+        ("\udcff.txt", "\\udcff.txt"),  # the byte 0xFF, which is no UTF-8
+        ("$na\u00efve\\.txt", "$na\u00efve\\.txt"),
+    ],
+)
+def test_a_corpus_has_a_name_that_can_be_printed(raw, tmp_path, name, shown):
+    (raw / name).write_text("text enough")
+    assert corpus.read(f"data/raw/{name}", 0.5, tmp_path).name == f"data/raw/{shown}"
 
 
 def test_links_in_a_circle_are_a_missing_path(raw, tmp_path):

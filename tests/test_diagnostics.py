@@ -1,6 +1,7 @@
 """What is in the corpus: the figures, the table, the pictures."""
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
 from folio import diagnostics, pictures, tokenizer
@@ -64,10 +65,40 @@ def test_pictures_are_titled_and_labelled():
             assert axes.get_xlabel() and axes.get_ylabel()
 
 
-def test_the_smallest_text_and_an_odd_name_can_be_drawn(tmp_path):
-    name = "data/raw/$a_{$.txt"  # to matplotlib, a formula that does not parse
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/raw/$a_{$.txt",  # to matplotlib, a formula that does not parse
+        "\\frac{\\alpha",
+        "two\nlines",
+        "\u4e2d\u6587 \U0001f642 \U0010ffff",  # nothing of it is in the font
+        "\0 \t \x1b[31m",
+        "x" * 4_000,
+        "",
+    ],
+)
+def test_a_text_of_any_name_can_be_drawn(tmp_path, name):
     pictures.save(diagnostics.rank_frequency(np.array([0]), name), tmp_path / "rank.png")
     pictures.save(diagnostics.lengths("x", name), tmp_path / "lengths.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "text",
+    ["x", " \n\t x \n\n", "x" * 1_000_000, "\0" * 10, "x\n" * 100, "\u2028x\x85", " x" * 100_000],
+    ids=["letter", "blanks", "line", "nuls", "lines", "separators", "words"],
+)
+def test_any_text_can_be_drawn(tmp_path, text):
+    ids = tokenizer.encode(text)
+    pictures.save(diagnostics.rank_frequency(ids, "mine"), tmp_path / "rank.png")
+    pictures.save(diagnostics.lengths(text, "mine"), tmp_path / "lengths.png")
+
+
+def test_a_long_title_keeps_its_end():
+    figure = diagnostics.lengths(TEXT, "data/raw/" + "long/" * 50 + "verses.txt")
+    title = figure.get_suptitle()
+    assert title.startswith("...") and "/verses.txt: how long" in title and len(title) < 80
 
 
 def test_a_saved_picture_is_not_blank_and_is_the_same_each_time(tmp_path):

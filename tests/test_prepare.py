@@ -3,15 +3,14 @@
 import contextlib
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT, environment
 
 from folio import params, tokenizer, tokens
 from folio.errors import UserError
@@ -128,6 +127,32 @@ def test_an_own_text_is_split_by_its_fraction(root, capsys):
     assert "Corpus: data/raw/mine.txt" in capsys.readouterr().out
 
 
+def test_the_report_shows_what_a_terminal_would_obey(root, capsys):
+    (root / "data/raw/mine.txt").write_bytes(b"\x1b]0;title\x07one\0\r\n" * 20)
+    run(settings(corpus="data/raw/mine.txt"), root)
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert "\\x1b]0;title\\x07one\\x00\\r\n" in printed
+
+
+def test_a_terminal_that_is_not_utf_8_gets_the_report_all_the_same(root):
+    (root / "data/raw/mine.txt").write_text("na\u00efve \u4e2d\n" * 20, encoding="utf-8")
+    (root / "params.yaml").write_text(
+        "prepare: {corpus: data/raw/mine.txt, validation_fraction: 0.1,"
+        " report_batch_size: 8, report_block_size: 128}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.prepare"],
+        cwd=root,
+        env=environment(ROOT, PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "na\\xefve \\u4e2d" in done.stdout and done.stderr == ""
+
+
 def test_bad_input_makes_no_file(root):
     with pytest.raises(UserError):
         run(settings(corpus="data/raw/missing.txt"), root)
@@ -153,7 +178,7 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_1(root):
     done = subprocess.run(
         [sys.executable, "-m", "stages.prepare"],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=environment(ROOT),
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,8 @@
 """Token files on disk, and training batches out of them."""
 
 import hashlib
+import json
+import os
 import resource
 
 import numpy as np
@@ -105,7 +107,62 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_parts_without_tokens_are_refused(tmp_path):
     tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": IDS["val"][:0]})
-    assert "val.bin holds no tokens" in refusal(tmp_path)
+    assert "meta.json is damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("key", tokens.META)
+@pytest.mark.parametrize("value", [..., None, True, 7, 7.0, "seven", [], float("nan")])
+def test_a_figure_of_the_meta_file_that_is_gone_or_changed_is_noticed(folder, key, value):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta = {k: v for k, v in meta.items() if k != key} | ({} if value is ... else {key: value})
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "meta.json is damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocabulary", 10**12),  # training would make room for so many
+        ("val_characters", 0),  # evaluation divides by them
+        ("train_tokens", -1),
+        ("train_tokens", 10**4299),
+        ("corpus", "two\nlines"),
+        ("corpus", "\ud800"),
+        ("val_bytes", 1.5),
+    ],
+)
+def test_a_meta_file_that_lies_with_a_right_checksum_is_noticed(folder, key, value):
+    meta = json.loads((folder / "meta.json").read_text()) | {key: value}
+    del meta["sha256"]
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "meta.json is damaged" in refusal(folder)
+
+
+def test_a_meta_file_may_be_written_with_other_spaces(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(dict(reversed(meta.items()))))
+    assert tokens.read(folder).meta["corpus"] == "mine"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "1" * 5_000])
+def test_a_meta_file_that_json_chokes_on_is_one_line(folder, content):
+    (folder / "meta.json").write_text(content)
+    assert "meta.json is damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to a device"])
+def test_what_is_no_file_is_one_line_and_waited_for_by_nobody(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+    assert name in refusal(folder)
 
 
 def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(folder):
