@@ -1,20 +1,24 @@
 """GPT-2 as a Hugging Face folder, out and in: safetensors, config.json, tokenizer files."""
 
 import json
+import reprlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from folio import tokenizer
+from folio import files, tokenizer
 from folio.errors import UserError
 from folio.model import GPT, ModelParams
 
 # transformers keeps these four as Conv1D, whose weight is [in, out]: the transpose of a Linear's.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors' header has them
 
 # What a config.json must say for the arithmetic to be GPT-2's; a key that is not there is right.
 _GPT2 = {
@@ -65,26 +69,27 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
     """Open a GPT-2 folder, ours or one that transformers wrote. Returns the model in eval mode.
 
-    Raises UserError if the folder is missing, damaged, or holds no GPT-2 in safetensors.
+    Raises UserError if the folder is missing, damaged, or holds no GPT-2 in safetensors. It may be
+    a stranger's: nothing in it is run, and config.json makes no model that is not in the file.
     """
-    config = _read_config(folder)
+    config = _read_config(folder / "config.json")
+    weights = _read_weights(folder / "model.safetensors", config)
     try:
         params = ModelParams(
             n_layer=config["n_layer"],
             n_head=config["n_head"],
             n_embd=config["n_embd"],
             block_size=config["n_positions"],
-            dropout=config.get("resid_pdrop", 0.1),
+            dropout=float(config.get("resid_pdrop", 0.1)),
         )
     except ValueError as problem:
         raise UserError(f"{folder / 'config.json'}: {problem}") from None
-    weights = _read_weights(folder / "model.safetensors")
     with torch.device("meta"):
         model = GPT(params, config["vocab_size"])
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError:
-        raise UserError(f"{folder}: model.safetensors does not fit its config.json") from None
+        raise _unfit(folder, "names or shapes are not GPT-2's") from None
     return model.to(device).eval()
 
 
@@ -107,45 +112,98 @@ def _config(p: ModelParams, vocabulary: int) -> dict:
     }
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
+def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(files.read(path, most=1 << 20))
         if not isinstance(config, dict):
             raise ValueError
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no model: `dvc repro train` makes one") from None
-    except (ValueError, OSError):
+        raise UserError(f"{path.parent} holds no model: `dvc repro train` makes one") from None
+    except (ValueError, RecursionError, OSError):
         raise UserError(f"{path} cannot be read as JSON: make the folder again") from None
     for key, value in _GPT2.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {config[key]!r}; Folio opens GPT-2 only, where it is {value!r}"
+                f"{path}: {key} is {_show(config[key])}; "
+                f"Folio opens GPT-2 only, where it is {value!r}"
             )
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise UserError(f"{path}: {key} is {config.get(key)!r}; it must be an int >= 1")
+        size = config.get(key)
+        if type(size) is not int or not 0 < size < 1 << 63:
+            raise UserError(f"{path}: {key} is {_show(size)}; it must be an int from 1 to 2**63")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner is {config['n_inner']}; GPT-2's is 4 x n_embd")
+        raise UserError(f"{path}: n_inner is {_show(config['n_inner'])}; GPT-2's is 4 x n_embd")
+    dropout = config.get("resid_pdrop", 0.1)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(f"{path}: resid_pdrop is {_show(dropout)}; it must be >= 0 and < 1")
     return config
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state of our GPT from transformers' names and layout; OpenAI's files have no prefix."""
+def _read_weights(path: Path, config: dict) -> dict[str, torch.Tensor]:
+    """The state of our GPT from transformers' names and layout; OpenAI's files have no prefix.
+
+    The config's sizes are held against the file's header first. They cannot be larger than what
+    the file really holds, so nor can the model that is made of them.
+    """
     try:
-        tensors = safetensors.torch.load_file(path)
+        if not path.is_file() and path.exists():
+            raise OSError("it is no file")
+        with safe_open(path, framework="pt") as file:
+            names = _names(file, path.parent)
+            _check_header(file, names, path.parent, config)
+            state = {}
+            for name, theirs in names.items():
+                tensor = file.get_tensor(theirs)
+                tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor
+                state[name] = tensor.float().contiguous()
+            return state
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing; pickled weights are not read:"
             " save them with transformers' save_pretrained, which writes safetensors"
         ) from None
     except (SafetensorError, OSError) as problem:
-        raise UserError(f"{path} is damaged ({problem}): make the folder again") from None
-    state = {}
-    for name, tensor in tensors.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the tied head again; the causal mask, which older files carry
-        tensor = tensor.T if name.endswith(_TRANSPOSED) else tensor
-        state[name] = tensor.float().contiguous()
-    return state
+        why = repr(str(problem)[:150])  # it may quote the file
+        raise UserError(f"{path} is damaged ({why}): make the folder again") from None
+
+
+def _names(file: safe_open, folder: Path) -> dict[str, str]:
+    """Our name of each tensor that the model has, and the file's."""
+    names = {}
+    for theirs in file.keys():  # noqa: SIM118
+        prefix = "" if theirs.startswith(("transformer.", "lm_head.")) else "transformer."
+        ours = prefix + theirs
+        # The tied head again; the causal mask, which older files carry.
+        if ours != "lm_head.weight" and not ours.endswith((".attn.bias", ".attn.masked_bias")):
+            if ours in names:
+                raise _unfit(folder, f"{_show(theirs)} is there twice")
+            names[ours] = theirs
+    return names
+
+
+def _check_header(file: safe_open, names: dict[str, str], folder: Path, config: dict) -> None:
+    shapes = {}
+    for name, theirs in names.items():
+        header = file.get_slice(theirs)
+        if header.get_dtype() not in _FLOATS:
+            raise _unfit(folder, f"{_show(theirs)} holds {header.get_dtype()}, not weights")
+        shapes[name] = header.get_shape()
+        if name.endswith(_TRANSPOSED) and len(shapes[name]) != 2:
+            raise _unfit(folder, f"{_show(theirs)} is no matrix")
+    for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
+        found, said = shapes.get(f"transformer.{name}.weight"), [config[rows], config["n_embd"]]
+        if found != said:
+            raise _unfit(folder, f"{name}.weight is {_show(found)}, not {_show(said)}")
+    if len(names) != 4 + 12 * config["n_layer"]:  # two embeddings, a norm; 12 tensors a block
+        raise _unfit(folder, f"{len(names)} tensors are not {_show(config['n_layer'])} blocks'")
+
+
+def _show(value: Any) -> str:
+    """A stranger's value on one line, shortened: reprlib alone shows six levels of six items."""
+    return reprlib.repr(value)[:100]
+
+
+def _unfit(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"{folder}: model.safetensors does not fit its config.json ({why}): make the folder again"
+    )

@@ -297,6 +297,13 @@ def test_weights_of_another_shape_or_another_set_are_refused(folder):
         ("n_embd", "64"),
         ("n_positions", True),
         ("vocab_size", 1.5),
+        ("n_layer", 2**63),
+        ("resid_pdrop", "0.1"),
+        ("resid_pdrop", None),
+        ("resid_pdrop", True),
+        ("resid_pdrop", 1.0),
+        ("resid_pdrop", -0.1),
+        ("resid_pdrop", float("nan")),
     ],
 )
 def test_a_config_of_another_arithmetic_is_refused_by_its_key(folder, key, value):
@@ -315,6 +322,78 @@ def test_a_config_that_says_less_is_taken_to_mean_gpt2(folder, model):
 def test_a_damaged_config_is_named(folder, content):
     (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert "config.json cannot be read as JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"n_layer":' * 100_000, "1" * 5_000])
+def test_a_config_that_json_chokes_on_is_one_line(folder, content):
+    (folder / "config.json").write_text(content)
+    assert "config.json cannot be read as JSON" in refusal(folder)
+
+
+def test_a_config_of_any_size_is_not_read(folder):
+    with (folder / "config.json").open("ab") as file:
+        file.truncate(1 << 40)  # a file of holes
+    assert "config.json cannot be read as JSON" in refusal(folder)
+
+
+def test_a_long_value_of_the_config_is_shortened(folder):
+    change(folder / "config.json", activation_function=[[[[["relu"] * 9] * 9] * 9] * 9] * 9)
+    assert len(refusal(folder)) - len(str(folder)) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_layer", 10**9), ("vocab_size", 10**12), ("n_positions", 10**12), ("n_embd", 10**12)],
+)
+def test_a_config_that_lies_about_its_sizes_makes_no_model(folder, monkeypatch, key, value):
+    def build(*_):
+        raise AssertionError("a model was built of a config that lies")
+
+    change(folder / "config.json", **{key: value})
+    monkeypatch.setattr(huggingface, "GPT", build)
+    assert "does not fit its config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"].long()}, "holds I64"),
+        (lambda t: t | {"wte.weight": t["transformer.wte.weight"].clone()}, "is there twice"),
+        (lambda t: t | {"transformer.wte.weight": torch.zeros(3)}, "wte.weight is [3]"),
+        (lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.zeros(2, 2, 2)}, "no matrix"),
+        (lambda t: {k: v for k, v in t.items() if k != "transformer.ln_f.bias"}, "27 tensors"),
+        (lambda t: t | {"transformer.ln_f.bias": torch.zeros(63)}, "names or shapes"),
+    ],
+    ids=["kind", "twice", "shape", "rank", "missing", "norm"],
+)
+@pytest.mark.filterwarnings("error")
+def test_tensors_that_are_not_gpt2s_are_named(folder, change, why):
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
+    problem = refusal(folder)
+    assert "does not fit its config.json" in problem and why in problem
+
+
+def test_weights_that_are_not_finite_are_weights(folder):
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["transformer.ln_f.bias"][0] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+    assert huggingface.load(folder).transformer.ln_f.bias[0].isnan()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link to itself"])
+def test_what_is_no_file_is_one_line_and_waited_for_by_nobody(folder, name, kind):
+    path = folder / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+    assert name in refusal(folder)
 
 
 def test_a_config_whose_sizes_contradict_each_other_is_one_line(folder):
