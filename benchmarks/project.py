@@ -59,8 +59,11 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
 
 
-def write_project(folder: Path, options: argparse.Namespace) -> None:
-    """The repository's files with other params, committed; a variant has the corpus it has."""
+def write_project(folder: Path, options: argparse.Namespace, every: int = EVERY) -> None:
+    """The repository's files with other params, committed; a variant has the corpus it has.
+
+    every: updates between evaluations, each with a checkpoint.
+    """
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for file in filter(Path.is_file, (ROOT / name for name in names.split("\0"))):
@@ -78,7 +81,7 @@ def write_project(folder: Path, options: argparse.Namespace) -> None:
         for section, values in yaml.safe_load(overlay).items():
             tree[section] |= values
     tree["train"] |= {"steps": options.steps, "precision": options.precision}
-    tree["train"] |= {"eval_interval": EVERY}
+    tree["train"] |= {"eval_interval": every}
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     git = ["git", "-c", "user.name=faults", "-c", "user.email=faults@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a project"]):
