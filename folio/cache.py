@@ -35,8 +35,9 @@ class Cache:
 
     def entries(self) -> list[Entry]:
         """Every stage that ran here or came from elsewhere by git, each once."""
-        stages = [stage for lock in self._locks() for stage in lock.get("stages", {}).values()]
-        stages += self._runs()
+        stages = [*self._runs()]
+        for lock in self._locks():
+            stages += (lock.get("stages") or {}).values()
         found = {}
         for stage in stages:
             entry = Entry(_hashes(stage.get("deps", [])), _hashes(stage.get("outs", [])))
@@ -71,13 +72,14 @@ class Cache:
         """dvc.lock as it is here, and as it was in every commit of every branch and experiment."""
         here = self._root / "dvc.lock"
         if here.exists():
-            yield _parse(here.read_text(encoding="utf-8"))
-        for commit in self._git("log", "--all", "--format=%H", "--", "dvc.lock").split():
+            yield _parse(here.read_text(encoding="utf-8", errors="replace"))
+        log = ["log", "--all", "--full-history", "--format=%H", "--", "dvc.lock"]
+        for commit in self._git(*log).split():
             yield _parse(self._git("show", f"{commit}:./dvc.lock"))
 
     def _runs(self) -> Iterator[dict[str, Any]]:
         for file in self._folder.glob("runs/??/*/*"):
-            yield _parse(file.read_text(encoding="utf-8"))
+            yield _parse(file.read_text(encoding="utf-8", errors="replace"))
 
     def _git(self, *arguments: str) -> str:
         command = ["git", "-C", str(self._root), *arguments]

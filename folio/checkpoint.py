@@ -67,12 +67,10 @@ def idle(folder: Path) -> Iterator[bool]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a variant's checkpoints, unless a trainer is at work on them."""
-    with idle(folder) as free:
-        if free:
-            for place in folder.glob("step-*"):  # first: a kill leaves none without its record
-                shutil.rmtree(place)
-            shutil.rmtree(folder)
+    """Remove a variant's checkpoints, then what tells which run they are of. See `idle`."""
+    for step in steps(folder):
+        _remove(_place(folder, step))
+    shutil.rmtree(folder)
 
 
 def capture(
@@ -120,7 +118,8 @@ def restore_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then remove all but it and the one before it.
 
-    A kill or a full disk at any moment leaves the checkpoints that were there.
+    A kill or a full disk at any moment leaves the checkpoints that were there (but for one of the
+    same step, which gives way at the very end).
     """
     for left in folder.glob("step-*.tmp"):  # by a kill
         shutil.rmtree(left)

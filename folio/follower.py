@@ -42,9 +42,9 @@ class Follower:
 
     def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
         stopped = isinstance(problem, Stopped)
-        self._over = True
         if problem:
             self._tell(self._latest[0], "KILLED" if stopped else "FAILED", str(problem))
+        self._over = True  # after the last word, for the thread reads them in turn
         self._news.set()
         self._thread.join(3.0 if stopped else None)  # a notice to stop leaves little time
         if self._lacking or self._thread.is_alive():

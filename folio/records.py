@@ -66,7 +66,12 @@ def read(path: Path) -> Record:
 def parse(content: bytes, path: Path) -> Record:
     """The record in a file's content. Raises UserError, naming the path, if it is damaged."""
     try:
-        return Record(**json.loads(content))
+        record = Record(**json.loads(content))
+        if not isinstance(record.id, str) or not all(
+            isinstance(texts, dict) for texts in (record.params, record.tags)
+        ):
+            raise TypeError
+        return record
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path} is missing or damaged: {_way_out(path)}") from None
 

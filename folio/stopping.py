@@ -41,15 +41,17 @@ def listening(say: Callable[[str], None]) -> Iterator[None]:
 
     def on_signal(number: int, _: object) -> None:
         global _cause, _status
-        again = _cause is not None
-        if not again:
-            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-            _cause = "the end of dvc" if _dvc_ended else name
-            _status = 128 + number
-            guard = threading.Timer(GRACE, _leave_at_once, [say])
-            guard.daemon = True
-            guard.start()
-        if again or not _deferred:
+        if _cause:  # schedulers may say it twice; whoever presses Ctrl-C twice will not wait
+            if number == signal.SIGINT:
+                _leave_at_once(say)
+            return
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        _cause = "the end of dvc" if _dvc_ended else name
+        _status = 128 + number
+        guard = threading.Timer(GRACE, _leave_at_once, [say])
+        guard.daemon = True
+        guard.start()
+        if not _deferred:
             raise Stopped
 
     _cause, _deferred = None, False

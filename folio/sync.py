@@ -8,6 +8,8 @@ project has been moved. Run twice, it changes nothing the second time.
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from folio import checkpoint, params, records, tracking
@@ -36,8 +38,8 @@ def run(address: str | None, root: Path) -> list[str]:
             for record, bring in _kept(root, kind):
                 if statuses.get(record.id) not in ("FINISHED", "DELETED"):
                     told.append(_send(store, statuses, record, read, bring))
-        told += [_send_unfinished(store, statuses, folder) for folder in _unfinished(root)]
-    except (tracking.MlflowException, OSError) as problem:
+        told += [_send_unfinished(store, folder) for folder in _unfinished(root)]
+    except tracking.Refused as problem:
         reason = tracking.reason(problem)
         raise UserError(f"MLflow did not take this: {reason}; run it again later") from None
     return [line for line in told if line]
@@ -51,12 +53,15 @@ def _send(
     bring: Bring,
 ) -> str:
     if record.parent and statuses.get(record.parent, "DELETED") == "DELETED":
-        return ""  # nobody wants it, or its training is named below as missing
+        return ""  # the user has deleted it, or it is named as missing
     with tempfile.TemporaryDirectory(prefix="folio-") as folder:
         place = bring(Path(folder))
         if place is None:
             return f"not in DVC's cache: {record.name} (`dvc fetch --all-commits` may bring it)"
-        store.send(read(place), "FINISHED")
+        try:
+            store.send(read(place), "FINISHED")
+        except UserError as problem:  # a damaged file holds the others up no longer than this
+            return str(problem)
     statuses[record.id] = "FINISHED"
     return f"sent {record.name}"
 
@@ -69,8 +74,8 @@ def _kept(root: Path, kind: Path) -> Iterator[tuple[Record, Bring]]:
     prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
     for entry in entries:
         content = cache.read(entry.outs.get(path.as_posix(), ""))
-        if content:
-            record = records.parse(content, path)
+        with suppress(UserError):  # of a record that is damaged or not in the cache
+            record = records.parse(content or b"", path)
             outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
             yield record, _from(cache, outs)
             seen.add(record.id)
@@ -87,14 +92,17 @@ def _unfinished(root: Path) -> list[Path]:
     return sorted(path.parent for path in (root / ".checkpoints").glob("*/record.json"))
 
 
-def _send_unfinished(store: tracking.Store, statuses: dict[str, str], folder: Path) -> str:
-    record = records.read(folder / records.FILE)
+def _send_unfinished(store: tracking.Store, folder: Path) -> str:
     with checkpoint.idle(folder) as idle:
-        if not idle or statuses.get(record.id, "RUNNING") != "RUNNING":
-            return ""  # its trainer tells MLflow, or has
-        path = folder / "history.jsonl"
+        if not idle or not (folder / records.FILE).exists():
+            return ""  # its trainer tells MLflow, or has and evaluate has removed it
+        record, path = records.read(folder / records.FILE), folder / "history.jsonl"
         history = records.read_history(path) if path.exists() else []
-        store.send(Run(record=record, history=history), "KILLED", "cut short")
+        if not store.lacks(record, history):
+            return ""
+        ended = history[-1]["time"] if history else record.started
+        run = Run(record=replace(record, ended=ended), history=history)
+        store.send(run, "KILLED", "cut short")
         return f"sent {record.name}, cut short after step {history[-1]['step'] if history else 0}"
 
 

@@ -27,6 +27,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.tracking.context import registry
+from sqlalchemy.exc import SQLAlchemyError
 
 from folio import records
 from folio.errors import UserError
@@ -35,6 +36,7 @@ from folio.records import Record, Run
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # tables made, monitors started
 
 EXPERIMENT = "folio"
+Refused = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)  # what a store may raise
 SYNC = "`python -m folio.sync`"
 LACKING = f"MLflow lacks a part of this run: {SYNC} sends it"
 _BATCH = 1000  # metrics that one log_batch call may hold
@@ -80,14 +82,14 @@ class Store:
         mend: where the project's folder was moved, put the new place into the store's addresses.
         Raises UserError otherwise.
         """
-        self._root = project_root()
-        local = _sqlite(self._root / "mlflow.db")
-        self.address = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or address or local)
-        self._is_local = self.address == local
+        self.address = os.environ.get("MLFLOW_TRACKING_URI") or address or "sqlite:///mlflow.db"
+        self._file = _file_of(self.address)
+        if self._file:
+            self.address = f"sqlite:///{self._file}"
         self._opened: dict[str, str] = {}  # folio_id -> MLflow's run id, with params and tags sent
-        with self._lock():
-            if self._is_local and not (self._root / "mlflow.db").exists():
-                _make_store(self._root)
+        with _lock():
+            if self._file and not self._file.exists():
+                _make_store(self._file)
             self._client = mlflow.MlflowClient(self.address)
             self._experiment = self._open_experiment(mend)
 
@@ -97,7 +99,7 @@ class Store:
         stopped: what ended it early, where something did.
         """
         record = run.record
-        with self._lock():
+        with _lock():
             run_id = self._opened.get(record.id) or self._open(record)
             self._opened[record.id] = run_id
             points = _points(run.history)
@@ -115,11 +117,14 @@ class Store:
 
     def complete(self, run: Run) -> None:
         """Send a run that is over, unless all of it is there."""
-        found = self._find(run.record.id)
+        found, parent = self._find(run.record.id), run.record.parent
+        above = self._find(parent) if parent else None
+        if any(there and _status(there) == "DELETED" for there in (found, above)):
+            return  # by the user, in MLflow's page
         if found is None or found.info.status != "FINISHED":
             self.send(run, "FINISHED")
-        elif run.record.parent:
-            self._sum_up(self._id_of(run.record.parent), run)
+        elif parent:
+            self._sum_up(self._id_of(parent), run)
 
     def statuses(self) -> dict[str, str]:
         """The status of each run that came from Folio, by its folio_id; DELETED is one, too."""
@@ -128,12 +133,18 @@ class Store:
             page = self._client.search_runs(
                 [self._experiment], run_view_type=ViewType.ALL, page_token=token
             )
-            for run in page:
-                gone = run.info.lifecycle_stage == "deleted"
-                if "folio_id" in run.data.tags:
-                    found[run.data.tags["folio_id"]] = "DELETED" if gone else run.info.status
+            found |= {run.data.tags.get("folio_id", ""): _status(run) for run in page}
             token = page.token or ""
         return found
+
+    def lacks(self, record: Record, history: list[dict[str, Any]]) -> bool:
+        """Whether a training that was cut short is not there as far as it got, or as running."""
+        found = self._find(record.id)
+        if found is None or _status(found) == "RUNNING":
+            return True
+        last = history[-1]["train_loss"] if history else None
+        stopped = _status(found) in ("KILLED", "FAILED")
+        return stopped and found.data.metrics.get("train_loss") != last
 
     def _open(self, record: Record) -> str:
         """MLflow's id of the record's run, which is made where it is missing."""
@@ -145,6 +156,8 @@ class Store:
         if found is None:
             found = self._client.create_run(self._experiment, record.started, tags, record.name)
         else:  # a training that goes on
+            if _status(found) == "DELETED":
+                self._client.restore_run(found.info.run_id)
             params = {key: params[key] for key in params.keys() - found.data.params.keys()}
             if "stopped" in found.data.tags:
                 self._client.delete_tag(found.info.run_id, "stopped")
@@ -182,7 +195,8 @@ class Store:
         """Send a file, or a folder's files but for the record, to `folder` of the artifacts."""
         top = path if path.is_dir() else path.parent
         files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-        files = [f for f in files if f.name != records.FILE]  # what it says is the run itself
+        # Not the record, for what it says is the run itself, nor what a kill left half-written.
+        files = [f for f in files if f.name != records.FILE and not f.name.startswith(".")]
         there: dict[str, dict[str, int]] = {}  # the sizes of what is there, folder by folder
         for file in files:
             place = (Path(folder) / file.relative_to(top)).parent.as_posix()
@@ -194,29 +208,22 @@ class Store:
 
     def _open_experiment(self, mend: bool) -> str:
         """Its id. The client makes it: one that `mlflow ui` makes takes no artifacts from here."""
-        place = _artifacts(self._root) if self._is_local else None
+        place = _artifacts(self._file) if self._file else None
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             try:
                 return self._client.create_experiment(EXPERIMENT, place)
             except MlflowException:  # another client has made it just now
                 return self._client.get_experiment_by_name(EXPERIMENT).experiment_id
-        if place and experiment.artifact_location != place:
+        former = experiment.artifact_location
+        if self._file and former != place and former.endswith("/mlruns"):
             if not mend:
                 raise UserError(
-                    f"mlflow.db was made for {experiment.artifact_location}, and the project has"
-                    f" been moved since: {SYNC} mends its addresses"
+                    f"{self._file.name} was made for {former}, and the project has been moved"
+                    f" since: {SYNC} mends its addresses"
                 )
-            _readdress(self._root / "mlflow.db", experiment.artifact_location, place)
+            _readdress(self._file, former, place)
         return experiment.experiment_id
-
-    def _lock(self) -> contextlib.AbstractContextManager:
-        """SQLite takes one writer at a time, and two that make the tables at once break them."""
-        return (
-            filelock.FileLock(f"{self._root / 'mlflow.db'}.lock")
-            if self._is_local
-            else (contextlib.nullcontext())
-        )
 
 
 class Load:
@@ -225,9 +232,10 @@ class Load:
     SECONDS = 5.0  # between two readings at least
 
     def __init__(self):
-        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or no way to ask it
-            self._monitors.append(GPUMonitor())
+        self._monitors = []
+        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+            with contextlib.suppress(Exception):  # no such thing here, or no way to ask it
+                self._monitors.append(kind())
         self._read = time.monotonic()
 
     def read(self) -> dict[str, float]:
@@ -237,8 +245,10 @@ class Load:
         self._read = time.monotonic()
         load = {}
         for monitor in self._monitors:
-            monitor.collect_metrics()
-            load |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            with contextlib.suppress(Exception):
+                monitor.collect_metrics()
+            found = monitor.aggregate_metrics()
+            load |= {f"system/{name}": value for name, value in found.items()}
             monitor.clear_metrics()
         return load
 
@@ -263,6 +273,10 @@ def complain(problem: Exception) -> None:
     print(f"MLflow did not take this, going on without it: {reason(problem)}", file=sys.stderr)
 
 
+def _status(run: MlflowRun) -> str:
+    return "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
+
+
 def _points(history: list[dict[str, Any]]) -> list[Metric]:
     return [
         Metric(key, value, row["time"], row["step"])
@@ -280,20 +294,21 @@ def _dataset(record: Record) -> DatasetInput:
     )
 
 
-def _absolute(address: str) -> str:
-    """A relative SQLite file is the project's: in an experiment's own copy it would go with it."""
+def _lock() -> filelock.FileLock:
+    """One process of the project at a time: SQLite has one writer, and to make a run takes two
+    steps, to look for it and to make it."""
+    return filelock.FileLock(project_root() / "mlflow.db.lock", timeout=60)
+
+
+def _file_of(address: str) -> Path | None:
+    """The file of a SQLite store. A relative one is the project's, wherever a stage runs."""
     scheme, slashes, path = address.partition("sqlite:///")
-    if slashes and not scheme and not Path(path).is_absolute():
-        return _sqlite(project_root() / path)
-    return address
+    return project_root() / path if slashes and not scheme else None
 
 
-def _sqlite(path: Path) -> str:
-    return f"sqlite:///{path}"
-
-
-def _artifacts(root: Path) -> str:
-    return (root / "mlruns").as_uri()
+def _artifacts(store: Path) -> str:
+    """Where the artifacts of a SQLite store are: beside it."""
+    return (store.parent / "mlruns").as_uri()
 
 
 def _readdress(store: Path, old: str, new: str) -> None:
@@ -309,11 +324,11 @@ def _readdress(store: Path, old: str, new: str) -> None:
                 )
 
 
-def _make_store(root: Path) -> None:
-    """Make mlflow.db whole or not at all: killed while its tables are made, it stays broken."""
-    for left in root.glob("mlflow.db.new*"):  # by a kill, perhaps with SQLite's journal
+def _make_store(store: Path) -> None:
+    """Make a store whole or not at all: killed while its tables are made, it stays broken."""
+    for left in store.parent.glob(f"{store.name}.new*"):  # by a kill, perhaps with a journal
         left.unlink()
-    store = root / "mlflow.db.new"
-    mlflow.MlflowClient(_sqlite(store)).create_experiment(EXPERIMENT, _artifacts(root))
-    if not (root / "mlflow.db").exists():  # else `mlflow ui` has made one meanwhile
-        store.replace(root / "mlflow.db")
+    new = store.with_name(f"{store.name}.new")
+    mlflow.MlflowClient(f"sqlite:///{new}").create_experiment(EXPERIMENT, _artifacts(store))
+    if not store.exists():  # else `mlflow ui` has made one meanwhile
+        new.replace(store)

@@ -64,7 +64,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
             " that fits"
         )
     trained = records.read(root / records.TRAINING / records.FILE)
-    if files.sha256(root / "models/gpt2/model.safetensors") != trained.tags["weights_sha256"]:
+    if files.sha256(root / "models/gpt2/model.safetensors") != trained.tags.get("weights_sha256"):
         raise UserError(
             "models/gpt2 is not the model that models/training tells of: `dvc checkout` brings it"
             " back, `dvc repro --force train` makes it anew"
@@ -85,8 +85,11 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
         store.complete(records.evaluation(root))
     # The model is in DVC's hands by now: the checkpoints that it came from have done their work.
     left = project / ".checkpoints" / trained.tags["train_key"]
-    if (left / records.FILE).exists() and records.read(left / records.FILE).id == trained.id:
-        checkpoint.remove(left)
+    if left.exists():
+        with checkpoint.idle(left) as idle:
+            known = left / records.FILE
+            if idle and known.exists() and records.read(known).id == trained.id:
+                checkpoint.remove(left)
 
 
 def measure(model: GPT, data: tokens.Tokens, losses: np.ndarray, stride: int) -> dict[str, float]:

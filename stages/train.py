@@ -310,7 +310,7 @@ class Trainer:
             "steps": self.step,
             "epochs": self.step * self.tokens_a_step / len(self.data.train),
             "median_tokens_per_second": median(
-                row.get("tokens_per_second", 0) for row in self.history
+                [r["tokens_per_second"] for r in self.history if "tokens_per_second" in r] or [0.0]
             ),
             "parameters": self.model_size,
         }

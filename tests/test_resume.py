@@ -41,7 +41,8 @@ def stop(folder: Path, notice: signal.Signals, files: str) -> tuple[int, str]:
     while not list(folder.glob(files)):
         assert training.poll() is None and time.monotonic() < end
         time.sleep(0.005)
-    training.send_signal(notice)
+    for _ in range(2 if notice == signal.SIGTERM else 1):  # schedulers may say it twice
+        training.send_signal(notice)
     notified = time.monotonic()
     _, told = training.communicate(timeout=60)
     assert time.monotonic() - notified < 10
@@ -122,6 +123,37 @@ def test_a_notice_before_the_first_step_leaves_no_traceback(prepared):
     status, told = stop(prepared(), signal.SIGTERM, ".checkpoints/*.lock")
     assert status == 143 and "Traceback" not in told
     assert told.strip().splitlines()[-1].startswith("folio: stopped by SIGTERM; ")
+
+
+def ends(action: str) -> subprocess.CompletedProcess:
+    """A process that sends itself a signal twice in the middle of what is done whole or not."""
+    script = f"""
+import os, signal
+from folio import stopping
+from folio.errors import one_line_errors
+with one_line_errors(), stopping.deferred():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.{action})
+    print("the step is done", flush=True)
+    stopping.check()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment(ROOT), capture_output=True, text=True
+    )
+
+
+def test_a_second_notice_does_not_leave_a_step_half_done():
+    done = ends("SIGTERM")
+    assert (done.returncode, done.stdout) == (143, "the step is done\n")
+    assert done.stderr.startswith("folio: stopped by SIGTERM; ")
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint():
+    done = ends("SIGINT")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == (
+        "folio: stopped by Ctrl-C; the same command goes on from the last checkpoint\n"
+    )
 
 
 def test_what_is_told_to_stop_and_cannot_is_gone_after_some_seconds(tmp_path):

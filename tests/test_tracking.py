@@ -250,7 +250,9 @@ def test_a_relative_store_lies_in_the_project_wherever_the_stage_runs(project, m
     monkeypatch.chdir(project.parent)
     store = tracking.Store("sqlite:///other.db")
     assert store.address == f"sqlite:///{project / 'other.db'}"
-    assert (project / "other.db").exists()
+    store.send(whole(project), "FINISHED")
+    assert artifacts(store.address) == ["folder/a.txt", "folder/file/b.txt"]
+    assert (project / "mlruns").exists() and not (project.parent / "mlruns").exists()
 
 
 def test_an_evaluation_is_nested_and_its_figures_are_on_the_training_too(project):
@@ -271,6 +273,30 @@ def test_an_evaluation_is_nested_and_its_figures_are_on_the_training_too(project
     parent = parents[0].info.run_id
     assert all(child.data.tags["mlflow.parentRunId"] == parent for child in children)
     assert parents[0].data.metrics["evaluate/val_loss"] == 2.0
+
+
+def test_what_the_user_has_deleted_stays_so_until_its_training_goes_on(project):
+    store = tracking.Store(None)
+    store.send(whole(project), "KILLED")
+    client, [run] = mlflow.MlflowClient(local(project)), runs(local(project))
+    client.delete_run(run.info.run_id)
+    store = tracking.Store(None)
+    store.complete(whole(project))
+    child = dataclasses.replace(RECORD, id="c" * 32, parent=RECORD.id)
+    store.complete(records.Run(record=child))
+    assert runs(local(project)) == [] and store.statuses() == {RECORD.id: "DELETED"}
+    with Follower(None, RECORD) as follower:
+        follower.finish(whole(project))
+    assert [r.info.status for r in runs(local(project))] == ["FINISHED"]
+
+
+def test_a_training_that_was_cut_short_is_lacking_as_long_as_its_last_point(project):
+    store = tracking.Store(None)
+    assert store.lacks(RECORD, HISTORY)
+    store.send(records.Run(record=RECORD, history=HISTORY[:2]), "KILLED")
+    assert store.lacks(RECORD, HISTORY)
+    store.send(records.Run(record=RECORD, history=HISTORY), "KILLED")
+    assert not store.lacks(RECORD, HISTORY)
 
 
 def test_an_evaluation_without_its_training_is_one_line(project):
