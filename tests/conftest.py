@@ -41,6 +41,11 @@ VERSES = "".join(
 )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """More than cores: a third of the time, the tests wait for processes of theirs."""
+    return (os.cpu_count() or 1) + 2
+
+
 def set_params(folder: Path, settings: dict) -> None:
     """Lay {"train.steps": 6, ...} over a folder's params.yaml; a value of ... takes the key out."""
     file = folder / "params.yaml"

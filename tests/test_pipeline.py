@@ -183,19 +183,21 @@ def test_an_edited_text_reruns_prepare_and_what_follows(repo):
     text.write_text(original)
 
 
-def trainers() -> list[psutil.Process]:
-    found = psutil.process_iter(["cmdline"])
-    return [p for p in found if (p.info["cmdline"] or [])[-2:] == ["-m", "stages.train"]]
+def trainers(repo: Path) -> list[psutil.Process]:
+    found = psutil.process_iter(["cmdline", "cwd"])
+    words = ["-m", "stages.train"]
+    return [
+        p for p in found if (p.info["cmdline"] or [])[-2:] == words and p.info["cwd"] == str(repo)
+    ]
 
 
 def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(repo, store):
-    others = {process.pid for process in trainers()}
     set_params(repo, {"train.seed": 3, "train.steps": 3000, "train.eval_interval": 100})
     dvc = subprocess.Popen(["dvc", "repro"], cwd=repo, env=environment())
     while not list(repo.glob(".checkpoints/*/step-*[0-9]")):
         assert dvc.poll() is None
         time.sleep(0.02)
-    [trainer] = [process for process in trainers() if process.pid not in others]
+    [trainer] = trainers(repo)
     dvc.kill()
     dvc.wait()
     trainer.wait(10)

@@ -212,9 +212,7 @@ if sys.orig_argv[1:] == ["-m", "stages.train"]:
 
 MOMENTS = {
     "in mid-accumulation": ("folio.model", "GPT.loss", 46),
-    "inside an evaluation": ("folio.model", "GPT.token_losses", 2),
     "inside a checkpoint write": ("folio.checkpoint", "_fsync", 6),
-    "while it tells MLflow": ("folio.tracking", "Store.send", 2),
     "just before its end": ("folio.follower", "Follower.__exit__", 1),
 }
 
@@ -230,7 +228,7 @@ def test_a_training_killed_at_any_moment_ends_as_if_it_had_not_been(
         _, told = training.communicate(timeout=120)
         assert "Traceback" not in told, told
         killed += [moment] if training.returncode == -signal.SIGKILL else []
-    assert len(killed) >= 4, killed
+    assert killed == [*MOMENTS]
     assert run(folder, "python", "-m", "stages.train").returncode == 0
     assert_as_undisturbed(folder, undisturbed)
 

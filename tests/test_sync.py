@@ -196,14 +196,15 @@ def rows(folder: Path) -> int:
 
 
 def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_project, serve):
-    settings = {"train.steps": 1200, "train.eval_interval": 100, "train.patience": None}
-    folder = make_project(settings | {"runtime.tracking_uri": serve.address})
+    settings = {"train.steps": 900, "train.eval_interval": 50, "train.patience": None}
+    settings |= {"runtime.tracking_uri": serve.address, "runtime.log_interval": 10}
+    folder = make_project(settings)
     succeed(folder, "python", "-m", "stages.prepare")
     command = [sys.executable, "-m", "stages.train"]
     training = subprocess.Popen(
         command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: rows(folder) >= 100, training)  # without a server
+    wait_for(lambda: rows(folder) >= 5, training)  # without a server
     training.send_signal(signal.SIGSTOP)
     server = serve()
     training.send_signal(signal.SIGCONT)
@@ -226,7 +227,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
     for key in ("train_loss", "val_loss"):
         told_rows = [(row["step"], row["time"], row[key]) for row in history if key in row]
         assert points[key] == told_rows
-    assert len(history) == 1200
+    assert [row["step"] for row in history] == list(range(10, 901, 10))
     assert {"model/model.safetensors", "training/loss.png"} <= artifacts.keys()
     assert sync(folder).strip() == "MLflow has every run"
     assert list(content(serve.address).values()) == sent
@@ -248,4 +249,3 @@ def test_a_training_that_was_cut_short_is_shown_as_far_as_it_got(make_project):
     assert Counter(step for step, *_ in kept[4]["train_loss"]) == Counter(
         range(1, rows(folder) + 1)
     )
-    assert sync(folder).strip() == "MLflow has every run"
