@@ -1,6 +1,6 @@
 """Random input in bulk: the properties of tests/test_fuzz.py, on many times the suite's cases.
 
-    python -m benchmarks.fuzz                       100,000 cases: 20 minutes or so on one core
+    python -m benchmarks.fuzz                       100,000 cases: half an hour on a busy core
     python -m benchmarks.fuzz --times 38 --seed 7   the cases of a run whose last line says seed 7
 
 Prints a row a property: the cases really run, whether it failed, and the seconds. Above the table

@@ -8,7 +8,6 @@ project has been moved. Run twice, it changes nothing the second time.
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def run(address: str | None, root: Path) -> list[str]:
         store = tracking.Store(address, mend=True)
         statuses = store.statuses()
         for kind, read in KINDS.items():  # trainings first: evaluations are nested under them
-            for record, bring in _kept(root, kind):
+            for record, bring in _kept(root, kind, told):
                 if statuses.get(record.id) not in ("FINISHED", "DELETED"):
                     told.append(_send(store, statuses, record, read, bring))
         told += [_send_unfinished(store, folder) for folder in _unfinished(root)]
@@ -66,19 +65,32 @@ def _send(
     return f"sent {record.name}"
 
 
-def _kept(root: Path, kind: Path) -> Iterator[tuple[Record, Bring]]:
-    """The runs of a kind that are here or in DVC's cache, each with a way to get its files."""
-    path, seen = kind / records.FILE, set()
+def _kept(root: Path, kind: Path, told: list[str]) -> Iterator[tuple[Record, Bring]]:
+    """The runs of a kind that are here or in DVC's cache, each with a way to get its files.
+
+    Adds a line to told where the cache lacks some that DVC's lock files name.
+    """
+    path, seen, lost = kind / records.FILE, set(), set()
     cache = Cache(root)
     entries = cache.entries()
     prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
     for entry in entries:
-        content = cache.read(entry.outs.get(path.as_posix(), ""))
-        with suppress(UserError):  # of a record that is damaged or not in the cache
-            record = records.parse(content or b"", path)
-            outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
-            yield record, _from(cache, outs)
-            seen.add(record.id)
+        md5 = entry.outs.get(path.as_posix())
+        if md5 is None:
+            continue  # another stage
+        try:
+            record = records.parse(cache.read(md5) or b"", path)
+        except UserError:
+            lost.add(md5)
+            continue
+        outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
+        yield record, _from(cache, outs)
+        seen.add(record.id)
+    if lost:
+        told.append(
+            f"not in DVC's cache: {len(lost)} x {path} that lock files name"
+            " (`dvc fetch --all-commits` may bring them)"
+        )
     if (root / path).exists() and (made := records.read(root / path)).id not in seen:
         yield made, lambda _: root  # by hand, without DVC
 

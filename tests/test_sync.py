@@ -136,6 +136,7 @@ def test_a_moved_project_is_mended_and_goes_on(repo, tmp_path):
 def test_sync_names_what_the_cache_lacks(repo, tmp_path):
     clone = tmp_path / "clone"
     succeed(tmp_path, "git", "clone", "-q", str(repo), str(clone))
+    assert "not in DVC's cache: 1 x models/training/record.json" in sync(clone)
     succeed(clone, "dvc", "pull", "models/training/record.json")
     assert "not in DVC's cache: 1x2x16-" in sync(clone)
 
