@@ -5,7 +5,7 @@ import sys
 import threading
 from typing import Any, Self
 
-from folio import tracking
+from folio import stopping, tracking
 from folio.records import Record, Run
 from folio.stopping import Stopped
 
@@ -46,7 +46,7 @@ class Follower:
             self._tell(self._latest[0], "KILLED" if stopped else "FAILED", str(problem))
         self._over = True  # after the last word, for the thread reads them in turn
         self._news.set()
-        self._thread.join(3.0 if stopped else None)  # a notice to stop leaves little time
+        self._thread.join(stopping.seconds_left() if stopped else None)
         if self._lacking or self._thread.is_alive():
             print(tracking.LACKING, file=sys.stderr)
 

@@ -18,6 +18,7 @@ GRACE = 8.0  # seconds from a notice to the end of the process, come what may
 
 _deferred = False
 _cause: str | None = None  # what told us to stop
+_noticed = 0.0  # when, by time.monotonic
 _status = 0  # the exit status that says so
 _dvc_ended = False
 
@@ -40,7 +41,7 @@ def listening(say: Callable[[str], None]) -> Iterator[None]:
     global _cause, _deferred
 
     def on_signal(number: int, _: object) -> None:
-        global _cause, _status
+        global _cause, _noticed, _status
         if _cause:  # schedulers may say it twice; whoever presses Ctrl-C twice will not wait
             if number == signal.SIGINT:
                 _leave_at_once(say)
@@ -48,6 +49,7 @@ def listening(say: Callable[[str], None]) -> Iterator[None]:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         _cause = "the end of dvc" if _dvc_ended else name
         _status = 128 + number
+        _noticed = time.monotonic()
         guard = threading.Timer(GRACE, _leave_at_once, [say])
         guard.daemon = True
         guard.start()
@@ -94,6 +96,11 @@ def check() -> None:
     """Raise Stopped if there was a notice."""
     if _cause:
         raise Stopped
+
+
+def seconds_left() -> float | None:
+    """How long there is for last words after a notice; None where there was no notice."""
+    return max(0.0, _noticed + GRACE - 1.0 - time.monotonic()) if _cause else None
 
 
 def _dvc() -> psutil.Process | None:

@@ -175,12 +175,28 @@ def test_a_server_that_never_answers_does_not_hold_a_notice_to_stop_up(project):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        started = time.monotonic()
-        with pytest.raises(Stopped), Follower(address, RECORD) as follower:
-            follower.follow(HISTORY)
-            assert time.monotonic() - started < 1  # nor a training
-            raise Stopped
-        assert time.monotonic() - started < 5
+        code = f"""
+import os, signal, time
+from folio import records
+from folio.errors import one_line_errors
+from folio.follower import Follower
+record = records.Record(id="a" * 32, name="tiny", started=1, params={{}}, tags={{}})
+with one_line_errors(), Follower({address!r}, record) as follower:
+    started = time.monotonic()
+    follower.follow([])
+    assert time.monotonic() - started < 1  # nor a training
+    print(time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+        training = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(ROOT, DVC_ROOT=str(project)),
+            capture_output=True,
+            text=True,
+        )
+        ended = time.time()
+    assert training.returncode == 143 and tracking.LACKING in training.stderr
+    assert ended - float(training.stdout) < 10
 
 
 def test_points_that_a_store_missed_go_with_the_next_call(project, monkeypatch):
