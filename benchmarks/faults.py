@@ -80,7 +80,7 @@ class Bench:
 
     def __init__(self, place: Path, options: argparse.Namespace):
         self.place, self.options = place, options
-        project.write_project(place / "base", options)
+        project.write_project(place / "base", options.variant, project.tiny(options))
         repro(place / "base", "prepare").finish()
         self.peer = self.fresh()
         repro(self.peer).finish()

@@ -22,7 +22,7 @@ from benchmarks.project import Command, Server
 def compare(place: Path, options: argparse.Namespace) -> None:
     """Print a step's time with each kind of store, in turn, so that a busy machine hits all."""
     folder = place / "base"
-    project.write_project(folder, options, every=100)
+    project.write_project(folder, options.variant, project.tiny(options, every=100))
     project.repro(folder, "prepare").finish()
     silent = socket.create_server(("127.0.0.1", 0))  # the kernel accepts; nobody reads
     with Server(place) as server:

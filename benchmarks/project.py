@@ -29,7 +29,7 @@ import yaml
 from mlflow.entities import Run, ViewType
 from safetensors.torch import load_file
 
-from folio import variants
+from folio import params, variants
 
 ROOT = Path(__file__).parent.parent
 INJECTED = Path(__file__).with_name("injected.py")
@@ -53,17 +53,27 @@ runtime: {log_interval: 2}
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
-    """What write_project reads."""
+    """What tiny reads."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--variant", help="one of the files in variants/, without .yaml")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
 
 
-def write_project(folder: Path, options: argparse.Namespace, every: int = EVERY) -> None:
-    """The repository's files with other params, committed; a variant has the corpus it has.
+def tiny(options: argparse.Namespace, every: int = EVERY) -> dict[str, dict]:
+    """Overlay of params.yaml by add_options' options; a variant has the corpus it has.
 
     every: updates between evaluations, each with a checkpoint.
     """
+    tree: dict[str, dict] = {section: {} for section in params.SECTIONS}
+    for overlay in ([] if options.variant else [TINY]) + [ALWAYS]:
+        for section, values in yaml.safe_load(overlay).items():
+            tree[section] |= values
+    own = {"steps": options.steps, "precision": options.precision, "eval_interval": every}
+    return tree | {"train": tree["train"] | own}
+
+
+def write_project(folder: Path, variant: str | None, overlay: dict[str, dict]) -> None:
+    """The repository's files, committed, with params.yaml under a variant under an overlay."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for file in filter(Path.is_file, (ROOT / name for name in names.split("\0"))):
@@ -73,15 +83,11 @@ def write_project(folder: Path, options: argparse.Namespace, every: int = EVERY)
     (folder / "data/raw").mkdir(parents=True, exist_ok=True)
     (folder / "data/raw/verses.txt").write_text(VERSES)
     tree = yaml.safe_load((folder / "params.yaml").read_text())
-    if options.variant:
-        for name, value in variants.read(options.variant).items():
-            section, key = name.split(".")
-            tree[section][key] = value
-    for overlay in ([] if options.variant else [TINY]) + [ALWAYS]:
-        for section, values in yaml.safe_load(overlay).items():
-            tree[section] |= values
-    tree["train"] |= {"steps": options.steps, "precision": options.precision}
-    tree["train"] |= {"eval_interval": every}
+    for name, value in (variants.read(variant) if variant else {}).items():
+        section, key = name.split(".")
+        tree[section][key] = value
+    for section, values in overlay.items():
+        tree[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
     git = ["git", "-c", "user.name=faults", "-c", "user.email=faults@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a project"]):

@@ -23,7 +23,7 @@ from folio.runtime import RuntimeParams
 from stages.train import Trainer, TrainParams
 
 
-class _Untracked:
+class Untracked:
     """Stands where training expects a follower of its history."""
 
     def follow(self, history: list) -> None:
@@ -53,7 +53,7 @@ def measure(variant: dict) -> tuple[float, int, float, float]:
     trainer, runtime = build(variant)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer.train(Path(folder), runtime, _Untracked())
+        trainer.train(Path(folder), runtime, Untracked())
     seconds = time.perf_counter() - started
     return *trainer.best, trainer.history[-1]["train_loss"], seconds
 

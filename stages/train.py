@@ -83,6 +83,7 @@ def run(
     project: Path,
 ) -> None:
     """Train on root/data/prepared and write root/models; checkpoints and MLflow are in project."""
+    device.keep_memory()
     where = device.resolve_device(runtime.device)
     precision = device.resolve_precision(train_params.precision, where)
     data = tokens.read(root / "data/prepared")

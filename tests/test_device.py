@@ -1,7 +1,11 @@
 """Where the arithmetic runs, in which precision, and the seed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, environment
 
 from folio import device
 from folio.errors import UserError
@@ -57,3 +61,23 @@ def test_the_same_seed_gives_the_same_numbers():
 
     assert torch.equal(numbers(1), numbers(1))
     assert not torch.equal(numbers(1), numbers(2))
+
+
+def test_memory_that_is_kept_is_not_cleared_anew_at_each_step():
+    code = """
+import resource, torch
+from folio import device
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(40 << 18)  # 40 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = page_faults()
+device.keep_memory()
+for _ in range(5):  # by and by the free blocks become large enough for an aligned one
+    page_faults()
+assert page_faults() < handed_back / 10
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=environment(ROOT)).returncode == 0
