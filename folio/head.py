@@ -9,13 +9,12 @@ of the tall weight with few columns is the faster one.
 
 import torch
 
-ROWS = 256  # whose logits are held at once
+ROWS = 512  # whose logits are held at once: 103 MB
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, y):
-        n = len(y)
         loss = torch.zeros((), device=x.device)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
         logits = _buffer(x, weight)
@@ -23,14 +22,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows, targets, rows_grad in parts:
             exponentials, total, losses = _softmax_parts(rows, weight, bias, targets, logits)
             loss += losses.sum()
-            # the gradient of the logits, (softmax - one-hot) / n, in their place
-            gradient = exponentials.mul_(1 / (n * total))
-            one_hot = torch.full_like(total, -1 / n)
-            gradient.scatter_add_(0, targets[None], one_hot[None])
-            torch.mm(gradient.T, weight, out=rows_grad)
-            weight_grad.addmm_(gradient, rows)
+            # The gradient of the logits is (softmax - one-hot) / n. Here it is that times n total,
+            # which is taken back where the numbers are fewer.
+            gradient = exponentials.scatter_add_(0, targets[None], -total[None])
+            scale = 1 / (len(y) * total[:, None])
+            torch.mm(gradient.T, weight, out=rows_grad).mul_(scale)
+            weight_grad.addmm_(gradient, rows * scale)
         ctx.save_for_backward(x_grad, weight_grad)
-        return loss / n
+        return loss / len(y)
 
     @staticmethod
     def backward(ctx, grad):
