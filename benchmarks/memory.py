@@ -23,10 +23,12 @@ def measure(trainer: Trainer, steps: int) -> tuple[float, float, float]:
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()
-        trainer.advance()  # waits for the device
+        trainer.advance()
+        loss = trainer.take_step.read().loss  # waits for the device
+        trainer.take_step.reset()
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return peak, trainer.tokens_a_step / median(seconds), trainer.losses[-1]
+    return peak, trainer.tokens_a_step / median(seconds), loss
 
 
 def main() -> None:

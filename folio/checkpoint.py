@@ -13,21 +13,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from folio import device, files
+from folio import files
 from folio.errors import UserError
+
+
+class Stateful(Protocol):
+    """What step.Step is to a checkpoint."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     step: int  # updates done
-    tensors: dict[str, torch.Tensor]  # model.*, optimizer.*, rng.*, best.*
+    tensors: dict[str, torch.Tensor]  # model.*, optimizer.*, step.*, best.*
     state: dict[str, Any]  # all that is not a tensor, as JSON has it
 
 
@@ -76,21 +84,20 @@ def remove(folder: Path) -> None:
 def capture(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the rest of what the next step depends on, besides its number."""
+    step: Stateful,
+) -> dict[str, torch.Tensor]:
+    """What the next step depends on, besides its number."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in slots.items()}
-    tensors |= {f"rng.{name}": t for name, t in device.rng_state().items()}
-    return tensors, {"scaler": scaler.state_dict()}
+    return tensors | {f"step.{name}": t for name, t in step.state_dict().items()}
 
 
 def restore(
     checkpoint: Checkpoint,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    step: Stateful,
 ) -> None:
     """Put back what capture took. Raises UserError if it is another model's."""
     restore_model(checkpoint, model)
@@ -100,8 +107,7 @@ def restore(
         slots.setdefault(int(index), {})[slot] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
-    scaler.load_state_dict(checkpoint.state["scaler"])
-    device.set_rng_state(part(checkpoint, "rng"))
+    step.load_state_dict(part(checkpoint, "step"))
 
 
 def restore_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 from typing import Literal
 
+import numpy as np
 import torch
 
 from folio.errors import UserError
@@ -59,23 +60,18 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """Where each of PyTorch's generators is, by the device's name."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
+def seed_step(number: int, step: int, device: torch.device) -> None:
+    """Seed the generator that dropout draws from, as a pure function of (number, step).
 
-
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what rng_state gave, on the devices that are here."""
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-    if torch.backends.mps.is_available() and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    So a training that goes on from a checkpoint needs no generator's state.
+    """
+    seeds = np.random.SeedSequence([number, step]).generate_state(1, np.uint64)
+    seed_device = {
+        "cpu": torch.default_generator.manual_seed,
+        "cuda": torch.cuda.manual_seed,
+        "mps": torch.mps.manual_seed,
+    }[device.type]
+    seed_device(int(seeds[0]))
 
 
 def describe(device: torch.device) -> str:

@@ -51,6 +51,7 @@ def main() -> None:
 
 def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) -> None:
     """Read root/models and root/data/prepared, write root/models/evaluation, tell MLflow."""
+    device.keep_memory()
     model = huggingface.load(root / "models/gpt2", device.resolve_device(runtime.device))
     data = tokens.read(root / "data/prepared")
     if p.stride > model.params.block_size:

@@ -1,5 +1,6 @@
 """Train: token files to models/gpt2, the best weights as a Hugging Face folder."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -38,8 +39,8 @@ from folio.step import NonFiniteError, Step
 # begins anew instead of going on from what other code has computed.
 ARITHMETIC = ("device", "head", "loss", "model", "optim", "step", "tokens", "vocabulary")
 
-# What a checkpoint holds of a Trainer's attributes, besides weights, optimizer and generators.
-_STATE = ("losses", "norms", "history", "best", "worse")
+# What a checkpoint holds of a Trainer's attributes, besides weights, optimizer and step.
+_STATE = ("history", "best", "worse")
 
 _WAY_OUT = "lower train.learning_rate or train.grad_clip, or take train.precision fp32"
 
@@ -139,8 +140,6 @@ class Trainer:
         self.batches = tokens.Batches(train, model_params.block_size, p.batch_size, p.seed)
         self.val = self.vocabulary.rows_of(data.val)
         self.step = 0  # updates done
-        self.losses: list[float] = []  # of the steps since the last row
-        self.norms: list[float] = []  # of their gradients, where finite
         self.history: list[dict[str, Any]] = []  # a row a log point
         self.told: dict[int, dict[str, Any]] = {}  # by step: rows of steps to be done once more
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
@@ -175,6 +174,7 @@ class Trainer:
                 while True:
                     stopping.check()
                     if self.wants_row(runtime.log_interval):
+                        self.check()
                         row = self.log(bar, load)
                         unsaved = time.monotonic() - saved
                         if "val_loss" in row or unsaved > runtime.checkpoint_seconds:
@@ -190,24 +190,33 @@ class Trainer:
             self.save(folder)
             raise UserError(f"step {self.step + 1}: {problem}; {_WAY_OUT}") from None
         except stopping.Stopped:
+            with contextlib.suppress(NonFiniteError):
+                self.check()
             self.save(folder)
             follower.follow(self.history)
             left = f"step {self.step:,} is saved, and the same command goes on from there"
             raise stopping.Stopped(left) from None
 
     def advance(self) -> None:
-        """One step. Raises NonFiniteError, with everything as it was before."""
-        p, rng = self.p, device.rng_state()
-        first = self.step * p.accumulation
+        """One step, not waited for; all that is random in it depends on its number alone."""
+        p, first = self.p, self.step * self.p.accumulation
+        device.seed_step(p.seed, self.step, self.device)
         batches = [self.batches[first + i] for i in range(p.accumulation)]
-        try:
-            loss, norm = self.take_step(batches, self.rate(self.step))
-        except NonFiniteError:
-            device.set_rng_state(rng)
-            raise
+        self.take_step(batches, self.rate(self.step))
         self.step += 1
-        self.losses.append(loss)
-        self.norms += [norm] if math.isfinite(norm) else []  # fp16: an overflow, passed over
+
+    @property
+    def last_row(self) -> int:
+        """The step of the newest row."""
+        return self.history[-1]["step"] if self.history else 0
+
+    def check(self) -> None:
+        """Wait for the device. Raises NonFiniteError at the last step before what is not finite,
+        where the weights are."""
+        found = self.take_step.read()
+        self.step = self.last_row + found.steps
+        if found.problem:
+            raise NonFiniteError(f"the {found.problem} is not finite")
 
     def rate(self, step: int) -> float:
         """The learning rate of update number `step`, from 0."""
@@ -222,15 +231,15 @@ class Trainer:
 
     def wants_row(self, log_interval: int) -> bool:
         """Whether there is to be a row of this step, and is none yet."""
-        last = self.history[-1]["step"] if self.history else 0
-        return self.step > last and (self.is_evaluation or self.step % log_interval == 0)
+        return self.step > self.last_row and (self.is_evaluation or self.step % log_interval == 0)
 
     def log(self, bar: tqdm, load: tracking.Load | None) -> dict[str, Any]:
         """Add a row of the steps since the last one to the history, and return it."""
+        found = self.take_step.read()
         row = {
-            "train_loss": sum(self.losses) / len(self.losses),
+            "train_loss": found.loss / found.steps,
             "learning_rate": self.rate(self.step - 1),
-            "grad_norm": sum(self.norms) / max(1, len(self.norms)),
+            "grad_norm": found.norm / max(1, found.norms),
         }
         since, started = self.timed_from
         if self.step > since:  # else just resumed
@@ -246,7 +255,7 @@ class Trainer:
         # A step done once more, after a damaged checkpoint, keeps the row that MLflow has of it.
         row = self.told.pop(self.step, row)
         self.history.append(row)
-        self.losses, self.norms = [], []
+        self.take_step.reset()
         return row
 
     def evaluate(self) -> float:
@@ -268,10 +277,10 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """A checkpoint, then the history that MLflow may be told."""
-        tensors, state = checkpoint.capture(self.model, self.optimizer, self.take_step.scaler)
+        tensors = checkpoint.capture(self.model, self.optimizer, self.take_step)
         if self.best[1] != self.step:
             tensors |= {f"best.{name}": weight for name, weight in self.best_weights.items()}
-        state |= {name: getattr(self, name) for name in _STATE} | {"made_by": self._made_by}
+        state = {name: getattr(self, name) for name in _STATE} | {"made_by": self._made_by}
         checkpoint.save(folder, Checkpoint(self.step, tensors, state))
         records.write_history([*self.history, *self.told.values()], folder / "history.jsonl")
 
@@ -280,7 +289,7 @@ class Trainer:
         found = checkpoint.load_latest(folder)
         if not found:
             return
-        checkpoint.restore(found, self.model, self.optimizer, self.take_step.scaler)
+        checkpoint.restore(found, self.model, self.optimizer, self.take_step)
         self.step = found.step
         for name in _STATE:
             setattr(self, name, found.state[name])

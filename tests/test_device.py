@@ -81,3 +81,14 @@ for _ in range(5):  # by and by the free blocks become large enough for an align
 assert page_faults() < handed_back / 10
 """
     assert subprocess.run([sys.executable, "-c", code], env=environment(ROOT)).returncode == 0
+
+
+def test_the_chances_of_a_step_depend_on_the_seed_and_its_number_alone():
+    def numbers(seed, step):
+        device.seed_step(seed, step, CPU)
+        return torch.rand(5)
+
+    torch.rand(3)
+    first = numbers(1, 1)
+    assert torch.equal(numbers(1, 1), first)
+    assert not torch.equal(numbers(1, 2), first) and not torch.equal(numbers(2, 1), first)

@@ -7,7 +7,7 @@ import torch
 
 from folio import optim
 from folio.model import GPT, ModelParams
-from folio.step import NonFiniteError, Step
+from folio.step import Found, Step
 
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 CPU = torch.device("cpu")
@@ -40,7 +40,17 @@ class Root(torch.nn.Module):
 
 def sgd(model, precision="fp32", grad_clip=NEVER):
     """A step whose update is the rate times the gradient, so that the gradient can be read off."""
-    return Step(model, torch.optim.SGD(model.parameters()), CPU, precision, grad_clip)
+    optimizer = torch.optim.SGD(model.parameters(), fused=True)
+    return Step(model, optimizer, CPU, precision, grad_clip)
+
+
+def update(step, batches, rate):
+    """The loss and the gradient's norm of one update."""
+    step.reset()
+    step(batches, rate)
+    found = step.read()
+    assert found.steps == 1 and found.norms == 1 and found.problem is None
+    return found.loss, found.norm
 
 
 def weights(model):
@@ -49,39 +59,39 @@ def weights(model):
 
 def test_accumulation_equals_the_large_batch(model, batch):
     accumulating, (x, y) = copy.deepcopy(model), batch
-    loss, norm = sgd(model)([(x, y)], rate=1.0)
+    loss, norm = update(sgd(model), [(x, y)], rate=1.0)
     parts = list(zip(x.split(2), y.split(2), strict=True))
-    accumulated_loss, accumulated_norm = sgd(accumulating)(parts, rate=1.0)
+    accumulated_loss, accumulated_norm = update(sgd(accumulating), parts, rate=1.0)
     assert accumulated_loss == pytest.approx(loss, rel=1e-6)
     assert accumulated_norm == pytest.approx(norm, rel=1e-5)
     torch.testing.assert_close(weights(accumulating), weights(model), rtol=0, atol=1e-6)
 
 
-def test_it_returns_the_loss_before_the_update_and_the_norm_before_clipping(model, batch):
+def test_it_finds_the_loss_before_the_update_and_the_norm_before_clipping(model, batch):
     expected = model.loss(*batch)
     expected.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     model.zero_grad()
-    found = sgd(model, grad_clip=1e-3)([batch], rate=1.0)
+    found = update(sgd(model, grad_clip=1e-3), [batch], rate=1.0)
     assert found == pytest.approx((expected.item(), norm.item()), rel=1e-6)
 
 
 def test_clipping_bounds_the_norm_of_the_update(model, batch):
     before = weights(model)
-    _, norm = sgd(model, grad_clip=0.25)([batch], rate=1.0)
+    _, norm = update(sgd(model, grad_clip=0.25), [batch], rate=1.0)
     assert norm > 0.5
     assert (weights(model) - before).norm().item() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_a_gradient_within_the_bound_is_not_scaled(model, batch):
     before = weights(model)
-    _, norm = sgd(model, grad_clip=100.0)([batch], rate=1.0)
+    _, norm = update(sgd(model, grad_clip=100.0), [batch], rate=1.0)
     assert (weights(model) - before).norm().item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_the_rate_is_that_of_this_update(model, batch):
     step, before = sgd(model), weights(model)
-    _, norm = step([batch], rate=0.5)
+    _, norm = update(step, [batch], rate=0.5)
     between = weights(model)
     assert (between - before).norm().item() == pytest.approx(0.5 * norm, rel=1e-4)
     step([batch], rate=0.0)
@@ -106,65 +116,135 @@ def test_no_gradient_is_carried_into_the_next_update(model, batch):
 
 def test_a_few_steps_learn_a_batch_by_heart(model, batch):
     step = Step(model, optim.adamw(model, 0.0, (0.9, 0.95)), CPU, "fp32", 1.0)
-    losses = [step([batch], rate=1e-2)[0] for _ in range(40)]
+    losses = [update(step, [batch], rate=1e-2)[0] for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(model, batch):
+def test_what_it_finds_is_summed_up_until_it_is_reset(model, batch):
+    step = sgd(model)
+    each = [update(step, [batch], rate=0.1) for _ in range(3)]
+    summed = sgd(copy.deepcopy(model))
+    assert summed.read() == Found(0.0, 0.0, 0, 0, None)
+    found = step.read()
+    step([batch], rate=0.0)
+    assert step.read().steps == 2 and step.read().loss > found.loss
+    step.reset()
+    assert step.read() == summed.read()
+    assert len({loss for loss, _ in each}) == 3
+
+
+def assert_ended(step, before, problem):
+    """The last step was not finite; and neither it nor a sound one after it does anything."""
+    found = step.read()
+    assert found.problem == problem and found.steps == 0
+    assert torch.equal(weights(step.model), before)
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(model, batch):
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(1e38)
         model.transformer.wte.weight *= 1e5  # logits of infinity less infinity
     step, before = sgd(model), weights(model)
     assert before.isfinite().all()
-    with pytest.raises(NonFiniteError, match="the loss is not finite"):
-        step([batch], rate=1.0)
-    assert torch.equal(weights(model), before)
-    assert all(p.grad is None for p in model.parameters())
+    step([batch], rate=1.0)
+    assert_ended(step, before, "loss")
 
 
-def test_an_infinite_gradient_stops_before_the_weights_are_touched(batch):
+def test_an_infinite_gradient_leaves_the_weights_as_they_were(batch):
     model = Root(start=0.0)
     step, before = sgd(model), weights(model)
-    with pytest.raises(NonFiniteError, match="the gradient is not finite"):
-        step([batch], rate=1.0)
-    assert torch.equal(weights(model), before)
-    assert model.weight.grad is None
+    step([batch], rate=1.0)
+    assert_ended(step, before, "gradient")
+
+
+class Sometimes(Root):
+    """Its loss is no number for a batch of zeros."""
+
+    def loss(self, x, y):
+        return super().loss(x, y) * (1.0 if x.sum() else float("nan"))
+
+
+ZEROS = torch.zeros(1, 1), torch.zeros(1, 1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])  # fp16 forgives a gradient, not a loss
 def test_one_bad_batch_among_good_ones_is_enough(batch, precision):
-    class Sometimes(Root):
-        def loss(self, x, y):
-            return super().loss(x, y) * (1.0 if x.sum() else float("nan"))
-
     model = Sometimes(start=1.0)
     step, before = sgd(model, precision), weights(model)
-    with pytest.raises(NonFiniteError, match="the loss is not finite"):
-        step([batch, (torch.zeros(1, 1), torch.zeros(1, 1)), batch], rate=1.0)
-    assert torch.equal(weights(model), before)
+    step([batch, ZEROS, batch], rate=1.0)
+    assert_ended(step, before, "loss")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_after_a_step_that_is_not_finite_nothing_changes_any_more(model, batch, precision):
+    model.loss = lambda x, y, sound=model.loss: sound(x, y) * (1.0 if x.sum() else float("nan"))
+    step = Step(model, optim.adamw(model, 0.1, (0.9, 0.95)), CPU, precision, 1.0)
+    step([batch], rate=1e-3)
+    step([batch], rate=1e-3)
+    before = [t.clone() for t in state(step)]
+    step([(0 * batch[0], batch[1])], rate=1e-3)
+    step([batch], rate=1e-3)
+    assert step.read().problem == "loss" and step.read().steps == 2
+    assert all(torch.equal(*pair) for pair in zip(state(step), before, strict=True))
+
+
+def state(step):
+    """All that the next step depends on."""
+    slots = step.optimizer.state.values()
+    optimizer = [tensor for slot in slots for tensor in slot.values()]
+    return [*step.model.parameters(), *optimizer, *step.state_dict().values()]
+
+
+def test_an_optimizer_that_does_not_obey_the_device_is_obeyed_by_the_host(model, batch):
+    fused, other = sgd(model, grad_clip=0.25), Sometimes(start=1.0)
+    host = sgd(copy.deepcopy(model), grad_clip=0.25)
+    host.device_decides = False
+    for step in (fused, host):
+        step([batch], rate=1.0)
+    torch.testing.assert_close(weights(fused.model), weights(host.model), rtol=1e-6, atol=1e-8)
+    step, before = sgd(other), weights(other)
+    step.device_decides = False
+    step([ZEROS], rate=1.0)
+    assert_ended(step, before, "loss")
 
 
 def test_in_fp16_an_update_whose_gradient_overflows_is_skipped_and_the_scale_halved(batch):
     model = Root(start=0.0)
     step, before = sgd(model, precision="fp16"), weights(model)
-    scale = step.scaler.get_scale()
+    scale = step.scale.item()
     step([batch], rate=1.0)
     assert torch.equal(weights(model), before)
-    assert step.scaler.get_scale() == scale / 2
+    assert step.scale.item() == scale / 2
+    found = step.read()
+    assert (found.steps, found.norms, found.problem) == (1, 0, None)
+
+
+def test_in_fp16_the_scale_is_doubled_after_2000_updates_in_a_row(batch):
+    model = Root(start=1.0)
+    step = sgd(model, precision="fp16")
+    step.updates.fill_(1998)
+    scales = []
+    for _ in range(3):
+        step([batch], rate=0.0)
+        scales.append(step.scale.item())
+    assert scales == [2.0**16, 2.0**17, 2.0**17]
+    assert step.updates.item() == 1
 
 
 def test_in_fp16_a_gradient_that_overflows_at_any_scale_stops_the_training(batch):
     model = Root(start=0.0)
     step, before = sgd(model, precision="fp16"), weights(model)
-    with pytest.raises(NonFiniteError, match="the gradient is not finite"):
-        for _ in range(40):
-            step([batch], rate=1.0)
+    for _ in range(40):
+        step([batch], rate=1.0)
+    found = step.read()
+    assert found.problem == "gradient" and found.steps == 26  # 2**16 down to 2**-10
     assert torch.equal(weights(model), before)
 
 
 def test_in_fp16_the_update_is_that_of_the_unscaled_gradient(batch):
     model = Root(start=1.0)
-    loss, norm = sgd(model, precision="fp16", grad_clip=NEVER)([batch], rate=1.0)
+    loss, norm = update(sgd(model, precision="fp16"), [batch], rate=1.0)
     gradient = torch.tensor([0.5, 0.25])
     assert (loss, norm) == pytest.approx((3.0, gradient.norm().item()))
     torch.testing.assert_close(model.weight.detach(), torch.tensor([1.0, 4.0]) - gradient)
@@ -173,6 +253,6 @@ def test_in_fp16_the_update_is_that_of_the_unscaled_gradient(batch):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_few_steps_learn_in_half_precision_too(model, batch, precision):
     step = Step(model, optim.adamw(model, 0.0, (0.9, 0.95)), CPU, precision, 1.0)
-    losses = [step([batch], rate=1e-2)[0] for _ in range(40)]
+    losses = [update(step, [batch], rate=1e-2)[0] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
