@@ -33,7 +33,7 @@ class ModelParams:
 
 
 class Cache:
-    """The keys and values of what the model has already read, so that it reads each token once."""
+    """The keys and values of what the model has read, so that it reads each token once."""
 
     def __init__(self, model: "GPT", batch_size: int):
         p, weight = model.params, model.transformer.wte.weight
@@ -41,14 +41,11 @@ class Cache:
         self.keys_values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0  # tokens read
 
-    def extend(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in a layer's new keys and values [B, n_head, T, D]; return all of them so far."""
-        end = self.length + k.shape[2]
-        past = self.keys_values[layer, :, :, :, :end]  # [2, B, n_head, length + T, D]
-        past[0, :, :, self.length :], past[1, :, :, self.length :] = k, v
-        return past[0], past[1]
+    def extend(self, layer: int, new: torch.Tensor) -> torch.Tensor:
+        """Take in a layer's new keys and values [2, B, n_head, T, D]; return all of them so far."""
+        end = self.length + new.shape[3]
+        self.keys_values[layer, :, :, :, self.length : end] = new
+        return self.keys_values[layer, :, :, :, :end]  # [2, B, n_head, length + T, D]
 
 
 class Attention(nn.Module):
@@ -61,11 +58,12 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, n_head, T, C / n_head]
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            cache.extend(layer, qkv[1:])
+        q, k, v = qkv  # each [B, n_head, T, C / n_head]
         x = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
         return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
 
@@ -135,12 +133,14 @@ class GPT(nn.Module):
                 p.normal_(0.0, 0.02)
 
     def hidden(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Token ids [B, T] to what the head reads, [B, T, C]."""
-        t, start = self.transformer, cache.length if cache else 0
-        T = x.shape[1]
-        assert start + T <= self.params.block_size, "more tokens than the context holds"
-        assert not start or T == 1, "a cache that holds something takes one token at a time"
-        position = torch.arange(start, start + T, device=x.device)
+        """Token ids [B, T] to what the head reads, [B, T, C]; an empty cache is filled by the way.
+
+        From there sampling.Decoder goes on, token by token.
+        """
+        t, T = self.transformer, x.shape[1]
+        assert self.params.block_size >= T, "more tokens than the context holds"
+        assert not (cache and cache.length), "a cache that holds something is the decoder's"
+        position = torch.arange(T, device=x.device)
         x = t.drop(t.wte(x) + t.wpe(position))
         for layer, block in enumerate(t.h):
             if self.gradient_checkpointing and self.training:
@@ -151,10 +151,10 @@ class GPT(nn.Module):
             cache.length += T
         return t.ln_f(x)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Token ids [B, T] to logits [B, T, V]; with a cache, x follows the tokens in it."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] to logits [B, T, V]."""
         assert self.log_multiplicity is None, "a row that several tokens share has no logit of each"
-        return F.linear(self.hidden(x, cache), self.transformer.wte.weight)
+        return F.linear(self.hidden(x), self.transformer.wte.weight)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats of y [B, T] given x [B, T], for training."""

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from folio.model import GPT, ModelParams
-from folio.sampling import generate
+from folio import sampling
+from folio.model import GPT, Cache, ModelParams
+from folio.sampling import Decoder, generate, generate_batch
 
 CONTEXT, ROWS = 12, 40
 PROMPT = [3, 1, 4, 1, 5]
@@ -38,10 +39,9 @@ def probabilities(model, prompt, temperature=1.0):
 def draw(model, times, temperature, **choice):
     """How often each id follows the prompt."""
     generator = torch.Generator().manual_seed(7)
-    drawn = [*generate(model, PROMPT, 1, temperature, generator=generator, **choice)]
-    for _ in range(times - 1):
-        drawn += generate(model, PROMPT, 1, temperature, generator=generator, **choice)
-    return np.bincount(drawn, minlength=ROWS)
+    prompts = torch.tensor([PROMPT]).expand(times, -1)
+    (ids,) = generate_batch(model, prompts, 1, temperature, generator=generator, **choice)
+    return np.bincount(ids, minlength=ROWS)
 
 
 def assert_drawn_from(counts, p):
@@ -64,6 +64,46 @@ def test_the_cache_changes_no_text_within_the_context_nor_beyond_it(model, lengt
     expected = likeliest(model, prompt, 3 * CONTEXT)
     assert len(set(expected)) > 5
     assert list(generate(model, prompt, 3 * CONTEXT, 0.0)) == expected
+
+
+@pytest.mark.parametrize("length", [1, 5, CONTEXT - 1])
+@pytest.mark.parametrize("one_dnn", [True, False])
+def test_the_decoder_is_the_model(model, length, one_dnn, monkeypatch):
+    if not one_dnn:
+        monkeypatch.setattr(sampling, "_ONEDNN", None)
+    x = torch.randint(ROWS, (3, CONTEXT), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected, cache = model.hidden(x), Cache(model, len(x))
+        model.hidden(x[:, :length], cache)
+        decoder = Decoder(model, cache)
+        for t in range(length, CONTEXT):
+            found = decoder.step(x[:, t])
+            torch.testing.assert_close(found, expected[:, t], rtol=0, atol=2e-5)
+    assert cache.length == CONTEXT
+
+
+@pytest.mark.parametrize("length", [1, 5, 3 * CONTEXT])
+def test_a_batch_writes_what_each_prompt_alone_does(model, length):
+    prompts = np.random.default_rng(length).integers(ROWS, size=(4, length))
+    batch = [ids.tolist() for ids in generate_batch(model, torch.tensor(prompts), 20, 0.0)]
+    alone = [likeliest(model, prompt.tolist(), 20) for prompt in prompts]
+    assert len({tuple(text) for text in alone}) > 1
+    assert batch == [list(ids) for ids in zip(*alone, strict=True)]
+
+
+@pytest.mark.parametrize("length", [5, 3 * CONTEXT])
+def test_the_head_reads_the_last_position_alone(model, length, monkeypatch):
+    rows, linear = [], sampling._linear
+
+    def count(x, weight, bias=None):
+        rows.append(len(x)) if len(weight) == ROWS else None
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(sampling, "_linear", count)
+    monkeypatch.setattr(model, "forward", None)  # its head would read every position
+    prompts = torch.ones(2, length, dtype=torch.long)
+    assert len(list(generate_batch(model, prompts, CONTEXT, 0.0))) == CONTEXT
+    assert rows == CONTEXT * [2]
 
 
 def test_temperature_0_takes_the_likeliest_whatever_the_seed(model):
@@ -93,6 +133,16 @@ def test_top_k_draws_among_the_k_likeliest(model):
     counts = draw(model, 500, 2.5, top_k=4)
     assert_drawn_from(counts, p / p.sum())
     assert (counts > 0).sum() == 4
+
+
+def test_every_prompt_of_a_batch_draws_from_its_own_probabilities(model):
+    prompts = torch.tensor([PROMPT, PROMPT[::-1]]).repeat_interleave(1_000, 0)
+    generator = torch.Generator().manual_seed(7)
+    (ids,) = generate_batch(model, prompts, 1, 2.5, top_k=4, generator=generator)
+    for drawn, prompt in zip(ids.view(2, -1), (PROMPT, PROMPT[::-1]), strict=True):
+        p = probabilities(model, prompt, 2.5)
+        p[p.argsort(descending=True)[4:]] = 0
+        assert_drawn_from(np.bincount(drawn, minlength=ROWS), p / p.sum())
 
 
 def test_top_k_beyond_the_vocabulary_is_no_bound(model):
