@@ -1,24 +1,44 @@
-"""Where text comes from: a named corpus, or the user's own file or folder under data/raw."""
+"""Where text comes from: a named corpus, or the user's own file or folder under data/raw.
 
+A text may be larger than the memory, so it is read some of it at a time.
+"""
+
+import codecs
 import difflib
 import errno
+import functools
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from folio import files, shakespeare
+from folio import shakespeare
 from folio.errors import UserError
 
 NAMED = ("tinyshakespeare", "shakespeare")
 RAW = Path("data", "raw")  # the folder that DVC tracks: a change in it reruns the pipeline
+CHUNK = 1 << 20  # bytes of a file, or characters of a named corpus, read at a time
 
 
 @dataclass(frozen=True)
 class Corpus:
     name: str  # as in NAMED, or the path under the project's root, in printable characters
-    train: str
-    val: str  # what follows train in the text
+    characters: int
+    train_characters: int  # so many at the start are for training, the others for validation
+    read: Callable[[], Iterator[str]]
+
+    def chunks(self) -> Iterator[str]:
+        """The text from its start, in strings of at most CHUNK characters, none of them empty.
+
+        Raises UserError when a file can no longer be read, or has another length than before.
+        """
+        left = self.characters
+        for chunk in self.read():
+            left -= len(chunk)
+            yield chunk
+        if left:
+            raise UserError(f"{self.name} changed while it was read: run the same command again")
 
 
 def read(name: str, validation_fraction: float, root: Path) -> Corpus:
@@ -34,31 +54,39 @@ def read(name: str, validation_fraction: float, root: Path) -> Corpus:
     if name in NAMED:
         return _named(name)
     path = _find(name, root)
-    text = _read_folder(path, root) if path.is_dir() else _read_file(path, root)
+    paths = _texts(path, root) if path.is_dir() else [path]
     shown = _show(path, root)
-    if not text.strip():
+    characters, blank = 0, True
+    for chunk in _read(paths, root):
+        characters += len(chunk)
+        blank = blank and chunk.isspace()
+    if blank:
         raise UserError(f"{shown} holds no text: put some in, or set prepare.corpus to another")
-    train, val = _split(text, validation_fraction)
-    if not train or not val:
+    train = _share(characters, validation_fraction)
+    if train in (0, characters):
         part = "validation" if train else "training"
         raise UserError(
-            f"{shown}: of {len(text)} characters, prepare.validation_fraction "
+            f"{shown}: of {characters} characters, prepare.validation_fraction "
             f"{validation_fraction} leaves none for {part}: change it, or take a longer text"
         )
-    return Corpus(shown, train, val)
+    return Corpus(shown, characters, train, functools.partial(_read, paths, root))
 
 
 def _named(name: str) -> Corpus:
     plays = shakespeare.plays()
-    train, val = _split(shakespeare.tinyshakespeare(plays), 0.1)
-    if name == "shakespeare":
-        train = shakespeare.other_plays(plays) + train
-    return Corpus(name, train, val)
+    tiny = shakespeare.tinyshakespeare(plays)
+    others = shakespeare.other_plays(plays) if name == "shakespeare" else ""
+    text = others + tiny
+
+    def read() -> Iterator[str]:
+        return (text[place : place + CHUNK] for place in range(0, len(text), CHUNK))
+
+    return Corpus(name, len(text), len(others) + _share(len(tiny), 0.1), read)
 
 
-def _split(text: str, validation_fraction: float) -> tuple[str, str]:
-    cut = int(len(text) * (1 - validation_fraction))
-    return text[:cut], text[cut:]
+def _share(characters: int, validation_fraction: float) -> int:
+    """How many of the characters are for training."""
+    return int(characters * (1 - validation_fraction))
 
 
 def _find(name: str, root: Path) -> Path:
@@ -106,7 +134,9 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _read_folder(folder: Path, root: Path) -> str:
+def _texts(folder: Path, root: Path) -> list[Path]:
+    """The .txt files of a folder, at any depth, in the order of their paths."""
+
     def fail(problem: OSError) -> NoReturn:  # else os.walk leaves out what it may not open
         raise _unreadable(_show(Path(problem.filename), root), problem) from None
 
@@ -121,22 +151,42 @@ def _read_folder(folder: Path, root: Path) -> str:
     )
     if not paths:
         raise UserError(f"{_show(folder, root)} holds no .txt file: put one in, or give a file")
-    text = ""
+    return paths
+
+
+def _read(paths: list[Path], root: Path) -> Iterator[str]:
+    """The files' texts, chunk by chunk; where one lacks a line end, the next is not glued to it."""
+    last = "\n"
     for path in paths:
-        if text and not text.endswith("\n"):
-            text += "\n"
-        text += _read_file(path, root)
-    return text
+        if last != "\n":
+            yield (last := "\n")
+        for chunk in _read_file(path, root):
+            yield chunk
+            last = chunk[-1]
 
 
-def _read_file(path: Path, root: Path) -> str:
-    """The file's text, line ends and all, less a byte-order mark."""
+def _read_file(path: Path, root: Path) -> Iterator[str]:
+    """The file's text, line ends and all, less a byte-order mark, chunk by chunk."""
     shown = _show(path, root)
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         _check_inside(path.resolve(strict=True), shown, root)
-        return files.read(path).decode("utf-8").removeprefix("\ufeff")
+        if not path.is_file():  # a pipe would be waited for, a device never ends
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+        with path.open("rb") as file:
+            block = b"the first is still to come"
+            while block:
+                begun, _ = decoder.getstate()  # the first bytes of a character
+                start = file.tell() - len(begun)
+                block = file.read(CHUNK)
+                text = decoder.decode(block, final=not block)
+                if start == 0:
+                    text = text.removeprefix("\ufeff")
+                if text:
+                    yield text
     except UnicodeDecodeError as problem:
-        raise UserError(f"{shown} is not UTF-8 at byte {problem.start}: save it as UTF-8") from None
+        place = start + problem.start
+        raise UserError(f"{shown} is not UTF-8 at byte {place}: save it as UTF-8") from None
     except RuntimeError:  # links in a circle, to Python before 3.13
         raise _unreadable(shown, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
     except OSError as problem:

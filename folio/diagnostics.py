@@ -1,6 +1,10 @@
-"""What is in the corpus: counts, the commonest tokens, and two pictures."""
+"""What is in the corpus: counts, the commonest tokens, and two pictures.
+
+All of it comes from running counts, as large for a long text as for a short one.
+"""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -12,68 +16,101 @@ from folio import pictures
 from folio.pictures import BLUE, GREY
 
 
-def summary(
-    characters: int,
-    train: np.ndarray,
-    val: np.ndarray,
-    vocabulary: int,
-    report_batch_size: int,
-    report_block_size: int,
-) -> dict[str, int | float]:
-    """The corpus in nine figures, from its length and its two parts' token ids, [tokens] each.
+class Tally:
+    """Running counts of a text that comes in pieces.
+
+    The pieces are to be cut as tokenizer.pieces does, before white space and after what is none.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        """`vocabulary` is how many token ids there are."""
+        self.characters = 0
+        self.start = ""  # the first 300 characters
+        self.train = np.zeros(vocabulary, dtype=np.int64)  # times that each id occurs in training
+        self.val = np.zeros(vocabulary, dtype=np.int64)
+        self._lines: Counter[int] = Counter()  # by length; those that were seen to end
+        self._speeches: Counter[int] = Counter()
+        self._line = self._speech = 0  # the length so far of the last, which may go on
+
+    def add(self, text: str, train: np.ndarray, val: np.ndarray) -> None:
+        """Count a piece of the text, not empty, with its ids for training and validation."""
+        self.characters += len(text)
+        self.start += text[: 300 - len(self.start)]
+        self.train += np.bincount(train, minlength=len(self.train))
+        self.val += np.bincount(val, minlength=len(self.val))
+
+        lines = text.splitlines()
+        lengths = [0 if line.isspace() else len(line) for line in lines]
+        if self._line:
+            lengths[0] = self._line + len(lines[0])  # even where blanks are all that is added
+        self._line = lengths.pop()
+        self._lines.update(lengths)
+
+        words = [len(speech.split()) for speech in re.split(r"\n\s*\n", text)]
+        words[0] += self._speech
+        self._speech = words.pop()
+        self._speeches.update(words)
+
+    @property
+    def lines(self) -> Counter[int]:
+        """How many lines there are of each length in characters; blank ones are left out."""
+        return _with_last(self._lines, self._line)
+
+    @property
+    def speeches(self) -> Counter[int]:
+        """How many speeches there are of each length in words.
+
+        A speech is what stands between empty lines.
+        """
+        return _with_last(self._speeches, self._speech)
+
+
+def summary(tally: Tally, report_batch_size: int, report_block_size: int) -> dict[str, int | float]:
+    """The corpus in nine figures.
 
     `batches_per_epoch` is how many batches of report_batch_size x report_block_size all tokens
     fill. `unseen_val_share` is the share of validation tokens, repeats counted, whose id is nowhere
     in training: a model can only guess at those.
     """
-    tokens = len(train) + len(val)
+    train_tokens, val_tokens = int(tally.train.sum()), int(tally.val.sum())
+    tokens = train_tokens + val_tokens
     return {
-        "characters": characters,
+        "characters": tally.characters,
         "tokens": tokens,
-        "unique_tokens": len(np.union1d(train, val)),
-        "vocabulary": vocabulary,
-        "characters_per_token": characters / tokens,
-        "train_tokens": len(train),
-        "val_tokens": len(val),
+        "unique_tokens": int(np.count_nonzero(tally.train + tally.val)),
+        "vocabulary": len(tally.train),
+        "characters_per_token": tally.characters / tokens,
+        "train_tokens": train_tokens,
+        "val_tokens": val_tokens,
         "batches_per_epoch": tokens // (report_batch_size * report_block_size),
-        "unseen_val_share": float(np.isin(val, train, invert=True).mean()),
+        "unseen_val_share": int(tally.val[tally.train == 0].sum()) / val_tokens,
     }
 
 
 def commonest_tokens(
-    ids: np.ndarray, decode: Callable[[list[int]], str], top: int = 100
+    counts: np.ndarray, decode: Callable[[list[int]], str], top: int = 100
 ) -> pd.DataFrame:
-    """The `top` commonest of the token ids, [tokens]: columns rank, id, text, count, share.
+    """The `top` commonest tokens: columns rank, id, text, count, share.
 
-    `text` is the token as Python writes a string, so that spaces and line ends show; `share` is of
-    all tokens. Equal counts are ranked by id.
+    `counts` is how often each id occurs, [vocabulary]. `text` is the token as Python writes a
+    string, so that spaces and line ends show; `share` is of all tokens. Equal counts are ranked by
+    id.
     """
-    counts = pd.Series(np.bincount(ids)).rename_axis("id").rename("count")
-    table = counts[counts > 0].sort_values(ascending=False, kind="stable").head(top).reset_index()
+    series = pd.Series(counts).rename_axis("id").rename("count")
+    table = series[series > 0].sort_values(ascending=False, kind="stable").head(top).reset_index()
     table.insert(0, "rank", table.index + 1)
     table.insert(2, "text", [repr(decode([token])) for token in table["id"]])
-    table["share"] = table["count"] / len(ids)
+    table["share"] = table["count"] / counts.sum()
     return table
 
 
-def line_lengths(text: str) -> np.ndarray:
-    """Characters in each line that is not empty, [lines]."""
-    return np.array([len(line) for line in text.splitlines() if line.strip()], dtype=np.int64)
-
-
-def speech_lengths(text: str) -> np.ndarray:
-    """Words in each speech, [speeches]; a speech is what stands between empty lines."""
-    speeches = re.split(r"\n\s*\n", text)
-    return np.array([len(speech.split()) for speech in speeches if speech.strip()], dtype=np.int64)
-
-
-def rank_frequency(ids: np.ndarray, title: str) -> Figure:
+def rank_frequency(counts: np.ndarray, title: str) -> Figure:
     """How often the commonest token occurs, the second, and so on; both axes are logarithmic.
 
-    The dashed line falls as 1/rank (Zipf's law) from where it fits the middle ranks.
+    `counts` is how often each id occurs, [vocabulary]. The dashed line falls as 1/rank (Zipf's
+    law) from where it fits the middle ranks.
     """
-    counts = np.sort(np.bincount(ids))[::-1]
-    counts = counts[counts > 0]
+    counts = np.sort(counts[counts > 0])[::-1]
     ranks = np.arange(1, len(counts) + 1)
     middle = slice(len(counts) // 1000, max(1, len(counts) // 10))
     level = np.exp(np.mean(np.log(counts[middle] * ranks[middle])))
@@ -87,18 +124,25 @@ def rank_frequency(ids: np.ndarray, title: str) -> Figure:
     axes.set_xlabel("rank of the token")
     axes.set_ylabel("occurrences")
     axes.legend(frameon=False)
-    heading = f"{_short(title)}: {len(counts):,} different tokens among {len(ids):,}"
+    heading = f"{_short(title)}: {len(counts):,} different tokens among {counts.sum():,}"
     figure.suptitle(heading, parse_math=False)
     return figure
 
 
-def lengths(text: str, title: str) -> Figure:
-    """Histograms of line_lengths and speech_lengths."""
+def lengths(tally: Tally, title: str) -> Figure:
+    """Histograms of how long the lines and the speeches are."""
     figure, [left, right] = pictures.blank(2, (10, 4.2))
-    _histogram(left, line_lengths(text), "lines", "characters in a line")
-    _histogram(right, speech_lengths(text), "speeches", "words in a speech")
+    _histogram(left, tally.lines, "lines", "characters in a line")
+    _histogram(right, tally.speeches, "speeches", "words in a speech")
     figure.suptitle(f"{_short(title)}: how long lines and speeches are", parse_math=False)
     return figure
+
+
+def _with_last(ended: Counter[int], last: int) -> Counter[int]:
+    """The counts with the last length, and without lengths of 0."""
+    counts = ended + Counter([last])
+    del counts[0]
+    return counts
 
 
 def _short(title: str) -> str:
@@ -106,14 +150,29 @@ def _short(title: str) -> str:
     return title if len(title) <= 40 else f"...{title[-37:]}"
 
 
-def _histogram(axes: Axes, values: np.ndarray, nouns: str, label: str) -> None:
+def _histogram(axes: Axes, counts: Counter[int], nouns: str, label: str) -> None:
+    """`counts` is how many there are of each length."""
     # The longest 1 % are left out: they would squeeze the rest into a corner.
-    longest = int(np.percentile(values, 99)) + 1
-    axes.hist(values, bins=np.arange(0, longest + 2, max(1, longest // 60)), color=BLUE)
-    median = np.median(values)
+    longest = int(_percentile(counts, 99)) + 1
+    bins = np.arange(0, longest + 2, max(1, longest // 60))
+    axes.hist(list(counts), bins=bins, weights=list(counts.values()), color=BLUE)
+    median = _percentile(counts, 50)
     axes.axvline(median, color="black", linewidth=1, linestyle="--", label=f"median {median:g}")
-    axes.set_title(f"{len(values):,} {nouns}, the longest of {values.max():,}")
+    axes.set_title(f"{counts.total():,} {nouns}, the longest of {max(counts):,}")
     axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.set_ylabel(nouns)
     axes.legend(frameon=False)
+
+
+def _percentile(counts: Counter[int], percent: float) -> float:
+    """np.percentile of all lengths, bit for bit, from how many there are of each."""
+    ordered = sorted(counts)
+    ends = np.cumsum([counts[length] for length in ordered])
+    place = (counts.total() - 1) * (percent / 100)  # among all of them in order, from 0
+    low, high = (
+        ordered[np.searchsorted(ends, at, side="right")] for at in (int(place), -int(-place // 1))
+    )
+    share = place - int(place)
+    # numpy's _lerp, which goes from the nearer end
+    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,12 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 # each character, and of these it has a million. So a run that long is cut out beforehand, at the
 # two places where the pattern would cut it. The class is the engine's \s, not Python's.
 _BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-LONG_BLANK = re.compile(f"(?<!{_BLANK}){_BLANK}{{100000,}}")
+LONG_BLANK = 100_000  # characters
+
+# No token of PATTERN has white space after anything else, so before white space a text may be cut.
+# Python's \S, narrower than the engine's, keeps whole what Python takes for white space, too.
+_LAST_CUT = re.compile(rf"(?s:.*\S)(?={_BLANK})")
+PIECE = 1 << 20  # characters
 _NO_TEXT = 187  # the token of the byte 0xFF, which no UTF-8 has
 
 
@@ -47,10 +52,31 @@ def encode(text: str) -> np.ndarray:
     but a terminal's input may hold, becomes U+FFFD as it does in tiktoken.
     """
     cuts = [0]
-    for blank in LONG_BLANK.finditer(text):
-        cuts += [blank.start(), blank.end() - (blank.end() < len(text))]
+    for start, end in _long_blanks(text):
+        cuts += [start, end - (end < len(text))]
     pieces = [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
     return np.concatenate([_encode(piece) for piece in pieces])
+
+
+def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """Cut a text anew, so that the ids of its pieces are, one after the other, those of the whole.
+
+    `chunks` are the text cut anywhere. A piece has about `size` characters, more where there is no
+    white space; it ends before white space and after what is none, so no word, no line end and no
+    empty line is cut in two.
+    """
+    text, enough = "", size
+    for chunk in chunks:
+        text += chunk
+        if len(text) < enough:
+            continue
+        if cut := _LAST_CUT.match(text):
+            yield cut[0]
+            text, enough = text[cut.end() :], size
+        else:
+            enough = 2 * len(text)  # to look again at each chunk would take quadratic time
+    if text:
+        yield text
 
 
 def decode(ids: Iterable[int]) -> str:
@@ -78,6 +104,15 @@ def save(folder: Path) -> None:
     }
     with files.replacing(folder / "tokenizer_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _long_blanks(text: str) -> list[tuple[int, int]]:
+    """Start and end of each run of at least LONG_BLANK characters of white space."""
+    window = LONG_BLANK // 2  # such a run fills one; nearly all texts are done with after this look
+    if not any(text[at : at + window].isspace() for at in range(0, len(text), window)):
+        return []
+    runs = re.finditer(f"(?<!{_BLANK}){_BLANK}{{{LONG_BLANK},}}", text)
+    return [run.span() for run in runs]
 
 
 def _encode(text: str) -> np.ndarray:

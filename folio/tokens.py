@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,33 +44,25 @@ def write(
     folder: Path,
     corpus: str,
     vocabulary: int,
-    texts: dict[str, str],
-    ids: dict[str, np.ndarray],
+    pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
 ) -> dict[str, Any]:
     """Write train.bin, val.bin and meta.json, and return what meta.json says of them.
 
-    `texts` and `ids` hold the text and the token ids, [tokens], of "train" and "val"; `vocabulary`
-    is how many ids there are. All three files are whole before the first takes its name, and
-    meta.json is the last to take its own.
+    `pieces` of the text, in its order, are each the text and the token ids, [tokens], of "train"
+    and "val", where nearly always one of the two is empty; `vocabulary` is how many ids there are.
+    All three files are whole before the first takes its name, and meta.json is the last to take
+    its own.
     """
-    meta: dict[str, Any] = {
-        "corpus": corpus,
-        "vocabulary": vocabulary,
-        "text_sha256": _sha256("".join(texts[part] for part in PARTS).encode()),
-    }
-    contents = {part: np.ascontiguousarray(ids[part], dtype=DTYPE) for part in PARTS}
-    for part in PARTS:
-        meta[f"{part}_tokens"] = len(ids[part])
-        meta[f"{part}_characters"] = len(texts[part])
-        meta[f"{part}_bytes"] = len(texts[part].encode())  # of the text in UTF-8
-        meta[f"{part}_sha256"] = _sha256(contents[part])  # of the file
+    meta: dict[str, Any] = {key: kind() for key, kind in META.items()}
+    meta |= {"corpus": corpus, "vocabulary": vocabulary}
     with contextlib.ExitStack() as stack:  # the first to enter is the last to be renamed
-        temporary = stack.enter_context(files.replacing(folder / "meta.json"))
+        names = {"meta": "meta.json"} | {part: f"{part}.bin" for part in PARTS}
+        paths = {
+            key: stack.enter_context(files.replacing(folder / name)) for key, name in names.items()
+        }
+        _write_parts(paths, meta, pieces)
         content = meta | {"sha256": _meta_sha256(meta)}
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for part in PARTS:
-            # Not ndarray.tofile: its error on a full disk does not carry ENOSPC.
-            stack.enter_context(files.replacing(folder / f"{part}.bin")).write_bytes(contents[part])
+        paths["meta"].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return meta
 
 
@@ -151,6 +144,29 @@ class Batches:
             order = random.permutation(self.windows_per_epoch)
             self._epoch, self._starts = epoch, offset + order * self.block_size
         return self._starts
+
+
+def _write_parts(
+    paths: dict[str, Path],
+    meta: dict[str, Any],
+    pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
+) -> None:
+    """Write the ids of "train" and "val" to their paths; counts and sums go into meta."""
+    sums = {key: hashlib.sha256() for key in ("text", *PARTS)}
+    with contextlib.ExitStack() as stack:
+        out = {part: stack.enter_context(paths[part].open("wb")) for part in PARTS}
+        for texts, ids in pieces:
+            for part in PARTS:
+                text, content = texts[part].encode(), np.ascontiguousarray(ids[part], dtype=DTYPE)
+                meta[f"{part}_tokens"] += len(content)
+                meta[f"{part}_characters"] += len(texts[part])
+                meta[f"{part}_bytes"] += len(text)  # of the text in UTF-8
+                sums["text"].update(text)
+                sums[part].update(content)  # of the file
+                # Not ndarray.tofile: its error on a full disk does not carry ENOSPC.
+                out[part].write(content)
+    for key, summed in sums.items():
+        meta[f"{key}_sha256"] = summed.hexdigest()
 
 
 def _open(path: Path, part: str, meta: dict[str, Any]) -> np.ndarray:

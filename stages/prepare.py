@@ -3,8 +3,12 @@
 Run by `dvc repro prepare`, or by hand: `python -m stages.prepare` in the project's root.
 """
 
+import collections
 import json
+import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +18,9 @@ import numpy as np
 from folio import corpus, diagnostics, files, pictures, tokenizer, tokens
 from folio.errors import one_line_errors
 from folio.params import load
+
+Texts = dict[str, str]  # a piece of the text: what is for "train" and what for "val"
+Ids = dict[str, np.ndarray]  # the token ids of each, [tokens] uint16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,35 +39,76 @@ def run(params: PrepareParams, root: Path) -> None:
     """
     data = root / "data"
     source = corpus.read(params.corpus, params.validation_fraction, root)
-    texts = {"train": source.train, "val": source.val}
-    ids = {part: tokenizer.encode(text) for part, text in texts.items()}
-    tokens.write(data / "prepared", source.name, tokenizer.VOCABULARY, texts, ids)
+    tally = diagnostics.Tally(tokenizer.VOCABULARY)
 
-    text = source.train + source.val
-    all_ids = np.concatenate([ids["train"], ids["val"]])
-    figures = diagnostics.summary(
-        len(text),
-        ids["train"],
-        ids["val"],
-        tokenizer.VOCABULARY,
-        params.report_batch_size,
-        params.report_block_size,
-    )
+    def counted() -> Iterator[tuple[Texts, Ids]]:
+        for texts, ids in encoded(source):
+            tally.add(texts["train"] + texts["val"], **ids)
+            yield texts, ids
+
+    tokens.write(data / "prepared", source.name, tokenizer.VOCABULARY, counted())
+
+    figures = diagnostics.summary(tally, params.report_batch_size, params.report_block_size)
     files.write_text(data / "diagnostics.json", json.dumps(figures, indent=2) + "\n")
 
-    table = diagnostics.commonest_tokens(all_ids, tokenizer.decode)
+    counts = tally.train + tally.val
+    table = diagnostics.commonest_tokens(counts, tokenizer.decode)
     with files.replacing(data / "diagnostics" / "commonest_tokens.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
-    picture = diagnostics.rank_frequency(all_ids, source.name)
+    picture = diagnostics.rank_frequency(counts, source.name)
     pictures.save(picture, data / "diagnostics" / "rank_frequency.png")
-    picture = diagnostics.lengths(text, source.name)
+    picture = diagnostics.lengths(tally, source.name)
     pictures.save(picture, data / "diagnostics" / "lengths.png")
 
-    print(report(params, source.name, figures, text))
+    print(report(params, source.name, figures, tally.start))
 
 
-def report(params: PrepareParams, name: str, figures: dict[str, int | float], text: str) -> str:
-    """The figures as one would write them up, and the first 300 characters of the text."""
+def encoded(source: corpus.Corpus) -> Iterator[tuple[Texts, Ids]]:
+    """The pieces of the text in their order, with their token ids, encoded on all cores.
+
+    tiktoken lets other threads run while it encodes. A few pieces wait for their turn, so that no
+    core does, and no more: a text may be larger than the memory.
+    """
+    cores = _cores()
+    # Builds the encoding, and uses all of its pattern, before the threads do: the regex engine's
+    # first user writes, at each match, to memory that all others read. Were it one of two threads,
+    # the two would be no faster than one.
+    tokenizer.encode("It's a text of 1 line.\n\n")
+    pool = ThreadPoolExecutor(cores)
+    ahead = collections.deque()
+    try:
+        for texts in parts(source):
+            ahead.append((texts, pool.submit(_encode, texts)))
+            if len(ahead) > 2 * cores:
+                texts, ids = ahead.popleft()
+                yield texts, ids.result()
+        for texts, ids in ahead:
+            yield texts, ids.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def parts(source: corpus.Corpus) -> Iterator[Texts]:
+    """The pieces of the text in their order: of each, what is for training and for validation."""
+    train = source.train_characters  # that are still to come
+    for piece in tokenizer.pieces(source.chunks()):
+        yield {"train": piece[:train], "val": piece[train:]}
+        train = max(0, train - len(piece))
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _encode(texts: Texts) -> Ids:
+    return {part: tokenizer.encode(text) for part, text in texts.items()}
+
+
+def report(params: PrepareParams, name: str, figures: dict[str, int | float], start: str) -> str:
+    """The figures as one would write them up, and the start of the text."""
     batch = f"{params.report_batch_size} x {params.report_block_size} tokens"
     rows = [
         ("Characters", f"{figures['characters']:,}", ""),
@@ -77,8 +125,8 @@ def report(params: PrepareParams, name: str, figures: dict[str, int | float], te
     ]
     lines = [f"  {label:<22}{value:>12}  {remark}".rstrip() for label, value, remark in rows]
     # A terminal obeys some characters: of the text's, it gets those that print and line ends.
-    start = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:300])
-    return "\n".join([f"Corpus: {name}", *lines, "", "The first 300 characters:", start])
+    shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in start)
+    return "\n".join([f"Corpus: {name}", *lines, "", "The first 300 characters:", shown])
 
 
 def main() -> None:

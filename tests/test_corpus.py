@@ -4,11 +4,29 @@ import errno
 import hashlib
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from folio import corpus, files, packages, shakespeare
+from folio import corpus, packages, shakespeare
 from folio.errors import UserError
+
+
+def text_of(found):
+    """A corpus' text, after a look at how it comes."""
+    chunks = list(found.chunks())
+    assert all(0 < len(chunk) <= corpus.CHUNK for chunk in chunks)
+    text = "".join(chunks)
+    assert len(text) == found.characters
+    assert "".join(found.chunks()) == text  # it can be read again
+    return text
+
+
+def parts(name, root, validation_fraction=0.5):
+    """The training and the validation text of a corpus."""
+    found = corpus.read(name, validation_fraction, root)
+    text = text_of(found)
+    return text[: found.train_characters], text[found.train_characters :]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +41,7 @@ def other_plays(markdown):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):  # with a fraction that is not to make a difference
-    return corpus.read("tinyshakespeare", 0.5, tmp_path_factory.mktemp("root"))
+    return parts("tinyshakespeare", tmp_path_factory.mktemp("root"), 0.5)
 
 
 @pytest.fixture
@@ -42,26 +60,26 @@ def refusal(name, root, validation_fraction=0.1):
 
 
 def test_tinyshakespeare_is_the_known_file_and_its_last_tenth_is_for_validation(tiny):
-    text = tiny.train + tiny.val
+    text = "".join(tiny)
     assert len(text) == 1_115_394
     assert text.count("\n") == 40_000
     assert hashlib.sha256(text.encode()).hexdigest() == shakespeare.TINY_SHA256
-    assert len(tiny.train) == int(0.9 * len(text))
+    assert len(tiny[0]) == int(0.9 * len(text))
 
 
 def test_both_named_corpora_validate_on_the_same_text(tiny, tmp_path):
-    whole = corpus.read("shakespeare", 0.1, tmp_path)
-    assert whole.val == tiny.val
-    assert whole.train.endswith(tiny.train)
-    assert len(whole.train) == 3_484_321 + len(tiny.train)
+    train, val = parts("shakespeare", tmp_path)
+    assert val == tiny[1]
+    assert train.endswith(tiny[0])
+    assert len(train) == 3_484_321 + len(tiny[0])
 
 
 def test_no_line_of_the_validation_text_stands_in_the_other_plays(tiny, other_plays):
     def long_lines(text):  # short ones ('Exeunt, my lord?') may well be said twice
         return {line for line in text.splitlines() if len(line) > 30}
 
-    assert len(long_lines(tiny.val)) > 2_000
-    assert not long_lines(tiny.val) & long_lines(other_plays)
+    assert len(long_lines(tiny[1])) > 2_000
+    assert not long_lines(tiny[1]) & long_lines(other_plays)
 
 
 def test_the_other_plays_are_whole_and_edward_iii_is_not_among_them(other_plays):
@@ -118,15 +136,16 @@ def test_the_data_package_is_never_imported(markdown):
 
 def test_an_own_file_is_split_at_its_end(raw, tmp_path):
     (raw / "mine.txt").write_bytes(("abcde" * 20).encode())
-    mine = corpus.read("data/raw/mine.txt", 0.25, tmp_path)
-    assert mine == corpus.Corpus("data/raw/mine.txt", "abcde" * 15, "abcde" * 5)
+    assert parts("data/raw/mine.txt", tmp_path, 0.25) == ("abcde" * 15, "abcde" * 5)
+    assert corpus.read("data/raw/mine.txt", 0.25, tmp_path).name == "data/raw/mine.txt"
 
 
-def test_an_own_file_keeps_every_byte_but_the_byte_order_mark(raw, tmp_path):
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1 << 20])
+def test_an_own_file_keeps_every_byte_but_the_byte_order_mark(raw, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
     content = "one\r\ntwo\rthree\n\u2028 na\u00efve \U0001f642\ufeff\x00\n\n"
     (raw / "mine.txt").write_bytes(content.encode("utf-8-sig"))
-    mine = corpus.read("data/raw/mine.txt", 0.5, tmp_path)
-    assert mine.train + mine.val == content
+    assert text_of(corpus.read("data/raw/mine.txt", 0.5, tmp_path)) == content
 
 
 def test_a_folder_is_its_txt_files_in_the_order_of_their_paths(raw, tmp_path):
@@ -141,7 +160,7 @@ def test_a_folder_is_its_txt_files_in_the_order_of_their_paths(raw, tmp_path):
         (raw / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (raw / "set" / name).write_bytes(content.encode())
     mine = corpus.read("data/raw/set", 0.1, tmp_path)
-    assert mine.train + mine.val == "first\nsecond, without a line end\nthird\r\nlast"
+    assert text_of(mine) == "first\nsecond, without a line end\nthird\r\nlast"
     assert mine.name == "data/raw/set"
 
 
@@ -209,9 +228,9 @@ def test_what_may_not_be_read_is_named(raw, tmp_path, monkeypatch, name, closed)
 
     (raw / "set").mkdir()
     (raw / "set" / "mine.txt").write_text("text enough")
-    monkeypatch.setattr(*{"scandir": (os, "scandir"), "read": (files, "read")}[closed], refuse)
+    monkeypatch.setattr(*{"scandir": (os, "scandir"), "read": (Path, "open")}[closed], refuse)
     if (name, closed) == ("data/raw/set/mine.txt", "scandir"):
-        assert corpus.read(name, 0.5, tmp_path).train == "text "  # its folder need not be listed
+        assert parts(name, tmp_path) == ("text ", "enough")  # its folder need not be listed
     else:
         line = refusal(name, tmp_path)
         assert "data/raw/set" in line and "cannot be read (Permission denied)" in line
@@ -255,14 +274,27 @@ def test_empty_files_and_folders_are_refused(raw, tmp_path):
     assert "data/raw/folder holds no .txt file" in refusal("data/raw/folder", tmp_path)
 
 
-def test_bytes_that_are_not_utf_8_are_named_with_their_place(raw, tmp_path):
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1 << 20])
+def test_bytes_that_are_not_utf_8_are_named_with_their_place(raw, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(corpus, "CHUNK", chunk)
     (raw / "latin.txt").write_bytes(b"\xef\xbb\xbfna\xefve")
     (raw / "wide.txt").write_bytes("text".encode("utf-16"))
     assert "data/raw/latin.txt is not UTF-8 at byte 5" in refusal("data/raw/latin.txt", tmp_path)
     assert "data/raw/wide.txt is not UTF-8 at byte 0" in refusal("data/raw/wide.txt", tmp_path)
-    assert "latin.txt is not UTF-8" in refusal("data/raw", tmp_path)
+    (raw / "half.txt").write_bytes("na\u00efve \U0001f642".encode()[:-1])
+    assert "half.txt is not UTF-8 at byte 7:" in refusal("data/raw/half.txt", tmp_path)
+    assert "half.txt is not UTF-8" in refusal("data/raw", tmp_path)
 
 
 def test_a_text_too_short_to_be_split_is_refused(raw, tmp_path):
     (raw / "short.txt").write_text("x")
     assert "leaves none for training" in refusal("data/raw/short.txt", tmp_path)
+
+
+@pytest.mark.parametrize("now", ["text enoug", "text enough, and more"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(raw, tmp_path, now):
+    (raw / "mine.txt").write_text("text enough")
+    mine = corpus.read("data/raw/mine.txt", 0.5, tmp_path)
+    (raw / "mine.txt").write_text(now)
+    with pytest.raises(UserError, match=r"data/raw/mine\.txt changed while it was read"):
+        list(mine.chunks())

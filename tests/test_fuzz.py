@@ -259,6 +259,27 @@ def test_any_text_is_given_back_by_decoding(text):
     assert ids.dtype == np.uint16 and (ids < tokenizer.VOCABULARY).all()
 
 
+@fuzz(
+    350,
+    text=TEXTS | st.text(st.characters() | st.sampled_from(" \n\r\x1c\x85\ud800\udc00'sl")),
+    chunk=st.integers(1, 20),
+    size=st.integers(1, 20),
+)
+def test_any_text_in_pieces_has_the_ids_lines_and_speeches_of_the_whole(text, chunk, size):
+    assume(text)
+    chunks = (text[at : at + chunk] for at in range(0, len(text), chunk))
+    whole, tally = (diagnostics.Tally(tokenizer.VOCABULARY) for _ in range(2))
+    ids, none = tokenizer.encode(text), tokenizer.encode("")
+    whole.add(text, ids, none)
+    found = []
+    for piece in tokenizer.pieces(chunks, size):
+        found.append(tokenizer.encode(piece))
+        tally.add(piece, found[-1], none)
+    assert np.array_equal(np.concatenate(found), ids)
+    assert (tally.lines, tally.speeches) == (whole.lines, whole.speeches)
+    assert np.array_equal(tally.train, whole.train)
+
+
 FILE_NAMES = st.text(
     st.characters(exclude_characters="/\0", exclude_categories=["Cs"])
     | st.sampled_from("$_^{}\\\n\r\x1b\udc80\udcff"),
@@ -297,7 +318,7 @@ def test_any_bytes_as_a_corpus_are_kept_or_refused(files, fraction):
             except UserError as problem:
                 assert_one_line(problem, "data/raw/set")
                 continue
-            assert found.train and found.val and found.name.isprintable()
+            assert 0 < found.train_characters < found.characters and found.name.isprintable()
             contents = [files[key] for key in sorted(files)] if name.endswith("/set") else None
             texts = [
                 content.decode().removeprefix("\ufeff")
@@ -306,7 +327,7 @@ def test_any_bytes_as_a_corpus_are_kept_or_refused(files, fraction):
             joined = texts[0]
             for text in texts[1:]:
                 joined += ("\n" if joined and not joined.endswith("\n") else "") + text
-            assert found.train + found.val == joined
+            assert "".join(found.chunks()) == joined
 
 
 @fuzz(
@@ -321,7 +342,7 @@ def test_any_name_of_a_corpus_is_found_or_refused(name):
     with empty_folder() as root:
         write_corpus(root, {"a.txt": b"text enough"})
         try:
-            assert corpus.read(name, 0.5, root).train == "text "
+            assert "".join(corpus.read(name, 0.5, root).chunks()) == "text enough"
         except UserError as problem:
             assert_one_line(problem, "prepare.corpus")
 
@@ -359,9 +380,11 @@ def test_prepare_makes_all_of_its_outs_or_none(name, content, fraction):
 def test_any_text_and_title_can_be_drawn(text, title):
     with empty_folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
+        tally = diagnostics.Tally(tokenizer.VOCABULARY)
+        tally.add(text, tokenizer.encode(text), tokenizer.encode(""))
         for figure in (
-            diagnostics.lengths(text, title),
-            diagnostics.rank_frequency(tokenizer.encode(text), title),
+            diagnostics.lengths(tally, title),
+            diagnostics.rank_frequency(tally.train, title),
         ):
             pictures.save(figure, folder / "picture.png")
 
@@ -374,7 +397,7 @@ def token_files() -> dict[str, bytes]:
     with empty_folder() as folder:
         texts = {"train": "What, ho! " * 20, "val": "My lord? " * 5}
         ids = {part: tokenizer.encode(text) for part, text in texts.items()}
-        tokens.write(folder, "mine", tokenizer.VOCABULARY, texts, ids)
+        tokens.write(folder, "mine", tokenizer.VOCABULARY, [(texts, ids)])
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

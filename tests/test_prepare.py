@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT, environment
 
-from folio import params, tokenizer, tokens
+from folio import corpus, params, tokenizer, tokens
 from folio.errors import UserError
-from stages.prepare import PrepareParams, run
+from stages.prepare import PrepareParams, encoded, run
 
 OUTS = [
     "data/diagnostics.json",
@@ -117,6 +118,37 @@ def test_preparing_twice_gives_the_same_bytes(root):
         return {name: (root / name).read_bytes() for name in OUTS}
 
     assert outs() == outs()
+
+
+def test_the_number_of_cores_and_pieces_changes_no_byte(root, monkeypatch):
+    text = "What, ho!\n\nMy lord? 'Tis  I.\r\n \n\U0001f642" * 300
+    (root / "data/raw/mine.txt").write_bytes(text.encode())
+
+    def outs():
+        run(settings(corpus="data/raw/mine.txt", validation_fraction=0.313), root)
+        return {name: (root / name).read_bytes() for name in OUTS}
+
+    whole = outs()
+    monkeypatch.setattr(corpus, "CHUNK", 100)
+    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (100,))
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
+        assert outs() == whole
+
+
+def test_only_a_few_pieces_are_held_at_once(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
+    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (1_000,))
+    read = []  # chunks, each a little more than a piece
+
+    def chunks():
+        for number in range(500):
+            read.append(number)
+            yield "word " * 201
+
+    source = corpus.Corpus("mine", 500 * 1_005, 1_000, chunks)
+    ahead = [len(read) - taken for taken, _ in enumerate(encoded(source))]
+    assert len(ahead) > 400 and max(ahead) < 10
 
 
 def test_an_own_text_is_split_by_its_fraction(root, capsys):

@@ -1,7 +1,7 @@
 """GPT-2's tokenizer: offline, the same as tiktoken's and transformers'."""
 
+import itertools
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 
-from folio import corpus, packages, tokenizer
+from folio import packages, shakespeare, tokenizer
 from folio.errors import UserError
 
 ODD = [
@@ -28,8 +28,8 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return corpus.read("tinyshakespeare", 0.1, tmp_path_factory.mktemp("root"))
+def tiny():
+    return shakespeare.tinyshakespeare(shakespeare.plays())
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +52,16 @@ def original(tmp_path_factory):
 
 
 def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
-    train, val = tokenizer.encode(tiny.train), tokenizer.encode(tiny.val)
+    train, val = tokenizer.encode(tiny[:1_003_854]), tokenizer.encode(tiny[1_003_854:])
     assert (len(train), len(val)) == (301_966, 36_059)
-    whole = tokenizer.encode(tiny.train + tiny.val)
+    whole = tokenizer.encode(tiny)
     assert len(whole) == 338_025
     assert len(np.unique(whole)) == 11_706
     assert np.array_equal(np.concatenate([train, val]), whole)  # the cut splits no token
 
 
 def test_ids_are_those_of_tiktoken(tiny, original):
-    for text in [*ODD, tiny.val]:
+    for text in [*ODD, tiny[1_003_854:]]:
         assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
 
 
@@ -74,13 +74,41 @@ def test_a_run_of_millions_of_blanks_is_encoded(run, after):
 
 
 def test_cutting_a_run_of_blanks_out_changes_no_token(original, monkeypatch):
-    short = tokenizer.LONG_BLANK.pattern.replace("100000", "3")
-    monkeypatch.setattr(tokenizer, "LONG_BLANK", re.compile(short))
+    monkeypatch.setattr(tokenizer, "LONG_BLANK", 3)
     random = np.random.default_rng(1)
     alphabet = list(" \n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180ea1!'s\u4e2d")
     for _ in range(2_000):
         text = "".join(random.choice(alphabet, random.integers(30)))
         assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_the_ids_of_the_pieces_are_those_of_the_whole(original, monkeypatch, size):
+    monkeypatch.setattr(tokenizer, "LONG_BLANK", 4)
+    random = np.random.default_rng(size)
+    alphabet = list("  \n\n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180e\0aab1!'sl\u4e2d\U0001f642")
+    for _ in range(1_000):
+        text = "".join(random.choice(alphabet, random.integers(60)))
+        cuts = sorted(random.integers(len(text) + 1, size=random.integers(12)))
+        chunks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        pieces = list(tokenizer.pieces(chunks, size))
+        assert "".join(pieces) == text and all(pieces)
+        ids = [token for piece in pieces for token in tokenizer.encode(piece).tolist()]
+        assert ids == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", ["x", " ", "\n", "\x1c", "\U0001f642"])
+def test_a_text_without_a_place_to_cut_it_is_one_piece(run):
+    text = run * 10_000
+    assert list(tokenizer.pieces(text[at : at + 10] for at in range(0, 10_000, 10))) == [text]
+    [first, second] = tokenizer.pieces([text, "x y", text], 10)
+    assert first + second == f"{text}x y{text}"
+
+
+def test_a_piece_is_little_larger_than_it_has_to_be(tiny):
+    chunks = (tiny[at : at + 1_000] for at in range(0, len(tiny), 1_000))
+    sizes = [len(piece) for piece in tokenizer.pieces(chunks, 5_000)]
+    assert all(4_900 < size < 6_000 for size in sizes[:-1])
 
 
 def test_ids_that_gpt2_does_not_have_are_decoded_as_unknown():
@@ -123,7 +151,7 @@ def test_auto_tokenizer_opens_the_saved_folder_and_gives_the_same_ids(tiny, toke
     assert type(opened).__name__.startswith("GPT2Tokenizer")
     assert len(opened) == tokenizer.VOCABULARY
     assert opened.eos_token_id == 50256
-    for text in [*ODD, tiny.val]:
+    for text in [*ODD, tiny[1_003_854:]]:
         ids = tokenizer.encode(text).tolist()
         assert opened(text)["input_ids"] == ids
         assert opened.decode(ids) == text

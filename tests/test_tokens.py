@@ -18,7 +18,7 @@ IDS = {"train": np.arange(300, dtype=np.uint16), "val": np.arange(50, dtype=np.u
 
 @pytest.fixture
 def folder(tmp_path):
-    tokens.write(tmp_path / "prepared", "mine", 50_257, TEXTS, IDS)
+    tokens.write(tmp_path / "prepared", "mine", 50_257, [(TEXTS, IDS)])
     return tmp_path / "prepared"
 
 
@@ -47,7 +47,7 @@ def test_what_was_written_is_read(folder):
 
 
 def test_a_token_is_two_bytes_with_the_low_one_first(tmp_path):
-    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": np.array([1, 50_256])})
+    tokens.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": np.array([1, 50_256])})])
     assert (tmp_path / "val.bin").read_bytes() == bytes([1, 0, 0x50, 0xC4])
 
 
@@ -60,9 +60,28 @@ def test_meta_counts_tokens_characters_and_bytes(folder):
     assert meta["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
+def test_a_text_in_pieces_makes_the_same_files_as_in_one(folder, tmp_path):
+    pieces = [
+        (
+            {"train": TEXTS["train"][:7], "val": ""},
+            {"train": IDS["train"][:3], "val": IDS["val"][:0]},
+        ),
+        (
+            {"train": TEXTS["train"][7:], "val": TEXTS["val"][:2]},
+            {"train": IDS["train"][3:], "val": IDS["val"][:40]},
+        ),
+        (
+            {"train": "", "val": TEXTS["val"][2:]},
+            {"train": IDS["train"][:0], "val": IDS["val"][40:]},
+        ),
+    ]
+    tokens.write(tmp_path / "pieces", "mine", 50_257, iter(pieces))
+    assert contents(tmp_path / "pieces") == contents(folder)
+
+
 def test_the_digest_depends_on_both_parts_and_on_nothing_else(tmp_path):
     def digest(corpus, ids):
-        tokens.write(tmp_path, corpus, 50_257, TEXTS, ids)
+        tokens.write(tmp_path, corpus, 50_257, [(TEXTS, ids)])
         return tokens.read(tmp_path).digest
 
     first = digest("mine", IDS)
@@ -101,12 +120,12 @@ def test_a_damaged_meta_file_is_named(folder, content):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
-    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": np.array([50_257])})
+    tokens.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": np.array([50_257])})])
     assert "val.bin holds ids beyond the vocabulary of 50257" in refusal(tmp_path)
 
 
 def test_parts_without_tokens_are_refused(tmp_path):
-    tokens.write(tmp_path, "mine", 50_257, TEXTS, IDS | {"val": IDS["val"][:0]})
+    tokens.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": IDS["val"][:0]})])
     assert "meta.json is damaged" in refusal(tmp_path)
 
 
@@ -171,9 +190,20 @@ def test_a_write_that_fails_leaves_the_old_files_and_nothing_else(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes a file: the disk is full
     try:
         with pytest.raises(OSError, match="File too large"):
-            tokens.write(folder, "larger", 50_257, TEXTS, IDS | {"train": np.zeros(60_000)})
+            tokens.write(folder, "larger", 50_257, [(TEXTS, IDS)] * 200)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(folder) == before
+
+
+def test_pieces_that_break_off_leave_the_old_files_and_nothing_else(folder):
+    def pieces():
+        yield TEXTS, IDS
+        raise KeyboardInterrupt
+
+    before = contents(folder)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.write(folder, "other", 50_257, pieces())
     assert contents(folder) == before
 
 
