@@ -29,7 +29,7 @@ from folio.model import GPT, ModelParams
 from folio.step import Step
 
 RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
-OCCUR = 11_235  # different tokens in tinyshakespeare's training part
+OCCUR = 11_234  # different tokens in tinyshakespeare's training part
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,16 @@ class Work:
     where: torch.device
     precision: str
 
-    def batch(self, rows: int = tokenizer.VOCABULARY) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.randint(rows, (self.batch_size, self.size.block_size + 1), device=self.where)
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random x, y [B, T]."""
+        ids = torch.randint(
+            tokenizer.VOCABULARY, (self.batch_size, self.size.block_size + 1), device=self.where
+        )
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def rows(self, tie: bool) -> int:
+        """Of Folio's token embedding: the unseen tokens share one, or each has its own."""
+        return OCCUR + 1 if tie else tokenizer.VOCABULARY
 
 
 def folio(work: Work, tie: bool) -> Callable[[], object]:
@@ -141,14 +148,14 @@ def in_turn(contenders: dict[str, Callable], work: Work, rounds: int, steps: int
     return {name: (median(times[name][1:]), pipes[name].recv()) for name in contenders}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What read_options reads."""
     parser.add_argument("--variant", help="one of the files in variants/, without .yaml")
     parser.add_argument("--batch", type=int, help="windows a batch; the variant's own")
-    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="a round")
-    options = parser.parse_args()
+
+
+def read_options(options: argparse.Namespace) -> tuple[Work, str]:
+    """The work, and a title that says what and where it is."""
     tree = yaml.safe_load(params.FILE.read_text())
     for name, value in (variants.read(options.variant) if options.variant else {}).items():
         section, key = name.split(".")
@@ -157,17 +164,27 @@ def main() -> None:
     size = ModelParams(**tree["model"] | {"dropout": 0.0})
     batch_size = options.batch or tree["train"]["batch_size"]
     work = Work(size, batch_size, where, device.resolve_precision("auto", where))
+    return work, f"{size.n_layer}/{size.n_head}/{size.n_embd}, B={batch_size}, T={size.block_size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="a round")
+    options = parser.parse_args()
+    work, title = read_options(options)
     contenders = {"nanoGPT": partial(nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
     contenders |= {"transformers": transformers, "Folio": partial(folio, tie=False)}
     contenders["Folio, unseen tokens tied"] = partial(folio, tie=True)
-    shape = f"{size.n_layer}/{size.n_head}/{size.n_embd}, B={batch_size}, T={size.block_size}"
-    on = f"{work.precision}, {device.describe(where)}, PyTorch {torch.__version__}"
-    print(f"{shape}, {on}; medians of {options.rounds} rounds")
+    on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
+    print(f"{title}, {on}; medians of {options.rounds} rounds")
     results = in_turn(contenders, work, options.rounds, options.steps)
     peers = [name for name in results if not name.startswith("Folio")]
     print(f"{'':26}ms a step   tokens/s   peak GB", *(f"  speed of {p}" for p in peers), sep="")
     for name, (ms, peak) in results.items():
-        speed = 1000 * batch_size * size.block_size / ms
+        speed = 1000 * work.batch_size * work.size.block_size / ms
         ratios = "".join(f"{results[p][0] / ms:{11 + len(p)}.2f}" for p in peers)
         print(f"{name:<26}{ms:9.2f}{speed:11,.0f}{peak:10.2f}{ratios}")
 

@@ -1,0 +1,105 @@
+"""Where the time of a training step goes, and how far it is from what the machine allows.
+
+    python -m benchmarks.profile [--variant seed-30m] [--tie]
+
+Two floors: the step's arithmetic at the rate of a large matrix product, and the bytes that weights,
+gradients and AdamW's moments must move at the rate of a copy. Both rates are measured beside it.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.step import add_options, folio, read_options
+from folio import device
+
+STEPS = 10
+KINDS = {  # what an operator's name begins with -> what it is shown as
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
+    "the head's softmax": ("aten::exp", "aten::amax", "aten::sub", "aten::_log_softmax"),
+    "GELU, layer norms": ("aten::gelu", "aten::native_layer_norm"),
+    "AdamW, norm of the gradient": ("aten::_fused_adamw", "aten::linalg_vector_norm"),
+    "fill, copy, add, scale, sum": (
+        *("aten::fill", "aten::copy", "aten::add", "aten::mul", "aten::sum", "aten::zero"),
+        *("aten::scatter", "aten::embedding", "aten::index", "aten::cat", "aten::div"),
+    ),
+}
+
+
+def seconds(work: Callable[[], object], where: torch.device, rounds: int = 9) -> float:
+    """The median time that some work takes."""
+    wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
+    taken = []
+    for _ in range(rounds + 2):
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        taken.append(time.perf_counter() - started)
+    return median(taken[2:])
+
+
+def product_rate(where: torch.device, precision: str) -> float:
+    """Operations a second in a large matrix product."""
+    n = 8192 if where.type == "cuda" else 2048
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: a @ b, where)
+
+
+def copy_rate(where: torch.device) -> float:
+    """Bytes a second, read or written, in a copy of 400 MB."""
+    a, b = (torch.empty(100_000_000, device=where) for _ in range(2))
+    return 2 * 4 * a.numel() / seconds(lambda: b.copy_(a), where)
+
+
+def by_kind(step: Callable[[], object], where: torch.device) -> Counter[str]:
+    """ms of a step by kind of operator."""
+    kinds = [ProfilerActivity.CPU]
+    kinds += [ProfilerActivity.CUDA] if where.type == "cuda" else []
+    with profile(activities=kinds) as profiled:
+        for _ in range(STEPS):
+            step()
+    found: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        taken = event.self_device_time_total if where.type == "cuda" else event.self_cpu_time_total
+        is_kind = (k for k, starts in KINDS.items() if event.key.startswith(starts))
+        found[next(is_kind, "all else")] += taken / 1000 / STEPS
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--tie", action="store_true", help="one row for the unseen tokens")
+    options = parser.parse_args()
+    work, title = read_options(options)
+    step = folio(work, options.tie)
+    whole = 1000 * seconds(step, work.where)
+    print(f"{title}: {whole:.2f} ms a step")
+    found = by_kind(step, work.where)
+    for kind, ms in found.most_common():
+        print(f"  {kind:<28}{ms:9.2f} ms{ms / found.total():7.1%}")
+    p, tokens = work.size, work.batch_size * work.size.block_size
+    matrices = 12 * p.n_layer * p.n_embd**2 + work.rows(options.tie) * p.n_embd
+    # forward and twice that backward; of attention's two products, the causal half
+    operations = 6 * matrices * tokens + 6 * p.n_layer * p.block_size * p.n_embd * tokens
+    # weights are read forward and backward; gradients, weights and moments written and read
+    moved = 4 * matrices * (2 + 2 + 6)
+    products, copies = product_rate(work.where, work.precision), copy_rate(work.where)
+    for name, floor, rate in (
+        ("its arithmetic", operations / products, f"{products / 1e12:.3g} TFLOP/s"),
+        ("its bytes", moved / copies, f"{copies / 1e9:.3g} GB/s"),
+    ):
+        print(f"floor by {name:<19}{1000 * floor:9.2f} ms{1000 * floor / whole:7.1%}, at {rate}")
+    print(f"on {device.describe(work.where)}, {work.precision}, PyTorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
