@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="a round")
     options = parser.parse_args()
+    if options.nanogpt and not (options.nanogpt / "model.py").exists():
+        parser.error(f"--nanogpt: {options.nanogpt} is no clone of nanoGPT, it has no model.py")
     work, title = read_options(options)
     contenders = {"nanoGPT": partial(nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
     contenders |= {"transformers": transformers, "Folio": partial(folio, tie=False)}
