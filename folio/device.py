@@ -2,17 +2,20 @@
 
 import contextlib
 import ctypes
-from typing import Literal
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 from folio.errors import UserError
 
+T = TypeVar("T")
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(name: Device) -> torch.device:
@@ -37,11 +40,55 @@ def resolve_precision(name: Precision, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Mixed precision (Micikevicius et al. 2018): products in the given precision, sums in fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+def record(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
+    """Work on a GPU's tensors as one CUDA graph, which is called with others of the same shapes.
+
+    Launching operators one by one takes a small model longer than computing them. To record it,
+    work is done beforehand: it must not wait for the device, nor change what it starts from. What
+    it returns is overwritten by the next call. Without a GPU this gives work itself.
+    """
+    if inputs[0].device.type != "cuda":
+        return work
+    kept = [tensor.clone() for tensor in inputs]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.random.fork_rng([torch.cuda.current_device()]):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work(*kept)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads, MLflow's say, may go on with what is forbidden in here.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = work(*kept)
+
+    def again(*new: torch.Tensor) -> T:
+        for old, tensor in zip(kept, new, strict=True):
+            old.copy_(tensor, non_blocking=True)
+        graph.replay()
+        return result
+
+    return again
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it PyTorch takes those of a GPU's kernels that give the same bits each time.
+
+    It matters in the backward pass of attention over more than 128 tokens: its fastest kernels add
+    up in whatever order their parts end.
+    """
+    if not wanted:
+        yield
+        return
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products raise
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be time for nothing
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def keep_memory() -> None:

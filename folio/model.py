@@ -38,7 +38,7 @@ class Cache:
     def __init__(self, model: "GPT", batch_size: int):
         p, weight = model.params, model.transformer.wte.weight
         shape = (p.n_layer, 2, batch_size, p.n_head, p.block_size, p.n_embd // p.n_head)
-        self.keys_values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.keys_values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0  # tokens read
 
     def extend(self, layer: int, new: torch.Tensor) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(p.n_embd, 3 * p.n_embd)
         self.c_proj = nn.Linear(p.n_embd, p.n_embd)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)
@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.mlp = MLP(p)
         self.drop = nn.Dropout(p.dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -140,32 +140,40 @@ class GPT(nn.Module):
         t, T = self.transformer, x.shape[1]
         assert self.params.block_size >= T, "more tokens than the context holds"
         assert not (cache and cache.length), "a cache that holds something is the decoder's"
-        position = torch.arange(T, device=x.device)
-        x = t.drop(t.wte(x) + t.wpe(position))
+        x = t.drop(t.wte(x) + t.wpe(torch.arange(T, device=x.device)))
+        if cache is None:
+            return self._through_blocks(x)
         for layer, block in enumerate(t.h):
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, None, layer, use_reentrant=False)
-            else:
-                x = block(x, cache, layer)
-        if cache:
-            cache.length += T
+            x = block(x, cache, layer)
+        cache.length += T
         return t.ln_f(x)
+
+    def _through_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.transformer.ln_f(x)
+
+    def compile(self, **options) -> None:
+        """Compile what is between the embeddings, whose gradient is sums in a fixed order, and the
+        head."""
+        self._through_blocks = torch.compile(self._through_blocks, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] to logits [B, T, V]."""
         assert self.log_multiplicity is None, "a row that several tokens share has no logit of each"
         return F.linear(self.hidden(x), self.transformer.wte.weight)
 
-    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats of y [B, T] given x [B, T], for training."""
+    def loss(
+        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float = 1.0
+    ) -> torch.Tensor:
+        """Mean cross-entropy in nats of y [B, T] given x [B, T]. For training: `backward` on it,
+        as it is, gives scale times its gradient."""
         hidden, weight, bias = self.hidden(x), self.transformer.wte.weight, self.log_multiplicity
         hidden, y = hidden.flatten(0, 1), y.flatten()
-        if torch.is_autocast_enabled(x.device.type):
-            # The plain way: fp16 must scale the loss before there is a gradient.
-            logits = F.linear(hidden, weight).float()
-            loss = F.cross_entropy(logits if bias is None else logits + bias, y)
-        else:
-            loss = head.linear_cross_entropy(hidden, weight, bias, y)
+        loss = head.linear_cross_entropy(hidden, weight, bias, y, scale)
         return loss if bias is None else loss + bias[y].mean()
 
     def token_losses(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -26,5 +26,6 @@ def adamw(
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = params[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    kind = params[0].device.type
+    fused, capturable = kind in ("cpu", "cuda", "mps"), kind == "cuda"  # see step.py
+    return torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=capturable)

@@ -1,15 +1,19 @@
 """Text from a model, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
+from folio.device import record
 from folio.model import GPT, Cache
 
 # oneDNN's F.linear. With few rows it is twice as fast as MKL's, which takes one thread for one
 # row, and on AMD not its fastest code (`python -m benchmarks.generate`). Not in every PyTorch.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+_LEAST = 256  # tokens that a GPU's graph attends to
 
 
 def generate(
@@ -48,58 +52,117 @@ def generate_batch(
     assert prompts.shape[1], "a prompt holds at least one token"
     assert model.log_multiplicity is None, "a row that several tokens share has no logit of each"
     context, head = model.params.block_size, model.transformer.wte.weight
+
+    def answer(last: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [B, C], to the likeliest ids [B] or else to logits [B, V]."""
+        logits = _linear(last, head).float()
+        return logits.argmax(-1) if temperature == 0 else logits
+
     window = prompts[:, -context:].to(head.device)
     cache = Cache(model, len(window))
-    decoder = Decoder(model, cache)
+    decoder, reread, written, ids = Decoder(model, cache, answer), None, [window], window[:, -1]
     for _ in range(tokens):
         if cache.length == context:
-            last = model.hidden(window[:, -context:])[:, -1]
+            window = torch.cat(written, 1)[:, -context:]
+            written = [window]
+            reread = reread or record(lambda seen: answer(model.hidden(seen)[:, -1]), window)
+            found = reread(window)
         elif cache.length:
-            last = decoder.step(window[:, -1])
+            found = decoder.step(ids)
         else:
-            last = model.hidden(window, cache)[:, -1]
-        ids = _choose(_linear(last, head).float(), temperature, top_k, top_p, generator)
-        window = torch.cat([window[:, 1 - context :], ids[:, None].to(window.device)], 1)
+            found = answer(model.hidden(window, cache)[:, -1])
+        ids = found.clone()  # the next step overwrites it
+        if temperature > 0:
+            ids = _choose(found, temperature, top_k, top_p, generator).to(head.device)
+        written.append(ids[:, None])
         yield ids
 
 
 class Decoder:
     """GPT.hidden for one token after those in the cache, without what is for training.
 
-    Calling no modules saves a seventh of a token's time on a CPU.
+    Calling no modules saves a seventh of a token's time on a CPU. On a GPU a token is one CUDA
+    graph, so that all shapes stay the same: each token attends to a cache of a fixed capacity
+    through a mask, and there is another graph for twice the capacity.
     """
 
-    def __init__(self, model: GPT, cache: Cache):
-        self.cache, self.transformer = cache, model.transformer
+    def __init__(self, model: GPT, cache: Cache, answer: Callable[[torch.Tensor], torch.Tensor]):
+        """answer is done with what the head reads, [B, C], and part of the graph."""
+        self.cache, self.transformer, self.answer = cache, model.transformer, answer
         self.blocks = [tuple(block.parameters()) for block in model.transformer.h]
+        self.capacity = 0  # tokens that the graph attends to
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.keys_values.device)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B] to what the head reads, [B, C].
-
-        The position is in two places alone: the row of wpe, and the part of the cache that
-        Cache.extend writes and returns. All shapes but that part's are the same for each token.
-        """
-        t, cache = self.transformer, self.cache
-        x = t.wte.weight[ids] + t.wpe.weight[cache.length]
-        for layer, block in enumerate(self.blocks):
-            x = _block(x, block, cache, layer)
+        """Token ids [B] to answer's result, which the next step overwrites."""
+        cache = self.cache
+        if ids.is_cuda:
+            if cache.length >= self.capacity:
+                self.capacity = min(max(_LEAST, 2 * cache.length), cache.keys_values.shape[4])
+                self.position.fill_(cache.length)  # where to record it spoils nothing
+                self._recorded = record(self._static, ids)
+                self.position.fill_(cache.length)
+            found = self._recorded(ids)
+        else:
+            place = self.transformer.wpe.weight[cache.length]
+            found = self.answer(self._hidden(ids, place, cache.extend, None))
         cache.length += 1
+        return found
+
+    def _static(self, ids: torch.Tensor) -> torch.Tensor:
+        """A step at a position that the device alone knows, and moves on."""
+        position = self.position
+        past = self.cache.keys_values[:, :, :, :, : self.capacity]
+
+        def extend(layer: int, new: torch.Tensor) -> torch.Tensor:
+            return past[layer].index_copy_(3, position, new)
+
+        later = torch.arange(self.capacity, device=ids.device) > position
+        mask = torch.zeros(self.capacity, device=ids.device).masked_fill(later, -torch.inf)
+        found = self.answer(self._hidden(ids, self.transformer.wpe.weight[position], extend, mask))
+        position.add_(1).clamp_(max=self.capacity - 1)  # to record it, it is done beyond the end
+        return found
+
+    def _hidden(
+        self,
+        ids: torch.Tensor,
+        place: torch.Tensor,
+        extend: Callable[[int, torch.Tensor], torch.Tensor],
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        t, n_head = self.transformer, self.cache.keys_values.shape[3]
+        x = t.wte.weight[ids] + place
+        for layer, block in enumerate(self.blocks):
+            x = _block(x, block, n_head, partial(extend, layer), mask)
         return F.layer_norm(x, x.shape[1:], t.ln_f.weight, t.ln_f.bias)
 
 
 def _block(
-    x: torch.Tensor, parameters: tuple[torch.Tensor, ...], cache: Cache, layer: int
+    x: torch.Tensor,
+    parameters: tuple[torch.Tensor, ...],
+    n_head: int,
+    extend: Callable[[torch.Tensor], torch.Tensor],
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """model.Block on one token each, [B, C]; its parameters are in the order of their making."""
     g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = parameters
-    (B, C), (_, _, _, n_head, _, D) = x.shape, cache.keys_values.shape
+    B, C = x.shape
     qkv = _linear(F.layer_norm(x, (C,), g1, b1), attn_w, attn_b)
-    qkv = qkv.view(B, 3, n_head, 1, D).transpose(0, 1)  # [3, B, n_head, 1, D]
-    k, v = cache.extend(layer, qkv[1:])
-    y = F.scaled_dot_product_attention(qkv[0], k, v)
+    qkv = qkv.view(B, 3, n_head, 1, C // n_head).transpose(0, 1)  # [3, B, n_head, 1, D]
+    k, v = extend(qkv[1:])
+    y = _attend(qkv[0], k, v, mask)
     x = x + _linear(y.reshape(B, C), proj_w, proj_b)
     y = F.gelu(_linear(F.layer_norm(x, (C,), g2, b2), fc_w, fc_b), approximate="tanh")
     return x + _linear(y, out_w, out_b)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
+    """Attention of one token, q [B, n_head, 1, D], over k and v [B, n_head, T, D]."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    # In fp32 and with one query PyTorch's kernel takes a GPU two to nine times as long.
+    scores = torch.add(mask, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
+    return scores.softmax(-1) @ v
 
 
 def _linear(
@@ -118,8 +181,6 @@ def _choose(
     generator: torch.Generator | None,
 ) -> torch.Tensor:
     """Draw ids [B] from logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(logits / temperature, -1).cpu()
     likeliest, ids = probabilities.sort(descending=True, stable=True)

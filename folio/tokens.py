@@ -100,6 +100,9 @@ def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
         )
 
 
+_CPU = torch.device("cpu")
+
+
 class Batches:
     """Training batches as a pure function of their index, so that a resume needs only the step.
 
@@ -110,10 +113,22 @@ class Batches:
     epochs; to leave the offset room, each leaves out between T and 2T tokens at the two ends.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> None:
-        """`tokens` is [N]; UserError when N is less than block_size + 1."""
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device = _CPU,
+    ) -> None:
+        """`tokens` is [N]; UserError when N is less than block_size + 1.
+
+        On a GPU they are kept there whole, at 2 bytes each.
+        """
         check_length(tokens, "training", block_size)
-        self.tokens = tokens
+        self.tokens, self.device = tokens, device
+        if device.type == "cuda":
+            self.tokens = torch.from_numpy(tokens.astype(DTYPE).view(np.int16)).to(device)
         self.block_size = block_size
         self.batch_size = batch_size
         self.seed = seed
@@ -121,7 +136,10 @@ class Batches:
         self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)  # the latest epoch's windows
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch `index`, from 0 without an end: x and y, [B, T] int64; y is x one token on."""
+        """Batch `index`, from 0 without an end: x and y, [B, T] int64; y is x one token on.
+
+        On a GPU nobody waits for them.
+        """
         assert index >= 0
         first = index * self.batch_size
         epochs, places = np.divmod(
@@ -130,10 +148,18 @@ class Batches:
         starts = np.concatenate(
             [self._windows(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
         )
-        within = np.arange(self.block_size + 1)
-        windows = self.tokens[starts[:, None] + within].astype(np.int64)  # [B, T + 1]
-        windows = torch.from_numpy(windows)
+        windows = self._read(starts)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def _read(self, starts: np.ndarray) -> torch.Tensor:
+        """The windows that start there, [B, T + 1] int64."""
+        if self.device.type == "cuda":
+            starts = torch.from_numpy(starts).to(self.device, non_blocking=True)
+            within = torch.arange(self.block_size + 1, device=self.device)
+            # 16 bits without a sign, which PyTorch does not index, in those with one
+            return self.tokens[starts[:, None] + within].long() & 0xFFFF
+        within = np.arange(self.block_size + 1)
+        return torch.from_numpy(self.tokens[starts[:, None] + within].astype(np.int64))
 
     def _windows(self, epoch: int) -> np.ndarray:
         """Where the windows of an epoch start, in their order: [windows_per_epoch] int64."""

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -33,16 +33,36 @@ from folio.follower import Follower
 from folio.loss import token_losses
 from folio.model import GPT, ModelParams, parameter_report
 from folio.runtime import RuntimeParams
-from folio.step import NonFiniteError, Step
+from folio.step import Found, NonFiniteError, Step
 
 # The modules that have a say in the weights, besides this one: when one of them changes, a training
 # begins anew instead of going on from what other code has computed.
-ARITHMETIC = ("device", "head", "loss", "model", "optim", "step", "tokens", "vocabulary")
+ARITHMETIC = (
+    "compiler",
+    "device",
+    "head",
+    "loss",
+    "model",
+    "optim",
+    "softmax",
+    "step",
+    "tokens",
+    "vocabulary",
+)
 
 # What a checkpoint holds of a Trainer's attributes, besides weights, optimizer and step.
 _STATE = ("history", "best", "worse")
 
+# Operations, six a parameter and token, from which on a training gains by compiling: it takes some
+# twenty seconds and then saves an eighth of a step. An H200 computes as many in three minutes.
+_LONG = 6e16
+
+# To save takes at most one part of so many of a training's time, but for what is done in no time.
+_SHARE, _AT_ONCE = 10, 0.2  # ..., seconds
+
 _WAY_OUT = "lower train.learning_rate or train.grad_clip, or take train.precision fp32"
+
+Compile = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +72,8 @@ class TrainParams:
     batch_size: Annotated[int, ">= 1"]  # windows of block_size tokens in a micro-batch
     accumulation: Annotated[int, ">= 1"]  # micro-batches an update
     precision: device.Precision  # auto: bf16 on a GPU that has it, else fp32
+    deterministic: bool  # the same bits from every run; on a GPU a long context costs speed
+    compile: Compile  # make kernels for the model; auto: if the training is a long one
     gradient_checkpointing: bool  # compute activations twice, to hold fewer of them
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
     learning_rate: Annotated[float, "> 0"]  # at its peak
@@ -135,15 +157,19 @@ class Trainer:
         self.model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
         self.model.gradient_checkpointing = p.gradient_checkpointing
         self.optimizer = optim.adamw(self.model, p.weight_decay, (p.beta1, p.beta2))
-        self.take_step = Step(self.model, self.optimizer, where, precision, p.grad_clip)
+        self.take_step = Step(
+            *(self.model, self.optimizer, where, precision, p.grad_clip),
+            compiled=self._compiles,
+            exact=p.deterministic,
+        )
         train = self.vocabulary.rows_of(data.train)
-        self.batches = tokens.Batches(train, model_params.block_size, p.batch_size, p.seed)
+        self.batches = tokens.Batches(train, model_params.block_size, p.batch_size, p.seed, where)
         self.val = self.vocabulary.rows_of(data.val)
         self.step = 0  # updates done
         self.history: list[dict[str, Any]] = []  # a row a log point
         self.told: dict[int, dict[str, Any]] = {}  # by step: rows of steps to be done once more
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
-        self.best_weights: dict[str, torch.Tensor] = {}  # on the CPU
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.worse = 0  # evaluations since the best
         self.timed_from = (
             0,
@@ -155,6 +181,13 @@ class Trainer:
         return self.p.batch_size * self.p.accumulation * self.model.params.block_size
 
     @property
+    def _compiles(self) -> bool:
+        if self.p.compile != "auto":
+            return self.p.compile == "always"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return 6 * parameters * self.tokens_a_step * self.p.steps > _LONG
+
+    @property
     def finished(self) -> bool:
         patience = self.p.patience
         return self.step >= self.p.steps or (patience is not None and self.worse >= patience)
@@ -162,25 +195,27 @@ class Trainer:
     def train(self, folder: Path, runtime: RuntimeParams, follower: Follower) -> None:
         """The loop: one step, and once in a while log, evaluate and save.
 
-        Told to stop, it saves where it is and raises Stopped.
+        It saves after an evaluation, unless that would take more than a tenth of the time. Told to
+        stop, it saves where it is and raises Stopped.
         """
         load = tracking.Load() if runtime.system_metrics else None
         hidden = None if runtime.progress else True  # None: shown where there is a terminal
         bar = tqdm(total=self.p.steps, initial=self.step, unit="step", disable=hidden)
-        saved = time.monotonic()
+        saved, cost = time.monotonic(), 0.0
         self.timed_from = (self.step, time.perf_counter())
         try:
             with bar, stopping.deferred():
                 while True:
                     stopping.check()
                     if self.wants_row(runtime.log_interval):
-                        self.check()
-                        row = self.log(bar, load)
-                        unsaved = time.monotonic() - saved
-                        if "val_loss" in row or unsaved > runtime.checkpoint_seconds:
+                        row = self.log(self.check(), bar, load)
+                        now = time.monotonic()
+                        wait = cost if "val_loss" in row else runtime.checkpoint_seconds
+                        if now - saved >= wait or self.finished:
                             self.save(folder)
                             follower.follow(self.history)
                             saved = time.monotonic()
+                            cost = _SHARE * max(0, saved - now - _AT_ONCE)
                         self.timed_from = (self.step, time.perf_counter())
                     if self.finished:
                         return
@@ -210,13 +245,14 @@ class Trainer:
         """The step of the newest row."""
         return self.history[-1]["step"] if self.history else 0
 
-    def check(self) -> None:
-        """Wait for the device. Raises NonFiniteError at the last step before what is not finite,
-        where the weights are."""
+    def check(self) -> Found:
+        """Wait for the device, and tell what the steps since the last row have found. Raises
+        NonFiniteError at the last step before what is not finite, where the weights are."""
         found = self.take_step.read()
         self.step = self.last_row + found.steps
         if found.problem:
             raise NonFiniteError(f"the {found.problem} is not finite")
+        return found
 
     def rate(self, step: int) -> float:
         """The learning rate of update number `step`, from 0."""
@@ -233,9 +269,8 @@ class Trainer:
         """Whether there is to be a row of this step, and is none yet."""
         return self.step > self.last_row and (self.is_evaluation or self.step % log_interval == 0)
 
-    def log(self, bar: tqdm, load: tracking.Load | None) -> dict[str, Any]:
+    def log(self, found: Found, bar: tqdm, load: tracking.Load | None) -> dict[str, Any]:
         """Add a row of the steps since the last one to the history, and return it."""
-        found = self.take_step.read()
         row = {
             "train_loss": found.loss / found.steps,
             "learning_rate": self.rate(self.step - 1),
@@ -269,8 +304,7 @@ class Trainer:
         if loss < self.best[0]:
             self.best, self.worse = (loss, self.step), 0
             self.best_weights = {
-                name: weight.to("cpu", copy=True)
-                for name, weight in self.model.state_dict().items()
+                name: weight.clone() for name, weight in self.model.state_dict().items()
             }
         else:
             self.worse += 1
@@ -308,7 +342,8 @@ class Trainer:
     @property
     def _made_by(self) -> str:
         where = f"on {device.describe(self.device)} in {self.precision}"
-        return f"{where} with PyTorch {torch.__version__}"
+        compiled = ", compiled" if self.take_step.compiled else ""
+        return f"{where} with PyTorch {torch.__version__}{compiled}"
 
     def metrics(self) -> dict[str, float]:
         rows = [row for row in self.history if "val_loss" in row]

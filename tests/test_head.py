@@ -62,16 +62,30 @@ def test_in_float64_the_gradients_are_exact():
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-15)
 
 
-def test_the_gradient_is_scaled_by_what_comes_after_the_loss():
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0)])
+def test_the_gradient_is_that_of_the_loss_times_scale(scale):
     x, weight, bias, y = numbers(300, bias=True)
     x.requires_grad_(), weight.requires_grad_()
-    plain = torch.autograd.grad(head.linear_cross_entropy(x, weight, bias, y), [x, weight])
-    scaled = torch.autograd.grad(
-        (3 * head.linear_cross_entropy(x, weight, bias, y)).square() / 2, [x, weight]
-    )
-    factor = 9 * head.linear_cross_entropy(x, weight, bias, y).item()  # of (3 loss)^2 / 2
+    losses = [head.linear_cross_entropy(x, weight, bias, y, s) for s in (1.0, scale)]
+    assert losses[0] == losses[1]
+    plain, scaled = (torch.autograd.grad(loss, [x, weight]) for loss in losses)
     for once, often in zip(plain, scaled, strict=True):
-        torch.testing.assert_close(often, factor * once)
+        torch.testing.assert_close(often, 3 * once)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_cross_entropy_but_for_rounding(dtype, bias):
+    x, weight, bias, y = numbers(300, bias)
+    x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
+    expected = exact_losses(x, weight, bias, y).mean()
+    loss = head.linear_cross_entropy(x, weight, bias, y)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    gradients = (torch.autograd.grad(found, [x, weight]) for found in (loss, expected))
+    for found, exact in zip(*gradients, strict=True):
+        assert found.dtype == dtype
+        assert (found.float() - exact.float()).norm() < 0.02 * exact.float().norm()
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -96,6 +110,17 @@ def test_logits_in_the_thousands_do_not_overflow():
     loss.backward()
     assert loss.item() == pytest.approx(exact.mean().item(), rel=1e-4)
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shift", [-500.0, -60.0, 60.0, 500.0])
+def test_what_is_added_to_all_logits_changes_nothing(shift):
+    x, weight, bias, y = numbers(300, bias=True)
+    x.requires_grad_(), weight.requires_grad_()
+    losses = [head.linear_cross_entropy(x, weight, b, y) for b in (bias, bias + shift)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    gradients = (torch.autograd.grad(loss, [x, weight]) for loss in losses)
+    for plain, shifted in zip(*gradients, strict=True):
+        torch.testing.assert_close(shifted, plain, rtol=1e-3, atol=1e-6)
 
 
 def test_never_are_the_logits_of_all_rows_held():

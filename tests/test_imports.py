@@ -79,9 +79,9 @@ def test_a_library_stays_where_it_belongs(library):
 
 
 def test_the_model_and_the_optimizers_know_only_torch():
-    own = {path.name for path in of_ours(ROOT / "folio/model.py")}
-    assert own == {"head.py"}
-    assert not of_ours(ROOT / "folio/head.py") and not of_ours(ROOT / "folio/optim.py")
+    own = {path.name for path in closure(ROOT / "folio/model.py")} - {"model.py"}
+    assert own == {"compiler.py", "head.py", "softmax.py"}
+    assert not of_ours(ROOT / "folio/optim.py")
 
 
 def test_runtime_is_in_no_stage_and_every_other_section_is_in_one():

@@ -75,7 +75,7 @@ def test_the_decoder_is_the_model(model, length, one_dnn, monkeypatch):
     with torch.inference_mode():
         expected, cache = model.hidden(x), Cache(model, len(x))
         model.hidden(x[:, :length], cache)
-        decoder = Decoder(model, cache)
+        decoder = Decoder(model, cache, lambda last: last)
         for t in range(length, CONTEXT):
             found = decoder.step(x[:, t])
             torch.testing.assert_close(found, expected[:, t], rtol=0, atol=2e-5)

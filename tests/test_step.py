@@ -34,8 +34,12 @@ class Root(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([start, 4.0]))
 
-    def loss(self, x, y):
-        return self.weight.sqrt().sum()
+    def loss(self, x, y, scale):
+        loss = self.factor_of(x) * self.weight.float().sqrt().sum()
+        return loss.detach() + scale * (loss - loss.detach())
+
+    def factor_of(self, x):
+        return 1.0
 
 
 def sgd(model, precision="fp32", grad_clip=NEVER):
@@ -138,7 +142,7 @@ def assert_ended(step, before, problem):
     found = step.read()
     assert found.problem == problem and found.steps == 0
     assert torch.equal(weights(step.model), before)
-    assert all(p.grad is None for p in step.model.parameters())
+    assert all(p.grad is None for p in step.computing.parameters())
 
 
 def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(model, batch):
@@ -161,8 +165,8 @@ def test_an_infinite_gradient_leaves_the_weights_as_they_were(batch):
 class Sometimes(Root):
     """Its loss is no number for a batch of zeros."""
 
-    def loss(self, x, y):
-        return super().loss(x, y) * (1.0 if x.sum() else float("nan"))
+    def factor_of(self, x):
+        return 1.0 if x.sum() else float("nan")
 
 
 ZEROS = torch.zeros(1, 1), torch.zeros(1, 1)
@@ -178,8 +182,9 @@ def test_one_bad_batch_among_good_ones_is_enough(batch, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_after_a_step_that_is_not_finite_nothing_changes_any_more(model, batch, precision):
-    model.loss = lambda x, y, sound=model.loss: sound(x, y) * (1.0 if x.sum() else float("nan"))
     step = Step(model, optim.adamw(model, 0.1, (0.9, 0.95)), CPU, precision, 1.0)
+    sound = step.computing.loss
+    step.computing.loss = lambda x, *rest: sound(x, *rest) * (1.0 if x.sum() else float("nan"))
     step([batch], rate=1e-3)
     step([batch], rate=1e-3)
     before = [t.clone() for t in state(step)]
@@ -221,7 +226,7 @@ def test_in_fp16_an_update_whose_gradient_overflows_is_skipped_and_the_scale_hal
 
 
 def test_in_fp16_the_scale_is_doubled_after_2000_updates_in_a_row(batch):
-    model = Root(start=1.0)
+    model = Root(start=4.0)  # a gradient of a quarter, which fits fp16 at any of these scales
     step = sgd(model, precision="fp16")
     step.updates.fill_(1998)
     scales = []
@@ -256,3 +261,25 @@ def test_a_few_steps_learn_in_half_precision_too(model, batch, precision):
     losses = [update(step, [batch], rate=1e-2)[0] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
+def test_in_half_precision_a_copy_computes_which_each_update_renews(model, batch, precision, dtype):
+    step = sgd(model, precision)
+    for _ in range(2):
+        assert all(
+            torch.equal(copied, p.to(dtype))
+            for copied, p in zip(step.computing.parameters(), model.parameters(), strict=True)
+        )
+        before = weights(model)
+        step([batch], rate=1.0)
+        assert not torch.equal(weights(model), before)
+
+
+def test_in_half_precision_updates_that_are_too_small_for_it_add_up():
+    model = Root(start=1.0)  # bf16 has no number between 1 and 0.996
+    step = sgd(model, "bf16")
+    for _ in range(100):
+        step([ZEROS], rate=1e-4)  # the gradient is a half
+    assert model.weight[0].item() == pytest.approx(1 - 0.005, rel=1e-4)
+    assert step.computing.weight[0].item() != 1.0

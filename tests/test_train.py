@@ -126,7 +126,7 @@ def test_rows_that_mlflow_has_are_kept_when_their_steps_are_done_once_more(
         one.save(tmp_path)
     for _ in range(2):
         one.advance()
-        one.log(tqdm(disable=True), load=None)
+        one.log(one.check(), tqdm(disable=True), load=None)
     assert one.history == told[:2]
     one.save(tmp_path)
     assert records.read_history(tmp_path / "history.jsonl") == told
