@@ -1,0 +1,57 @@
+"""How long until a held-out loss is reached, from the start of the process.
+
+    python -m benchmarks.race --loss 4.77 seed-30m quick-30m
+
+Each variant trains in a project of its own, in turn, without patience; the text is prepared
+beforehand. One that does not reach the loss shows its best, and when.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from benchmarks import project
+from benchmarks.project import Command
+from folio import device, params
+
+
+def train(folder: Path, variant: str) -> tuple[float, list[dict]]:
+    """When the process was started, in seconds, and the rows with a held-out loss."""
+    overlay: dict[str, dict] = {section: {} for section in params.SECTIONS}
+    overlay["train"] = {"patience": None}
+    project.write_project(folder, variant, overlay)
+    Command(folder, "stages.prepare").finish()
+    started = time.time()
+    Command(folder, "stages.train").finish()
+    return started, [row for row in project.read_history(folder) if "val_loss" in row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="+", help="files in variants/, without .yaml")
+    parser.add_argument("--loss", type=float, default=4.77, help="nats a token")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    where = device.describe(device.resolve_device("auto"))
+    print(f"seconds to a held-out loss of {options.loss}, on {where}; medians")
+    found: dict[str, list[tuple]] = {name: [] for name in options.variants}
+    for _ in range(options.rounds):
+        for name in options.variants:
+            with tempfile.TemporaryDirectory() as folder:
+                started, rows = train(Path(folder) / "project", name)
+            reached = next((row for row in rows if row["val_loss"] <= options.loss), None)
+            row = reached or min(rows, key=lambda row: row["val_loss"])
+            seconds, ended = (r["time"] / 1000 - started for r in (row, rows[-1]))
+            found[name].append((seconds, row["step"], row["val_loss"], ended, bool(reached)))
+    print(f"{'':16}reached   seconds   at step   held-out   its last step, seconds")
+    for name, tries in found.items():
+        *columns, reached = zip(*tries, strict=True)
+        seconds, step, loss, ended = map(median, columns)
+        times = f"{seconds:10.1f}{step:10,.0f}{loss:11.4f}{ended:15.1f}"
+        print(f"{name:<16}{sum(reached)} of {len(tries)}{times}")
+
+
+if __name__ == "__main__":
+    main()
