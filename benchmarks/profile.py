@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and how far it is from what the machine allows.
 
-    python -m benchmarks.profile [--variant seed-30m] [--tie]
+    python -m benchmarks.profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
 
 Two floors: the step's arithmetic at the rate of a large matrix product, and the bytes that weights,
 gradients and AdamW's moments must move at the rate of a copy. Both rates are measured beside it.
@@ -19,7 +19,7 @@ from benchmarks.step import add_options, folio, read_options
 from folio import device
 
 STEPS = 10
-KINDS = {  # what an operator's name begins with -> what it is shown as
+OPERATORS = {  # on a CPU: what an operator is shown as, and what its name begins with
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
     "the head's softmax": ("aten::exp", "aten::amax", "aten::sub", "aten::_log_softmax"),
@@ -29,6 +29,16 @@ KINDS = {  # what an operator's name begins with -> what it is shown as
         *("aten::fill", "aten::copy", "aten::add", "aten::mul", "aten::sum", "aten::zero"),
         *("aten::scatter", "aten::embedding", "aten::index", "aten::cat", "aten::div"),
     ),
+}
+
+KERNELS = {  # on a GPU: what a kernel is shown as, and what its name contains; the first that fits
+    "attention": ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "gemv"),
+    "the head's softmax": ("_cross_entropy",),
+    "AdamW, copies, norm": ("multi_tensor_apply",),
+    "compiled: GELU, norms, sums": ("triton_",),
+    "GELU, layer norms, sums": ("Gelu", "layer_norm", "GammaBeta", "reduce_kernel"),
+    "embedding, add, fill, cat": ("embedding", "elementwise", "Cat", "scatter", "gather", "grad_w"),
 }
 
 
@@ -60,16 +70,22 @@ def copy_rate(where: torch.device) -> float:
 
 
 def by_kind(step: Callable[[], object], where: torch.device) -> Counter[str]:
-    """ms of a step by kind of operator."""
-    kinds = [ProfilerActivity.CPU]
-    kinds += [ProfilerActivity.CUDA] if where.type == "cuda" else []
-    with profile(activities=kinds) as profiled:
+    """ms of a step by kind of operator, on a GPU of kernel."""
+    kind = ProfilerActivity.CUDA if where.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiled:
         for _ in range(STEPS):
             step()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
     found: Counter[str] = Counter()
     for event in profiled.key_averages():
         taken = event.self_device_time_total if where.type == "cuda" else event.self_cpu_time_total
-        is_kind = (k for k, starts in KINDS.items() if event.key.startswith(starts))
+        if where.type == "cuda":
+            is_kind = (
+                k for k, parts in KERNELS.items() if any(part in event.key for part in parts)
+            )
+        else:
+            is_kind = (k for k, starts in OPERATORS.items() if event.key.startswith(starts))
         found[next(is_kind, "all else")] += taken / 1000 / STEPS
     return found
 
@@ -78,9 +94,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--tie", action="store_true", help="one row for the unseen tokens")
+    parser.add_argument("--compiled", action="store_true", help="with kernels made for it")
     options = parser.parse_args()
     work, title = read_options(options)
-    step = folio(work, options.tie)
+    step = folio(work, options.tie, compiled=options.compiled)
     whole = 1000 * seconds(step, work.where)
     print(f"{title}: {whole:.2f} ms a step")
     found = by_kind(step, work.where)
@@ -90,8 +107,10 @@ def main() -> None:
     matrices = 12 * p.n_layer * p.n_embd**2 + work.rows(options.tie) * p.n_embd
     # forward and twice that backward; of attention's two products, the causal half
     operations = 6 * matrices * tokens + 6 * p.n_layer * p.block_size * p.n_embd * tokens
-    # weights are read forward and backward; gradients, weights and moments written and read
-    moved = 4 * matrices * (2 + 2 + 6)
+    # weights are read forward and backward, gradients written and read, in the step's precision;
+    # weights and moments are read and written in fp32
+    width = 4 if work.precision == "fp32" else 2
+    moved = matrices * (4 * width + 4 * 6)
     products, copies = product_rate(work.where, work.precision), copy_rate(work.where)
     for name, floor, rate in (
         ("its arithmetic", operations / products, f"{products / 1e12:.3g} TFLOP/s"),

@@ -53,16 +53,18 @@ class Work:
         return OCCUR + 1 if tie else tokenizer.VOCABULARY
 
 
-def folio(work: Work, tie: bool) -> Callable[[], object]:
+def folio(work: Work, tie: bool = False, **how: bool) -> Callable[[], object]:
     device.keep_memory()
     size = tokenizer.VOCABULARY
     ids = np.arange(OCCUR if tie else size, dtype=np.uint16)
     known = vocabulary.tokens_that_occur(ids, size) if tie else vocabulary.every_token(size)
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
     optimizer = optim.adamw(model, WEIGHT_DECAY, BETAS)
-    step = Step(model, optimizer, work.where, work.precision, CLIP)
+    step = Step(model, optimizer, work.where, work.precision, CLIP, **how)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
-    batches = tokens.Batches(known.rows_of(text), work.size.block_size, work.batch_size, 0)
+    batches = tokens.Batches(
+        known.rows_of(text), work.size.block_size, work.batch_size, 0, work.where
+    )
     numbers = iter(range(1 << 30))
     return lambda: step([batches[next(numbers)]], RATE)
 
@@ -70,9 +72,12 @@ def folio(work: Work, tie: bool) -> Callable[[], object]:
 def peer_step(work: Work, model, loss_of, optimizer) -> Callable[[], object]:
     """A plain training step, as nanoGPT's train.py has it."""
     x, y = work.batch()
+    half = work.precision != "fp32"
+    dtype = device.DTYPES[work.precision] if half else None
+    autocast = torch.autocast(work.where.type, dtype, enabled=half)
 
     def step() -> None:
-        with device.autocast(work.where, work.precision):
+        with autocast:
             loss = loss_of(model, x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -172,23 +177,35 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="a round")
+    parser.add_argument("--steps", type=int, help="a round; 3, on a GPU 20")
+    parser.add_argument("--contenders", nargs="*", help="of those it has, by name; all")
     options = parser.parse_args()
     if options.nanogpt and not (options.nanogpt / "model.py").exists():
         parser.error(f"--nanogpt: {options.nanogpt} is no clone of nanoGPT, it has no model.py")
     work, title = read_options(options)
     contenders = {"nanoGPT": partial(nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
-    contenders |= {"transformers": transformers, "Folio": partial(folio, tie=False)}
+    contenders |= {"transformers": transformers, "Folio": folio}
+    if work.where.type == "cuda":
+        contenders["Folio, compiled"] = partial(folio, compiled=True)
+        name = "Folio, compiled, deterministic: false"
+        contenders[name] = partial(folio, compiled=True, exact=False)
     contenders["Folio, unseen tokens tied"] = partial(folio, tie=True)
+    for name in options.contenders or contenders:
+        if name not in contenders:
+            parser.error(f"--contenders: no {name!r} among {', '.join(contenders)}")
+    contenders = {name: contenders[name] for name in options.contenders or contenders}
+    steps = options.steps or (20 if work.where.type == "cuda" else 3)
     on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
     print(f"{title}, {on}; medians of {options.rounds} rounds")
-    results = in_turn(contenders, work, options.rounds, options.steps)
+    results = in_turn(contenders, work, options.rounds, steps)
     peers = [name for name in results if not name.startswith("Folio")]
-    print(f"{'':26}ms a step   tokens/s   peak GB", *(f"  speed of {p}" for p in peers), sep="")
+    width = max(map(len, results))
+    speeds = (f"  speed of {p}" for p in peers)
+    print(f"{'':{width}}  ms a step   tokens/s   peak GB", *speeds, sep="")
     for name, (ms, peak) in results.items():
         speed = 1000 * work.batch_size * work.size.block_size / ms
         ratios = "".join(f"{results[p][0] / ms:{11 + len(p)}.2f}" for p in peers)
-        print(f"{name:<26}{ms:9.2f}{speed:11,.0f}{peak:10.2f}{ratios}")
+        print(f"{name:<{width}}{ms:11.2f}{speed:11,.0f}{peak:10.2f}{ratios}")
 
 
 if __name__ == "__main__":
