@@ -159,7 +159,7 @@ class Trainer:
         self.optimizer = optim.adamw(self.model, p.weight_decay, (p.beta1, p.beta2))
         self.take_step = Step(
             *(self.model, self.optimizer, where, precision, p.grad_clip),
-            compiled=self._compiles,
+            compiled=self.compiles,
             exact=p.deterministic,
         )
         train = self.vocabulary.rows_of(data.train)
@@ -181,7 +181,8 @@ class Trainer:
         return self.p.batch_size * self.p.accumulation * self.model.params.block_size
 
     @property
-    def _compiles(self) -> bool:
+    def compiles(self) -> bool:
+        """Whether kernels are to be made for the model, where that is possible."""
         if self.p.compile != "auto":
             return self.p.compile == "always"
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from folio import device, params, records, tokens
 from folio.model import ModelParams
+from folio.runtime import RuntimeParams
 from stages import train
 
 PATIENCE, INTERVAL = 2, 5
@@ -77,6 +79,38 @@ def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
     model, settings = params.load(model=ModelParams, train=train.TrainParams)
     data = tokens.read(folder / "data/prepared")
     return train.Trainer(model, settings, data, torch.device("cpu"), "fp32")
+
+
+def test_a_long_training_compiles_of_itself_and_any_as_it_is_told(overfitted, monkeypatch):
+    one = trainer(overfitted, monkeypatch)
+    short = one.p
+    assert short.compile == "auto" and not one.compiles
+    one.p = replace(short, steps=10**12)
+    assert one.compiles
+    for told in ("always", "never"):
+        one.p = replace(short, compile=told)
+        assert one.compiles == (told == "always")
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, [5, 10, 15, 20]), (0.3, [5, 20])])
+def test_evaluations_save_a_checkpoint_as_far_as_that_takes_a_tenth_of_the_time(
+    overfitted, monkeypatch, tmp_path, seconds, steps
+):
+    one, saved = trainer(overfitted, monkeypatch), []
+
+    def save(folder):
+        time.sleep(seconds)
+        saved.append(one.step)
+
+    one.p, one.save = replace(one.p, steps=20, patience=None), save
+    (runtime,) = params.load(runtime=RuntimeParams)
+    one.train(tmp_path, runtime, Untracked())
+    assert saved == steps
+
+
+class Untracked:
+    def follow(self, history):
+        pass
 
 
 def test_a_checkpoint_of_another_machine_is_used_with_a_word(
