@@ -19,6 +19,7 @@ from benchmarks import project
 from benchmarks.project import Command
 from benchmarks.recipe import Untracked, build
 from folio import device, records, variants
+from folio.errors import one_line_errors
 from folio.follower import Follower
 
 
@@ -113,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

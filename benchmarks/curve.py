@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.recipe import build
 from folio import device, variants
+from folio.errors import one_line_errors
 from stages.train import Trainer
 
 
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.recipe import build
 from folio import variants
+from folio.errors import one_line_errors
 from stages.train import Trainer
 
 
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import add_options, folio, read_options
 from folio import device
+from folio.errors import one_line_errors
 
 STEPS = 10
 OPERATORS = {  # on a CPU: what an operator is shown as, and what its name begins with
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

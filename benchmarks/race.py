@@ -15,6 +15,7 @@ from statistics import median
 from benchmarks import project
 from benchmarks.project import Command
 from folio import device, params
+from folio.errors import one_line_errors
 
 
 def train(folder: Path, variant: str) -> tuple[float, list[dict]]:
@@ -54,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

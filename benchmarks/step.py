@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from folio import device, optim, params, tokenizer, tokens, variants, vocabulary
+from folio.errors import one_line_errors
 from folio.model import GPT, ModelParams
 from folio.step import Step
 
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
