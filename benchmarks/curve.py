@@ -22,10 +22,11 @@ from stages.train import Trainer
 
 def folio(trainer: Trainer, steps: int) -> list[float]:
     """The loss of each step."""
+    sums = [0.0]
     for _ in range(steps):
         trainer.advance()
-        trainer.losses.append(trainer.take_step.read().loss)  # the sum so far
-    return [after - before for before, after in pairwise([0.0, *trainer.losses])]
+        sums.append(trainer.take_step.read().loss)
+    return [after - before for before, after in pairwise(sums)]
 
 
 def plain(trainer: Trainer, steps: int, flip: bool) -> list[float]:
@@ -64,7 +65,6 @@ def main() -> None:
     curves = {}
     for name in ("Folio", "autocast", "autocast, in the other order"):
         trainer, _ = build(variant)
-        trainer.losses = []
         curves[name] = (
             folio(trainer, options.steps)
             if name == "Folio"

@@ -5,7 +5,7 @@ device itself passes over an update that is not finite; the host reads that when
 
 In half precision a copy of the model computes, which is written anew from the fp32 weights after
 each update: so no update is too small to count (Micikevicius et al. 2018, section 3.1). On a GPU
-its blocks are compiled, and the whole step is one CUDA graph.
+the whole step is one CUDA graph.
 """
 
 import copy

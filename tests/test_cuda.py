@@ -17,12 +17,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 CUDA = torch.device("cuda")
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.1)
 ROWS = 997
-MULTIPLICITY = np.array([1] * (ROWS - 1) + [500])
 
 
-def gpt(multiplicity=None, **changes):
+def gpt():
     torch.manual_seed(1)
-    return GPT(PARAMS, ROWS, multiplicity).to(CUDA)
+    return GPT(PARAMS, ROWS).to(CUDA)
 
 
 def steps(model, precision, compiled=False):
