@@ -25,7 +25,7 @@ ui: .venv/base
 
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
-	python -m folio.variants $(NAME) $(if $(QUEUE),--queue)
+	python -m folio variant $(NAME) $(if $(QUEUE),--queue)
 
 clean:
 	rm -rf .venv

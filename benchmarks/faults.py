@@ -308,12 +308,12 @@ def server_gone(bench: Bench) -> list[Row]:
         server.start()
         client, had = mlflow.MlflowClient(server.address), []
         for _ in range(2):
-            sync = Command(folder, "folio.sync", address=server.address)
+            sync = Command(folder, "folio", "sync", address=server.address)
             sync.finish()
             had.append([run.to_dictionary() for run in runs_of(client)])
         wrong = [] if had[0] == had[1] else ["the second changes what the first has sent"]
         note = f"the second says {sync.said.strip().splitlines()[-1]!r}"
-        name = "MLflow away to the end, folio.sync twice"
+        name = "MLflow away to the end, folio sync twice"
         return bench.verdict(name, folder, note, wrong, server.address)
 
 

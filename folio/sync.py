@@ -1,21 +1,19 @@
-"""Write to MLflow what it lacks: `python -m folio.sync`, in the project's root.
+"""Write to MLflow what it lacks: `python -m folio sync`, in the project's root.
 
 Sends every training and evaluation that DVC keeps (here, in commits, experiments, the run cache),
 then what there is of trainings that were cut short, and mends the addresses of a local store whose
 project has been moved. Run twice, it changes nothing the second time.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from folio import checkpoint, params, records, tracking
+from folio import checkpoint, records, tracking
 from folio.cache import Cache
-from folio.errors import UserError, one_line_errors
+from folio.errors import UserError
 from folio.records import Record, Run
-from folio.runtime import RuntimeParams
 
 PREPARED = "data/prepared"
 KINDS = {records.TRAINING: records.training, records.EVALUATION: records.evaluation}
@@ -116,17 +114,3 @@ def _send_unfinished(store: tracking.Store, folder: Path) -> str:
         run = Run(record=replace(record, ended=ended), history=history)
         store.send(run, "KILLED", "cut short")
         return f"sent {record.name}, cut short after step {history[-1]['step'] if history else 0}"
-
-
-def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m folio.sync", description="Write to MLflow what it lacks."
-    ).parse_args()
-    (runtime,) = params.load(runtime=RuntimeParams)
-    told = run(runtime.tracking_uri, tracking.project_root())
-    print("\n".join(told or ["MLflow has every run"]))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -37,7 +37,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # tables made, monitors s
 
 EXPERIMENT = "folio"
 Refused = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)  # what a store may raise
-SYNC = "`python -m folio.sync`"
+SYNC = "`python -m folio sync`"
 LACKING = f"MLflow lacks a part of this run: {SYNC} sends it"
 _BATCH = 1000  # metrics that one log_batch call may hold
 _LONGEST = 6000  # characters that a param may have

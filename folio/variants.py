@@ -1,10 +1,9 @@
 """Named variants: a small YAML each in variants/, laid over params.yaml as a DVC experiment.
 
-python -m folio.variants seed-30m             train it now
-python -m folio.variants seed-30m --queue     put it on DVC's queue
+python -m folio variant seed-30m             train it now
+python -m folio variant seed-30m --queue     put it on DVC's queue
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from folio import params
-from folio.errors import UserError, one_line_errors
+from folio.errors import UserError
 
 FOLDER = Path("variants")
 
@@ -38,22 +37,12 @@ def read(name: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m folio.variants", description="Train a named variant as a DVC experiment."
-    )
-    parser.add_argument("name", help="one of the files in variants/, without .yaml")
-    parser.add_argument("--queue", action="store_true", help="queue it for `dvc queue start`")
-    options = parser.parse_args()
-    command = ["dvc", "exp", "run", *(["--queue"] if options.queue else [])]
-    for key, value in read(options.name).items():
+def train(name: str, queue: bool = False) -> None:
+    """Become the `dvc` that trains a variant, or queues it. Raises UserError as read does."""
+    command = ["dvc", "exp", "run", *(["--queue"] if queue else [])]
+    for key, value in read(name).items():
         command += ["--set-param", f"{key}={json.dumps(value, default=str)}"]
     if not shutil.which("dvc"):
         raise UserError("dvc is not on the PATH: `make variant` has it, or activate .venv")
     sys.stdout.flush()
     os.execvp("dvc", command)
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

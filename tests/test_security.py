@@ -207,5 +207,7 @@ def test_versions_with_known_vulnerabilities_are_left_out(name, first):
     major, minor = map(int, first.split("."))
     for old in (f"{major - 1}.99", f"{major}.{minor - 1}.99"):
         assert not allowed.specifier.contains(old), old
-    [pinned] = re.findall(rf"^{name}==(.+)$", (ROOT / "requirements/base.txt").read_text(), re.MULTILINE)
+    [pinned] = re.findall(
+        rf"^{name}==(.+)$", (ROOT / "requirements/base.txt").read_text(), re.MULTILINE
+    )
     assert allowed.specifier.contains(pinned)

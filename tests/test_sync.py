@@ -1,4 +1,4 @@
-"""`python -m folio.sync` brings to MLflow whatever it lacks, from what DVC keeps."""
+"""`python -m folio sync` brings to MLflow whatever it lacks, from what DVC keeps."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def succeed(folder: Path, *command: str) -> str:
 
 
 def sync(folder: Path) -> str:
-    return succeed(folder, "python", "-m", "folio.sync")
+    return succeed(folder, "python", "-m", "folio", "sync")
 
 
 def content(address: str) -> dict[str, tuple]:
@@ -122,7 +122,7 @@ def test_a_moved_project_is_mended_and_goes_on(repo, tmp_path):
     shutil.copytree(repo, moved, symlinks=True)
     set_params(moved, {"evaluate.sample_tokens": 5})
     told = succeed(moved, "dvc", "repro")
-    assert "the project has been moved since: `python -m folio.sync` mends" in told
+    assert "the project has been moved since: `python -m folio sync` mends" in told
     original = content(store(repo))
     assert "sent evaluate" in sync(moved)
     mended = content(store(moved))
@@ -143,7 +143,7 @@ def test_sync_names_what_the_cache_lacks(repo, tmp_path):
 
 def test_sync_says_in_one_line_that_the_store_is_away(make_project):
     done = run(
-        make_project(), "python", "-m", "folio.sync", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+        make_project(), "python", "-m", "folio", "sync", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
     )
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
@@ -217,7 +217,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
     _, told = training.communicate(timeout=120)
     assert training.returncode == 0
     assert "going on without it" in told
-    assert told.strip().splitlines()[-1].endswith("`python -m folio.sync` sends it")
+    assert told.strip().splitlines()[-1].endswith("`python -m folio sync` sends it")
 
     serve()
     assert "sent 1x2x16-" in sync(folder)

@@ -166,7 +166,7 @@ def test_a_server_that_is_away_is_said_once_and_how_to_send_the_rest(project, ca
     told = capsys.readouterr().err
     assert told.count("going on without it") == 1
     assert told.strip().splitlines()[-1] == (
-        "MLflow lacks a part of this run: `python -m folio.sync` sends it"
+        "MLflow lacks a part of this run: `python -m folio sync` sends it"
     )
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_in_the_store_harms_nothing_and_is_made_up_for(
     small_disk.fill()
     with Follower(None, RECORD) as follower:
         follower.finish(whole(project))
-    assert "python -m folio.sync" in capsys.readouterr().err
+    assert "python -m folio sync" in capsys.readouterr().err
     small_disk.clear()
     tracking.Store(None).complete(whole(project))
     assert points(local(small_disk.folder)) == ONCE
@@ -251,7 +251,7 @@ def test_a_project_that_was_moved_is_told_how_to_mend_its_store(project, monkeyp
     for name in ("mlflow.db", "mlruns"):
         (project / name).rename(moved / name)
     monkeypatch.setenv("DVC_ROOT", str(moved))
-    with pytest.raises(UserError, match=r"has been moved since: `python -m folio.sync` mends"):
+    with pytest.raises(UserError, match=r"has been moved since: `python -m folio sync` mends"):
         tracking.Store(None)
     tracking.Store(None, mend=True)
     client, [run] = mlflow.MlflowClient(local(moved)), runs(local(moved))
@@ -317,7 +317,7 @@ def test_a_training_that_was_cut_short_is_lacking_as_long_as_its_last_point(proj
 
 def test_an_evaluation_without_its_training_is_one_line(project):
     orphan = dataclasses.replace(RECORD, parent="b" * 32)
-    with pytest.raises(UserError, match=r"is not there: `python -m folio.sync` sends it"):
+    with pytest.raises(UserError, match=r"is not there: `python -m folio sync` sends it"):
         tracking.Store(None).complete(records.Run(record=orphan))
 
 

@@ -54,6 +54,6 @@ def test_a_variant_that_is_no_overlay_is_one_line(tmp_path, monkeypatch, text, w
 
 
 def test_an_unknown_variant_is_named_with_those_there_are():
-    done = run(ROOT, "python", "-m", "folio.variants", "gpt5")
+    done = run(ROOT, "python", "-m", "folio", "variant", "gpt5")
     assert done.returncode == 1
     assert "'gpt5'" in done.stderr and "seed-30m" in done.stderr
