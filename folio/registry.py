@@ -111,8 +111,9 @@ def register(client: MlflowClient, run_id: str, model_id: str, description: str)
     )
 
 
-def crown(client: MlflowClient, version: ModelVersion) -> None:
-    client.set_registered_model_alias(NAME, CHAMPION, version.version)
+def crown(client: MlflowClient, version: str) -> None:
+    """Let the alias `champion` name a version."""
+    client.set_registered_model_alias(NAME, CHAMPION, version)
 
 
 def _of_run(client: MlflowClient, experiment: str, run_id: str) -> list[LoggedModel]:

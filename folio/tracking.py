@@ -32,7 +32,7 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.tracking.context import registry as contexts
 from sqlalchemy.exc import SQLAlchemyError
 
-from folio import records, registry
+from folio import records, registry, view
 from folio.errors import UserError
 from folio.records import Record, Run
 
@@ -117,6 +117,16 @@ class Store:
             self._client = mlflow.MlflowClient(self.address)
             self._experiment = self._open_experiment(mend)
 
+    @classmethod
+    def existing(cls, address: str | None) -> "Store":
+        """The store, to read it. Raises UserError where there is none, or it does not answer."""
+        if not has_store(address):
+            raise UserError(f"there is no MLflow store yet: `dvc repro` makes one, or {SYNC}")
+        try:
+            return cls(address)
+        except Refused as problem:
+            raise UserError(f"MLflow does not answer: {reason(problem)}") from None
+
     def send(self, run: Run, status: str, stopped: str | None = None) -> None:
         """Bring the store up to date with the run; its status is changed last.
 
@@ -137,7 +147,7 @@ class Store:
             if run.model:
                 digest = record.tags["weights_sha256"]
                 registry.log(self._client, self._experiment, run_id, run.model, digest)
-            tags = record.tags | ({"stopped": stopped} if stopped else {})
+            tags = record.tags | ({"stopped": stopped} if stopped else {}) | _description(run)
             self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
             if status != "RUNNING":
                 self._client.set_terminated(run_id, status, record.ended or records.now())
@@ -201,13 +211,33 @@ class Store:
 
     def trained_models(self) -> list[tuple[str, str]]:
         """(label, name) of all that fetch_model gives: the champion, then a run each."""
-        champion = registry.champion(self._client)
+        champion, version = self.champion()
         best = f"models:/{registry.NAME}@{registry.CHAMPION}"
-        first = [(f"champion (version {champion.version})", best)] if champion else []
+        label = f"champion (version {version}, held-out {champion.loss:.3f})" if champion else ""
+        first = [(label, best)] if champion else []
         with_model = self._client.search_logged_models([self._experiment])
         ready = {model.source_run_id for model in with_model if model.status == "READY"}
         runs = [run for run in self.runs() if run.id in ready]
         return first + [(f"{run.name}, held-out {run.loss:.3f}", run.id) for run in runs]
+
+    def register(self, run: Kept) -> str:
+        """The number of the version that a training's model has under the name `folio`."""
+        with _lock():
+            model_id = registry.of_run(self._client, self._experiment, run.id)
+            if not model_id:
+                raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends what DVC keeps")
+            about = f"{run.name}: held-out loss {run.loss:.4f} nats a token"
+            return str(registry.register(self._client, run.id, model_id, about).version)
+
+    def champion(self) -> tuple[Kept | None, str]:
+        """The champion's training and the number of its version."""
+        version = registry.champion(self._client)
+        if version is None:
+            return None, ""
+        return _kept(self._client.get_run(version.run_id)), str(version.version)
+
+    def crown(self, version: str) -> None:
+        registry.crown(self._client, version)
 
     def fetch_model(self, name: str, folder: Path) -> Path:
         """Copy a model under `folder`: that of models:/NAME@ALIAS or models:/NAME/VERSION, or of a
@@ -287,9 +317,12 @@ class Store:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             try:
-                return self._client.create_experiment(EXPERIMENT, place)
+                return self._client.create_experiment(EXPERIMENT, place, view.tags())
             except MlflowException:  # another client has made it just now
                 return self._client.get_experiment_by_name(EXPERIMENT).experiment_id
+        for key, value in view.tags().items():
+            if key not in experiment.tags or (key == view.TAG and experiment.tags[key] != value):
+                self._client.set_experiment_tag(experiment.experiment_id, key, value)
         former = experiment.artifact_location
         if self._file and former != place and former.endswith("/mlruns"):
             if not mend:
@@ -374,6 +407,24 @@ def _kept(run: MlflowRun) -> Kept:
     )
 
 
+def _description(run: Run) -> dict[str, str]:
+    """What the page shows above a training's figures, once it has ended."""
+    if "best_val_loss" not in run.figures:
+        return {}
+    p, figures = run.record.params, run.figures
+    words = (
+        f"**Held-out loss {figures['best_val_loss']:.4f}** nats a token, at step"
+        f" {figures['best_step']:,.0f} of {figures['steps']:,.0f}; training loss at the end"
+        f" {figures['last_train_loss']:.4f}. {p.get('model.n_layer')} layers,"
+        f" {p.get('model.n_head')} heads, {p.get('model.n_embd')} wide, context"
+        f" {p.get('model.block_size')}, {figures['parameters'] / 1e6:.1f} M parameters, on"
+        f" {p.get('data.corpus')}."
+    )
+    if experiment := run.record.tags.get("dvc_experiment"):
+        words += f" `dvc exp apply {experiment}` brings its files back."
+    return {"mlflow.note.content": words}
+
+
 def _status(run: MlflowRun) -> str:
     return "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
 
@@ -430,6 +481,8 @@ def _make_store(store: Path) -> None:
     for left in store.parent.glob(f"{store.name}.new*"):  # by a kill, perhaps with a journal
         left.unlink()
     new = store.with_name(f"{store.name}.new")
-    mlflow.MlflowClient(f"sqlite:///{new}").create_experiment(EXPERIMENT, _artifacts(store))
+    mlflow.MlflowClient(f"sqlite:///{new}").create_experiment(
+        EXPERIMENT, _artifacts(store), view.tags()
+    )
     if not store.exists():  # else `mlflow ui` has made one meanwhile
         new.replace(store)
