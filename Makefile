@@ -2,19 +2,20 @@
 # make test     ruff and pytest
 # make ui       MLflow on 127.0.0.1:5000
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
+# make notebook the tour of the library, in JupyterLab on 127.0.0.1
 
 PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test ui variant clean
+.PHONY: run test ui variant notebook clean
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
 	dvc repro
 	@echo 'models/gpt2 is the model, models/evaluation/samples.md what it writes. Next: make ui'
 
-test: $(addprefix .venv/,app notebook sweep test)
+test: $(addprefix .venv/,app kernel sweep test)
 	ruff check .
 	ruff format --check .
 	pytest
@@ -26,6 +27,9 @@ ui: .venv/base
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
 	python -m folio variant $(NAME) $(if $(QUEUE),--queue)
+
+notebook: .venv/notebook
+	jupyter lab --ip=127.0.0.1 notebooks/tour.ipynb
 
 clean:
 	rm -rf .venv
@@ -49,6 +53,8 @@ INSTALL = pip install -qq --disable-pip-version-check
 	@echo 'Installing requirements/$*.txt into .venv, once'
 	@$(INSTALL) -r $< -c requirements/base.txt
 	@touch $@
+
+.venv/notebook: .venv/kernel
 
 .PHONY: git
 git:
