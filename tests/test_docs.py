@@ -1,4 +1,8 @@
-"""The commands in the pages, run as they are: a page's blocks in turn, in a tiny project."""
+"""The commands in the pages, run as they are: a page's blocks in turn, in a tiny project.
+
+The line before a block leaves it out when it is `<!-- not run: why -->`; a line
+`<!-- not run on this page: why -->` leaves out all of a page's.
+"""
 
 import os
 import re
@@ -15,6 +19,7 @@ BLOCK = re.compile(
     r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+WHOLE = re.compile(r"^<!-- not run on this page:(.*?)-->$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -30,8 +35,15 @@ def blocks(page: Path) -> list[Block]:
     content = (ROOT / page).read_text(encoding="utf-8")
     found = list(BLOCK.finditer(content))
     assert len(found) == len(re.findall(r"^```(?:sh|python)\b", content, re.MULTILINE)), page
+    whole = WHOLE.search(content)
     return [
-        Block(page, content[: match.start("text")].count("\n") + 1, *match.groups())
+        Block(
+            page,
+            content[: match.start("text")].count("\n") + 1,
+            whole[1] if whole else match["reason"],
+            match["language"],
+            match["text"],
+        )
         for match in found
     ]
 
