@@ -1,20 +1,21 @@
 # make run      install everything into .venv and rebuild what changed (dvc repro)
 # make test     ruff and pytest
 # make ui       MLflow on 127.0.0.1:5000
+# make team     install what a team's DVC remote needs (docs/team.md)
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
 
 PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test ui variant clean
+.PHONY: run test ui team variant clean
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
 	dvc repro
 	@echo 'models/gpt2 is the model, models/evaluation/samples.md what it writes. Next: make ui'
 
-test: $(addprefix .venv/,app notebook sweep test)
+test: $(addprefix .venv/,app notebook sweep team server test)
 	ruff check .
 	ruff format --check .
 	pytest
@@ -22,6 +23,8 @@ test: $(addprefix .venv/,app notebook sweep test)
 ui: .venv/base
 	@echo 'http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning has the runs'
 	mlflow ui --host 127.0.0.1
+
+team: .venv/team
 
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
@@ -44,7 +47,7 @@ INSTALL = pip install -qq --disable-pip-version-check
 	  > "$$(python -c 'import site; print(site.getsitepackages()[0])')/no_mlflow_telemetry.pth"
 	@touch $@
 
-# What the page, the notebook, sweeps or the tests need besides; nothing of base changes.
+# What the page, the notebook, sweeps, a team or the tests need besides; nothing of base changes.
 .venv/%: requirements/%.txt .venv/base
 	@echo 'Installing requirements/$*.txt into .venv, once'
 	@$(INSTALL) -r $< -c requirements/base.txt
