@@ -217,8 +217,9 @@ def weights(folder: Path) -> bytes:
 
 def as_member(member: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """Make this process a member's, on a machine that has no key to any S3 store."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_"))]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_S3_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name, value in {**of(member), "HOME": str(home)}.items():
         monkeypatch.setenv(name, value)
 
