@@ -67,11 +67,13 @@ INSTALL = pip install -qq --disable-pip-version-check
 	  > "$$(python -c 'import site; print(site.getsitepackages()[0])')/no_mlflow_telemetry.pth"
 	@touch $@
 
-# What the page, the notebook, sweeps or the tests need besides; nothing of base changes.
+# What the page, the notebook, sweeps, a team or the tests need besides; nothing of base changes.
 .venv/%: requirements/%.txt .venv/base
 	@echo 'Installing requirements/$*.txt into .venv, once'
 	@$(INSTALL) -r $< -c requirements/base.txt
 	@touch $@
+
+.venv/notebook: .venv/kernel
 
 .PHONY: git
 git:
