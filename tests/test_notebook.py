@@ -25,7 +25,7 @@ def texts(notebook: NotebookNode) -> str:
     """All that the outputs hold but pictures."""
     outputs = [output for cell in code(notebook) for output in cell.outputs]
     shown = [{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs]
-    return json.dumps([shown, [o.get("text", "") for o in outputs]])
+    return json.dumps([shown, [o.get("text", "") for o in outputs]], sort_keys=True)
 
 
 @pytest.fixture(scope="module")
