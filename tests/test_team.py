@@ -281,7 +281,7 @@ def test_without_a_login_the_server_shows_nothing_and_folio_says_so_in_a_line(
         sync.run(server.mlflow, clones["ada"])
 
 
-def test_a_page_elsewhere_reaches_the_server_neither_by_another_name_nor_from_a_browser(server):
+def test_a_page_elsewhere_reaches_nothing_by_another_name_or_from_a_browser(clones, server):
     search = f"{server.mlflow}/api/2.0/mlflow/runs/search"
     for stranger in ({"Host": "example.org"}, {"Origin": "http://example.org"}):
         asked = requests.post(search, json={}, headers=stranger, auth=("ada", MEMBERS["ada"]))
