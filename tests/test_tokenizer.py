@@ -122,6 +122,42 @@ def test_decoding_gives_back_what_was_encoded(text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", [*ODD, "half of \U0001f642 and a whole \u4e2d"])
+def test_a_stream_is_what_decode_returns_wherever_the_ids_end(text):
+    ids = tokenizer.encode(text[:100]).tolist()
+    for end in range(len(ids) + 1):
+        assert "".join(tokenizer.stream(ids[:end])) == tokenizer.decode(ids[:end])
+
+
+def test_a_stream_of_any_ids_is_what_decode_returns():
+    random = np.random.default_rng(2)
+    for _ in range(300):
+        ids = random.integers(0, tokenizer.VOCABULARY + 50, 30)
+        ids = np.where(random.random(30) < 0.5, random.integers(0, 256, 30), ids)  # half bytes
+        assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+
+
+def test_a_stream_waits_for_whole_characters_and_for_no_more():
+    ids = tokenizer.encode("so \U0001d518!").tolist()
+    drawn = []
+
+    def generated():
+        for token in ids:
+            drawn.append(token)
+            yield token
+
+    stream = tokenizer.stream(generated())
+    assert next(stream) == "so"
+    assert drawn == ids[:1]
+    assert list(stream) == [" ", "", "", "\U0001d518", "!"]
+
+
+def test_a_stream_that_ends_within_a_character_says_so():
+    ids = tokenizer.encode("\U0001d518").tolist()
+    assert len(ids) > 1
+    assert list(tokenizer.stream(ids[:-1])) == [""] * (len(ids) - 1) + ["\ufffd"]
+
+
 def test_every_id_of_the_vocabulary_can_be_decoded():
     every = range(tokenizer.VOCABULARY)
     assert tokenizer.decode([50256]) == tokenizer.END_OF_TEXT
