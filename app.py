@@ -1,0 +1,573 @@
+"""A page to try a trained model: its text as it is written, and how sure it was of each token.
+
+python app.py --port 7860
+"""
+
+import argparse
+import functools
+import html
+import math
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import pandas as pd
+import torch
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from folio import device, files, huggingface, records, sampling, stopping, tokenizer
+from folio.errors import UserError, one_line_errors, say
+from folio.model import GPT, parameter_report
+from folio.sureness import sureness
+
+PIPELINE = "models/gpt2"
+SPACE = "SPACE_ID" in os.environ  # a Hugging Face Space: its visitors are strangers
+PROMPT = 2_000  # characters at most
+LENGTH = 1_000  # tokens at most
+WAITING = 8  # texts that may wait; one is written at a time
+REQUEST = 64 * 1024  # bytes at most; the longest prompt is 24 KB in JSON
+EXAMPLES = ["ROMEO:\n", "First Citizen:\n", "To be, or not to be", "My lord, the king is"]
+REFRESH = 0.05  # seconds between two looks at a text that is being written
+POINTS = 300  # of a loss curve at most
+# The least probability of each shade of "how sure".
+SHADES = (
+    (0.5, "\u2265 50 %"),
+    (0.2, "\u2265 20 %"),
+    (0.05, "\u2265 5 %"),
+    (0.01, "\u2265 1 %"),
+    (0, "< 1 %"),
+)
+
+# What a page may load: all of it comes from here, whatever a text on it tries.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; object-src 'none';"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:"
+)
+# What the page asks its server for. Others serve files or take uploads.
+ROUTES = ("/assets/", "/static/", "/svelte/", "/gradio_api/queue/", "/gradio_api/heartbeat/")
+ROUTES_WHOLE = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json")
+ROUTES_WHOLE += tuple(
+    f"/gradio_api/{name}" for name in ("startup-events", "run/predict", "cancel", "reset")
+)
+
+# The arrow keys go from token to token, which would be too many stops for the Tab key.
+ARROWS = """
+element.addEventListener('keydown', event => {
+    const tokens = [...element.querySelectorAll('.token')];
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    const next = step && tokens[tokens.indexOf(document.activeElement) + step];
+    if (next) { next.focus(); event.preventDefault(); }
+});
+"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    name: str  # as it was picked
+    model: GPT
+    history: list[dict[str, Any]]  # of its training; empty where it is not known
+
+
+@dataclass
+class Written:
+    """A text that is being written, or was."""
+
+    opened: Opened
+    ids: list[int]
+    prompt: int  # tokens, at the start of ids
+    wanted: int  # tokens after the prompt
+    seed: int
+    started: float
+    seconds: float = 0.0
+
+
+# --- models
+
+
+def open_model(name: str) -> Opened:
+    """The model of a folder's path. Raises UserError where there is none."""
+    name = (name or "").strip()
+    if not name:
+        raise UserError("no model is picked: choose one, or type a folder")
+    if SPACE and name != PIPELINE:
+        raise UserError(f"this page has {PIPELINE} alone")
+    folder = Path(name).expanduser()
+    with _opening:
+        return _open(name, folder, _stamp(folder))
+
+
+_opening = threading.Lock()  # a model is read once, whoever asks
+
+
+@functools.lru_cache(maxsize=2)
+def _open(name: str, folder: Path, stamp: tuple[int, ...]) -> Opened:
+    """stamp: when the folder's files were written: a model that was trained again is read again."""
+    return Opened(name, huggingface.load(folder, device.resolve_device("auto")), _history(folder))
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    names = ("model.safetensors", "config.json")
+    try:
+        return tuple((folder / name).stat().st_mtime_ns for name in names)
+    except (OSError, ValueError):
+        return ()  # huggingface.load names what is wrong
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The history of the training that made a folder's weights, from the files beside it."""
+    training = folder.parent / records.TRAINING.name
+    try:
+        record = records.read(training / records.FILE)
+        if record.tags.get("weights_sha256") == files.sha256(folder / "model.safetensors"):
+            return records.read_history(training / "history.jsonl")
+    except UserError:
+        pass
+    return []
+
+
+# --- the text
+
+
+def write(
+    name: str,
+    prompt: str,
+    temperature: float,
+    top_k: float,
+    top_p: float,
+    length: float,
+    seed: str,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the text, how sure the model was of it, a line about it, and the state, ever again."""
+    try:
+        opened = open_model(name)
+        ids, number = read_prompt(opened.model, prompt), read_seed(seed)
+    except UserError as problem:
+        yield gr.skip(), gr.skip(), line(str(problem), problem=True), None
+        return
+    started = time.perf_counter()
+    written = Written(opened, ids, len(ids), min(int(length), LENGTH), number, started)
+    drawn = sampling.generate(
+        opened.model,
+        list(ids),
+        written.wanted,
+        round(temperature, 2),
+        int(top_k) or None,
+        round(top_p, 2),
+        torch.Generator().manual_seed(number),
+    )
+    text, shown = tokenizer.decode(ids), 0.0
+    for piece in tokenizer.stream(_kept(drawn, written)):
+        text += piece
+        if time.perf_counter() - shown > REFRESH:
+            yield text, gr.skip() if shown else sure_html(None), line(progress(written)), written
+            shown = time.perf_counter()
+    yield text, sure_html(written), line(progress(written)), written
+
+
+def read_prompt(model: GPT, prompt: str) -> list[int]:
+    """The ids of a prompt; a line's end for an empty one. Raises UserError if it will not do."""
+    if len(prompt) > PROMPT:
+        raise UserError(f"the prompt has {len(prompt):,} characters: give at most {PROMPT:,}")
+    ids = tokenizer.encode(prompt or "\n").tolist()
+    rows = model.transformer.wte.num_embeddings
+    if max(ids) >= rows:
+        raise UserError(
+            f"this model has {rows:,} tokens, and the prompt others: its tokenizer is not GPT-2's"
+        )
+    return ids
+
+
+def read_seed(seed: str) -> int:
+    """Raises UserError if it is no whole number."""
+    if not seed.strip():
+        return random.randrange(10_000)
+    try:
+        return int(seed[:10]) % 2**32
+    except ValueError:
+        raise UserError(f"the seed is {seed[:10]!r}: give a whole number, or nothing") from None
+
+
+def _kept(drawn: Iterator[int], written: Written) -> Iterator[int]:
+    for token in drawn:
+        written.ids.append(token)
+        written.seconds = time.perf_counter() - written.started
+        yield token
+
+
+def progress(written: Written, stopped: bool = False) -> str:
+    done = len(written.ids) - written.prompt
+    parts = [
+        f"{done:,} tokens" if done == written.wanted else f"{done:,} of {written.wanted:,} tokens"
+    ]
+    if done and written.seconds:
+        parts.append(f"{done / written.seconds:,.0f} tokens/s")
+    parts.append(f"seed {written.seed}")
+    if written.prompt > (context := written.opened.model.params.block_size):
+        parts.append(
+            f"of the prompt's {written.prompt:,} tokens the model sees the last {context:,}"
+        )
+    return ("Stopped: " if stopped else "") + ", ".join(parts)
+
+
+def stop(written: Written | None) -> tuple[Any, ...]:
+    """What the page shows after Stop: Gradio has ended `write` by then."""
+    if written is None:
+        return gr.skip(), line("Stopped before it began."), *buttons(writing=False)
+    text = tokenizer.decode(list(written.ids))
+    return text, line(progress(written, stopped=True)), *buttons(writing=False)
+
+
+# --- what is shown
+
+
+def sure_html(written: Written | None) -> str:
+    """A text's tokens, each on a ground that says how likely it was, with the alternatives.
+
+    All text goes through `escape`: a model may write anything, HTML too.
+    """
+    if written is None or len(written.ids) < 2:
+        return f"<div class='sure'>{legend()}<p class='empty'>{EMPTY}</p></div>"
+    ids = list(written.ids)
+    found = sureness(written.opened.model, ids)
+    texts = list(tokenizer.stream(ids))
+    tokens = [f"<span class='prompt'>{_visible(texts[0])}</span>"]
+    for place in range(1, len(ids)):
+        probability = float(found.probability[place - 1])
+        rows = zip(found.alternatives[place - 1], found.probabilities[place - 1], strict=True)
+        alternatives = "".join(
+            f"<span class='bar{' own' if other == ids[place] else ''}'"
+            f" style='--p:{p:.1%}'><b>{percent(p)}</b> {token_html(other)}</span>"
+            for other, p in rows
+        )
+        own = f"<em>{token_html(ids[place])}</em> had {percent(probability)}. Likeliest here:"
+        shade = next(i for i, (least, _) in enumerate(SHADES) if probability >= least)
+        prompt = " prompt" if place < written.prompt else ""
+        tokens.append(
+            f"<span class='token shade{shade}{prompt}' tabindex='{0 if place == 1 else -1}'>"
+            f"{_visible(texts[place]) or token_html(ids[place])}"
+            f"<span class='alternatives' role='tooltip'><span>{own}</span>{alternatives}</span></span>"
+        )
+    return (
+        f"<div class='sure'>{legend()}<div class='tokens'>{''.join(tokens)}</div>"
+        f"<p class='hint'>{HINT}</p></div>"
+    )
+
+
+HEADER = "<header><h1>Folio</h1><p>Text from a trained model, and how sure it was.</p></header>"
+EMPTY = (
+    "When a text is written, its tokens stand here, each on a shade that says how likely it was."
+)
+HINT = "Point at a token, or press Tab and the arrow keys, to see what else was likely."
+
+
+def legend() -> str:
+    swatches = "".join(
+        f"<span class='swatch shade{i}'>{name}</span>" for i, (_, name) in enumerate(SHADES)
+    )
+    return f"<h2>How sure</h2><div class='legend'><span>probability</span>{swatches}</div>"
+
+
+def _visible(text: str) -> str:
+    """A token's text, with a mark before each line's end, which would not show."""
+    return escape(text).replace("\n", "<i>\u21b5</i>\n")
+
+
+def token_html(token: int) -> str:
+    """One token by itself: its bytes where they are no text, marks for white space."""
+    content = tokenizer.token_bytes(token)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return escape("".join(f"\\x{byte:02x}" for byte in content))
+    return escape(text.replace("\n", "\u21b5").replace(" ", "\u2423"))
+
+
+def escape(text: str) -> str:
+    """Text as HTML that shows it, in gr.HTML, too, which takes its value for a template."""
+    return html.escape(text).translate({ord(c): f"&#{ord(c)};" for c in "{}$`"})
+
+
+def percent(p: float) -> str:
+    if p < 0.0001:
+        return "< 0.01 %"
+    return f"{p:.0%}".replace("%", " %") if p >= 0.1 else f"{100 * p:.2g} %"
+
+
+def line(text: str, problem: bool = False) -> str:
+    return f"<p class='line{' problem' if problem else ''}' role='status'>{escape(text)}</p>"
+
+
+def show_model(name: str) -> tuple[Any, ...]:
+    """The picked model's report, its loss curve, and a line where there is none to show."""
+    try:
+        opened = open_model(name)
+    except UserError as problem:
+        return "", gr.update(value=None, visible=False), line(str(problem), problem=True)
+    curve = loss_curve(opened.history)
+    return report_html(opened), gr.update(value=curve, visible=curve is not None), line("")
+
+
+def report_html(opened: Opened) -> str:
+    p, report = opened.model.params, parameter_report(opened.model)
+    shape = (
+        f"{p.n_layer} layers, {p.n_head} heads, {p.n_embd} wide, {p.block_size:,} tokens of context"
+    )
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(part)}</th><td>{count:,}</td>"
+        f"<td>{count / report['total']:.1%}</td></tr>"
+        for part, count in report.items()
+    )
+    return (
+        f"<div class='report'><h2>{escape(opened.name)}</h2><p>{shape}</p><table><thead><tr>"
+        f"<th scope='col'>parameters</th><td>number</td><td>share</td></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def loss_curve(history: list[dict[str, Any]]) -> pd.DataFrame | None:
+    """Rows of step, loss and whose loss it is, thinned out to what a picture can show."""
+    rows = []
+    for key, name in (("train_loss", "training text"), ("val_loss", "held-out")):
+        points = [(row.get("step"), row[key]) for row in history if key in row]
+        points = [point for point in points if all(_is_number(value) for value in point)]
+        rows += [(*point, name) for point in points[:: max(1, math.ceil(len(points) / POINTS))]]
+    return pd.DataFrame(rows, columns=["step", "loss", "text"]) if rows else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def buttons(writing: bool) -> tuple[Any, Any]:
+    return gr.update(interactive=not writing), gr.update(interactive=writing)
+
+
+# --- the page
+
+
+def build() -> gr.Blocks:
+    with gr.Blocks(title="Folio", analytics_enabled=False) as page:
+        gr.HTML(HEADER)
+        written = gr.State()
+        with gr.Row(elem_classes="page"):
+            with gr.Column(elem_classes="ask"):
+                model = gr.Dropdown(
+                    [PIPELINE],
+                    value=PIPELINE,
+                    label="Model",
+                    info="Choose one, or type a folder with a GPT-2 in safetensors.",
+                    allow_custom_value=not SPACE,
+                    visible=not SPACE,
+                )
+                prompt = gr.Textbox(
+                    EXAMPLES[0],
+                    label="Prompt",
+                    info="The text goes on from here; empty: it begins on a new line.",
+                    lines=3,
+                    max_lines=8,
+                    max_length=PROMPT,
+                )
+                gr.Examples([[example] for example in EXAMPLES], [prompt], label="Examples")
+                with gr.Row():
+                    go = gr.Button("Write", variant="primary", min_width=80)
+                    halt = gr.Button("Stop", interactive=False, min_width=80)
+                status = gr.HTML(line(""))
+            with gr.Column(elem_classes="settings"), gr.Group():
+                settings = controls()
+            with gr.Column(elem_classes="out"), gr.Row(equal_height=True):
+                text = gr.Textbox(
+                    label="Text",
+                    placeholder="It appears here while it is written.",
+                    elem_classes="text",
+                    lines=20,
+                    max_lines=20,
+                    interactive=False,
+                    buttons=["copy"],
+                    min_width=300,
+                )
+                sure = gr.HTML(
+                    sure_html(None),
+                    container=True,
+                    padding=True,
+                    js_on_load=ARROWS,
+                    min_width=300,
+                )
+            with gr.Column(elem_classes="shown"), gr.Row(equal_height=True):
+                report = gr.HTML(container=True, padding=True, min_width=300)
+                curve = gr.LinePlot(
+                    x="step",
+                    y="loss",
+                    color="text",
+                    color_map={"training text": "#2f6690", "held-out": "#d1603d"},
+                    label="Loss by step, nats a token",
+                    height=320,
+                    visible=False,
+                    min_width=300,
+                )
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        lane = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 1}
+        wait = "Waiting for its turn: one text is written at a time."
+        begin = gr.on(
+            [go.click, prompt.submit],
+            lambda: (line(wait), None, *buttons(writing=True)),
+            outputs=[status, written, go, halt],
+            **quick,
+        )
+        run = begin.then(write, [model, prompt, *settings], [text, sure, status, written], **lane)
+        run.then(lambda: buttons(writing=False), outputs=[go, halt], **quick)
+        halt.click(stop, [written], [text, status, go, halt], cancels=[run], **quick).then(
+            sure_html, [written], [sure], concurrency_id="sure", **lane
+        )
+        gr.on(
+            [page.load, model.change],
+            show_model,
+            [model],
+            [report, curve, status],
+            concurrency_id="show",
+            **lane,
+        )
+    return page.queue(max_size=WAITING, api_open=False)
+
+
+def controls() -> list[gr.components.Component]:
+    """What `write` takes after the prompt."""
+    return [
+        gr.Slider(
+            0, 2, 0.8, step=0.05, label="Temperature",
+            info="0 takes the likeliest token each time; higher is bolder.",
+        ),
+        gr.Slider(
+            0, 200, 0, step=1, label="Top-k",
+            info="Draw among the k likeliest tokens; 0: among all.",
+        ),
+        gr.Slider(
+            0.05, 1, 0.95, step=0.05, label="Top-p",
+            info="Draw among the likeliest that together have this probability.",
+        ),
+        gr.Slider(
+            1, LENGTH, 200, step=1, label="Length", info="Tokens to write; one is about 3 letters."
+        ),
+        gr.Textbox(
+            label="Seed", placeholder="another each time", max_length=10,
+            info="A whole number: the same one writes the same text again.",
+        ),
+    ]  # fmt: skip
+
+
+THEME = gr.themes.Base(
+    primary_hue="blue",
+    neutral_hue="slate",
+    radius_size="sm",
+    font=["ui-sans-serif", "system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_title_text_color="*neutral_800",
+    block_title_text_color_dark="*neutral_100",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+)
+
+
+# --- the server
+
+
+class Guard:
+    """Answers what the page asks for, in small requests, and nothing else: no file, no upload."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", POLICY.encode())
+                message["headers"] = [*message["headers"], policy]
+            await send(message)
+
+        if scope["type"] != "http":
+            await (
+                self.app(scope, receive, send) if scope["type"] == "lifespan" else send_nothing()
+            )
+        elif refusal := _refusal(scope):
+            await PlainTextResponse(*refusal)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send_with_policy)
+
+
+async def send_nothing() -> None:
+    """To a WebSocket, which the page has none of."""
+
+
+def _refusal(scope: Scope) -> tuple[str, int] | None:
+    path, headers = scope["path"], dict(scope["headers"])
+    if path not in ROUTES_WHOLE and not path.startswith(ROUTES):
+        return "not here", 404
+    if scope["method"] == "POST":
+        size = headers.get(b"content-length", b"")
+        if not size.isdigit():
+            return "its length is not said", 411
+        if int(size) > REQUEST:
+            return "too long", 413
+    return None
+
+
+def serve(page: gr.Blocks, host: str | None, port: int | None) -> str:
+    """Start the server, in threads of its own. Returns its address; raises UserError."""
+    if port is not None:
+        try:
+            socket.create_server((host, port)).close()
+        except (OSError, OverflowError) as problem:
+            reason = getattr(problem, "strerror", None) or "no such port"
+            raise UserError(f"port {port}: {reason}; take another with --port") from None
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        run_history=False,
+        footer_links=[],
+        max_threads=8,
+        state_session_capacity=100,
+        theme=THEME,
+        css_paths=Path(__file__).with_name("app.css"),
+        app_kwargs={"middleware": [Middleware(Guard)]},
+    )
+    return address
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=7860, help="on 127.0.0.1 (7860)")
+    port = parser.parse_args().port
+    try:
+        open_model(PIPELINE)
+    except UserError as problem:
+        say(str(problem))
+    # A Space says by GRADIO_SERVER_NAME and GRADIO_SERVER_PORT where to listen.
+    address = serve(build(), *((None, None) if SPACE else ("127.0.0.1", port)))
+    print(f"Folio's page is at {address} (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except stopping.Stopped:
+        os._exit(0)  # a text may be being written
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
