@@ -20,7 +20,7 @@ test: $(addprefix .venv/,app notebook sweep test)
 	pytest
 
 ui: .venv/base
-	@echo 'http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning has the runs'
+	@echo 'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART'
 	mlflow ui --host 127.0.0.1
 
 variant: .venv/base | git

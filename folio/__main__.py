@@ -1,6 +1,7 @@
 """The command line, `python -m folio`. Each command imports what it needs: to list them all takes
 no second, and PyTorch and MLflow take several."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +18,80 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+MODEL = "A folder, an MLflow run's name or id, or models:/folio@champion."
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What the text begins with; - reads it.")] = "\n",
+    model: Annotated[str, typer.Option(help=MODEL)] = "models/gpt2",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Among the k likeliest.")] = None,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="... that make up p.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed, the same text.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu; auto: the first there is.")] = "auto",
+) -> None:
+    """Write text with a model, as it comes.
+
+    Example: python -m folio sample $'ROMEO:\\n' --temperature 0.7
+
+    Example: python -m folio sample "My lord" --model models:/folio@champion
+    """
+    from folio.sample import write
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    write(text, model, _address(), tokens, temperature, top_k, top_p, seed, device)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(help="Names or ids; none: all.")] = None,
+    best: Annotated[int, typer.Option(min=1, help="Of all, how many to show.")] = 20,
+) -> None:
+    """Show MLflow's runs side by side: held-out loss first, and the params that differ.
+
+    Example: python -m folio compare
+
+    Example: python -m folio compare 2x4x128-9e1c07 seed-30m
+    """
+    from folio.compare import table
+
+    table(_store(), runs or [], best)
+
+
+@app.command()
+def promote(
+    run: Annotated[str | None, typer.Argument(help="Its name or id; none: models/gpt2's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Whatever the losses say.")] = False,
+) -> None:
+    """Register a run's model, and make it the champion if its held-out loss is lower.
+
+    The champion is the version with the alias `champion`: models:/folio@champion, what
+    `make serve` serves.
+
+    Example: python -m folio promote
+    """
+    from folio import records
+    from folio.promote import promote
+
+    name = run or records.read(records.TRAINING / records.FILE).id
+    print(promote(_store(), name, force))
+
+
+@app.command()
+def doctor() -> None:
+    """Check what Folio needs, and say what is off and how to mend it.
+
+    Python and packages, PyTorch and its GPU, git, DVC and its cache, MLflow's store, params.yaml,
+    the disk, trainings that were cut short. Ends with 1 where something is off.
+
+    Example: python -m folio doctor
+    """
+    from folio.doctor import examine
+
+    raise typer.Exit(0 if examine() else 1)
+
 
 @app.command()
 def sync() -> None:
@@ -28,12 +103,10 @@ def sync() -> None:
 
     Example: python -m folio sync
     """
-    from folio import params, tracking
-    from folio.runtime import RuntimeParams
+    from folio import tracking
     from folio.sync import run
 
-    (runtime,) = params.load(runtime=RuntimeParams)
-    told = run(runtime.tracking_uri, tracking.project_root())
+    told = run(_address(), tracking.project_root())
     print("\n".join(told or ["MLflow has every run"]))
 
 
@@ -49,6 +122,22 @@ def variant(
     from folio.variants import train
 
     train(name, queue)
+
+
+def _address() -> str | None:
+    """MLflow's store as params.yaml has it."""
+    from folio import params
+    from folio.runtime import RuntimeParams
+
+    (runtime,) = params.load(runtime=RuntimeParams)
+    return runtime.tracking_uri
+
+
+def _store():
+    """The store, to read what is there."""
+    from folio.tracking import Store
+
+    return Store.existing(_address())
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # rows: step, time (ms), metrics
     figures: dict[str, float] = field(default_factory=dict)  # the metrics that sum it up
     files: list[tuple[Path, str]] = field(default_factory=list)  # files and folders, and whereto
+    model: Path | None = None  # a Hugging Face folder
 
 
 def now() -> int:
@@ -100,8 +101,8 @@ def training(root: Path) -> Run:
             (root / "data/diagnostics", "data"),
             (root / "data/diagnostics.json", "data"),
             (folder, "training"),
-            (root / "models/gpt2", "model"),
         ],
+        model=root / "models/gpt2",
     )
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # request that is repeated after its answer was lost would make a run twice.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import filelock
 import mlflow
@@ -26,10 +29,10 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-from mlflow.tracking.context import registry
+from mlflow.tracking.context import registry as contexts
 from sqlalchemy.exc import SQLAlchemyError
 
-from folio import records
+from folio import records, registry, view
 from folio.errors import UserError
 from folio.records import Record, Run
 
@@ -66,7 +69,28 @@ def context(source: str) -> dict[str, str]:
     """Tags that say who runs what: user, git commit, DVC experiment and the commit it is from."""
     names = {"dvc_experiment": "DVC_EXP_NAME", "dvc_baseline": "DVC_EXP_BASELINE_REV"}
     dvc = {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
-    return registry.resolve_tags() | {"mlflow.source.name": source} | dvc
+    return contexts.resolve_tags() | {"mlflow.source.name": source} | dvc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A training as MLflow keeps it."""
+
+    id: str  # MLflow's
+    folio_id: str
+    name: str
+    experiment: str  # DVC's
+    status: str
+    started: int  # ms since 1970
+    ended: int | None
+    params: dict[str, str]
+    metrics: dict[str, float]  # the last value of each
+    tags: dict[str, str]
+
+    @property
+    def loss(self) -> float:
+        """The best held-out loss, nats a token; infinite where there is none."""
+        return self.metrics.get("best_val_loss", math.inf)
 
 
 class Store:
@@ -82,7 +106,7 @@ class Store:
         mend: where the project's folder was moved, put the new place into the store's addresses.
         Raises UserError otherwise.
         """
-        self.address = os.environ.get("MLFLOW_TRACKING_URI") or address or "sqlite:///mlflow.db"
+        self.address = _address(address)
         self._file = _file_of(self.address)
         if self._file:
             self.address = f"sqlite:///{self._file}"
@@ -92,6 +116,16 @@ class Store:
                 _make_store(self._file)
             self._client = mlflow.MlflowClient(self.address)
             self._experiment = self._open_experiment(mend)
+
+    @classmethod
+    def existing(cls, address: str | None) -> "Store":
+        """The store, to read it. Raises UserError where there is none, or it does not answer."""
+        if not has_store(address):
+            raise UserError(f"there is no MLflow store yet: `dvc repro` makes one, or {SYNC}")
+        try:
+            return cls(address)
+        except Refused as problem:
+            raise UserError(f"MLflow does not answer: {reason(problem)}") from None
 
     def send(self, run: Run, status: str, stopped: str | None = None) -> None:
         """Bring the store up to date with the run; its status is changed last.
@@ -110,7 +144,10 @@ class Store:
                 self._sum_up(self._id_of(record.parent), run)
             for path, folder in run.files:
                 self._upload(run_id, path, folder)
-            tags = record.tags | ({"stopped": stopped} if stopped else {})
+            if run.model:
+                digest = record.tags["weights_sha256"]
+                registry.log(self._client, self._experiment, run_id, run.model, digest)
+            tags = record.tags | ({"stopped": stopped} if stopped else {}) | _description(run)
             self._client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
             if status != "RUNNING":
                 self._client.set_terminated(run_id, status, record.ended or records.now())
@@ -145,6 +182,74 @@ class Store:
         last = history[-1]["train_loss"] if history else None
         stopped = _status(found) in ("KILLED", "FAILED")
         return stopped and found.data.metrics.get("train_loss") != last
+
+    def runs(self) -> list[Kept]:
+        """The trainings in the store, the newest first."""
+        found, token = [], None
+        while token is None or token:
+            page = self._client.search_runs(
+                [self._experiment], order_by=["attributes.start_time DESC"], page_token=token
+            )
+            found += [_kept(run) for run in page if "mlflow.parentRunId" not in run.data.tags]
+            token = page.token or ""
+        return found
+
+    def run(self, name: str) -> Kept:
+        """The training of that MLflow id, folio_id, DVC experiment or name, or of the beginning of
+        an id. Raises UserError where there is none, or more than one."""
+        runs = self.runs()
+        exact = [run for run in runs if name in (run.id, run.folio_id, run.name, run.experiment)]
+        found = exact or [run for run in runs if run.id.startswith(name) and len(name) > 3]
+        if len(found) == 1:
+            return found[0]
+        ids = ", ".join(run.id for run in found)
+        raise UserError(
+            f"{len(found)} runs are named {name!r}; give the id of one: {ids}"
+            if found
+            else f"MLflow has no run {name!r}: `python -m folio compare` lists them"
+        )
+
+    def trained_models(self) -> list[tuple[str, str]]:
+        """(label, name) of all that fetch_model gives: the champion, then a run each."""
+        champion, version = self.champion()
+        best = f"models:/{registry.NAME}@{registry.CHAMPION}"
+        label = f"champion (version {version}, held-out {champion.loss:.3f})" if champion else ""
+        first = [(label, best)] if champion else []
+        with_model = self._client.search_logged_models([self._experiment])
+        ready = {model.source_run_id for model in with_model if model.status == "READY"}
+        runs = [run for run in self.runs() if run.id in ready]
+        return first + [(f"{run.name}, held-out {run.loss:.3f}", run.id) for run in runs]
+
+    def register(self, run: Kept) -> str:
+        """The number of the version that a training's model has under the name `folio`."""
+        with _lock():
+            model_id = registry.of_run(self._client, self._experiment, run.id)
+            if not model_id:
+                raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends what DVC keeps")
+            about = f"{run.name}: held-out loss {run.loss:.4f} nats a token"
+            return str(registry.register(self._client, run.id, model_id, about).version)
+
+    def champion(self) -> tuple[Kept | None, str]:
+        """The champion's training and the number of its version."""
+        version = registry.champion(self._client)
+        if version is None:
+            return None, ""
+        return _kept(self._client.get_run(version.run_id)), str(version.version)
+
+    def crown(self, version: str) -> None:
+        registry.crown(self._client, version)
+
+    def fetch_model(self, name: str, folder: Path) -> Path:
+        """Copy a model under `folder`: that of models:/NAME@ALIAS or models:/NAME/VERSION, or of a
+        training, named as `run` takes it. Returns the Hugging Face folder. Raises UserError."""
+        if name.startswith("models:/"):
+            model_id = registry.registered(self._client, name).model_id
+        else:
+            run = self.run(name)
+            model_id = registry.of_run(self._client, self._experiment, run.id)
+        if not model_id:
+            raise UserError(f"{name} has no model in MLflow: {SYNC} sends what DVC keeps")
+        return registry.fetch(self._client, model_id, folder)
 
     def _open(self, record: Record) -> str:
         """MLflow's id of the record's run, which is made where it is missing."""
@@ -212,9 +317,12 @@ class Store:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             try:
-                return self._client.create_experiment(EXPERIMENT, place)
+                return self._client.create_experiment(EXPERIMENT, place, view.tags())
             except MlflowException:  # another client has made it just now
                 return self._client.get_experiment_by_name(EXPERIMENT).experiment_id
+        for key, value in view.tags().items():
+            if key not in experiment.tags or (key == view.TAG and experiment.tags[key] != value):
+                self._client.set_experiment_tag(experiment.experiment_id, key, value)
         former = experiment.artifact_location
         if self._file and former != place and former.endswith("/mlruns"):
             if not mend:
@@ -273,6 +381,50 @@ def complain(problem: Exception) -> None:
     print(f"MLflow did not take this, going on without it: {reason(problem)}", file=sys.stderr)
 
 
+def has_store(address: str | None) -> bool:
+    """Whether there is one to read: a server is taken at its word, a file must be there."""
+    file = _file_of(_address(address))
+    return file is None or file.exists()
+
+
+def _address(address: str | None) -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or address or "sqlite:///mlflow.db"
+
+
+def _kept(run: MlflowRun) -> Kept:
+    tags = run.data.tags
+    return Kept(
+        id=run.info.run_id,
+        folio_id=tags.get("folio_id", ""),
+        name=run.info.run_name,
+        experiment=tags.get("dvc_experiment", ""),
+        status=run.info.status,
+        started=run.info.start_time,
+        ended=run.info.end_time,
+        params=run.data.params,
+        metrics=run.data.metrics,
+        tags=tags,
+    )
+
+
+def _description(run: Run) -> dict[str, str]:
+    """What the page shows above a training's figures, once it has ended."""
+    if "best_val_loss" not in run.figures:
+        return {}
+    p, figures = run.record.params, run.figures
+    words = (
+        f"**Held-out loss {figures['best_val_loss']:.4f}** nats a token, at step"
+        f" {figures['best_step']:,.0f} of {figures['steps']:,.0f}; training loss at the end"
+        f" {figures['last_train_loss']:.4f}. {p.get('model.n_layer')} layers,"
+        f" {p.get('model.n_head')} heads, {p.get('model.n_embd')} wide, context"
+        f" {p.get('model.block_size')}, {figures['parameters'] / 1e6:.1f} M parameters, on"
+        f" {p.get('data.corpus')}."
+    )
+    if experiment := run.record.tags.get("dvc_experiment"):
+        words += f" `dvc exp apply {experiment}` brings its files back."
+    return {"mlflow.note.content": words}
+
+
 def _status(run: MlflowRun) -> str:
     return "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
 
@@ -329,6 +481,8 @@ def _make_store(store: Path) -> None:
     for left in store.parent.glob(f"{store.name}.new*"):  # by a kill, perhaps with a journal
         left.unlink()
     new = store.with_name(f"{store.name}.new")
-    mlflow.MlflowClient(f"sqlite:///{new}").create_experiment(EXPERIMENT, _artifacts(store))
+    mlflow.MlflowClient(f"sqlite:///{new}").create_experiment(
+        EXPERIMENT, _artifacts(store), view.tags()
+    )
     if not store.exists():  # else `mlflow ui` has made one meanwhile
         new.replace(store)

@@ -419,6 +419,7 @@ def _record(trainer: Trainer, folder: Path, report: dict[str, int], root: Path) 
         params={name: str(value) for name, value in settings.items()},
         tags=tracking.context("stages/train.py")
         | {"train_key": key, "data_digest": trainer.data.digest}
+        | {"held_out_digest": trainer.data.meta["val_sha256"]}
         | {"precision": trainer.precision, "device": device.describe(trainer.device)},
     )
     records.write(record, path)  # before MLflow hears of it: a kill makes no second run
