@@ -4,9 +4,8 @@ python app.py --port 7860
 """
 
 import argparse
+import contextlib
 import functools
-import html
-import math
 import os
 import random
 import socket
@@ -20,15 +19,26 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-import pandas as pd
 import torch
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from folio import device, files, huggingface, records, sampling, stopping, tokenizer
+from folio import (
+    device,
+    files,
+    huggingface,
+    markup,
+    params,
+    records,
+    sample,
+    sampling,
+    stopping,
+    tokenizer,
+)
 from folio.errors import UserError, one_line_errors, say
-from folio.model import GPT, parameter_report
+from folio.model import GPT
+from folio.runtime import RuntimeParams
 from folio.sureness import sureness
 
 PIPELINE = "models/gpt2"
@@ -39,16 +49,6 @@ WAITING = 8  # texts that may wait; one is written at a time
 REQUEST = 64 * 1024  # bytes at most; the longest prompt is 24 KB in JSON
 EXAMPLES = ["ROMEO:\n", "First Citizen:\n", "To be, or not to be", "My lord, the king is"]
 REFRESH = 0.05  # seconds between two looks at a text that is being written
-POINTS = 300  # of a loss curve at most
-# The least probability of each shade of "how sure".
-SHADES = (
-    (0.5, "\u2265 50 %"),
-    (0.2, "\u2265 20 %"),
-    (0.05, "\u2265 5 %"),
-    (0.01, "\u2265 1 %"),
-    (0, "< 1 %"),
-)
-
 # What a page may load: all of it comes from here, whatever a text on it tries.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; object-src 'none';"
@@ -95,25 +95,34 @@ class Written:
 # --- models
 
 
-def open_model(name: str) -> Opened:
-    """The model of a folder's path. Raises UserError where there is none."""
+def open_model(name: str, anew: bool = False) -> Opened:
+    """The model of a folder, or of MLflow where no folder has the name. Raises UserError.
+
+    anew: ask MLflow again, where an alias may have moved. A folder is always looked at.
+    """
     name = (name or "").strip()
     if not name:
         raise UserError("no model is picked: choose one, or type a folder")
     if SPACE and name != PIPELINE:
         raise UserError(f"this page has {PIPELINE} alone")
-    folder = Path(name).expanduser()
     with _opening:
-        return _open(name, folder, _stamp(folder))
+        stamp = _stamp(Path(name).expanduser())
+        if anew and not stamp:
+            _open.cache_clear()
+        return _open(name, stamp)
 
 
 _opening = threading.Lock()  # a model is read once, whoever asks
 
 
 @functools.lru_cache(maxsize=2)
-def _open(name: str, folder: Path, stamp: tuple[int, ...]) -> Opened:
+def _open(name: str, stamp: tuple[int, ...]) -> Opened:
     """stamp: when the folder's files were written: a model that was trained again is read again."""
-    return Opened(name, huggingface.load(folder, device.resolve_device("auto")), _history(folder))
+    where, folder = device.resolve_device("auto"), Path(name).expanduser()
+    if name == PIPELINE or folder.is_dir() or (os.sep in name and not name.startswith("models:")):
+        return Opened(name, huggingface.load(folder, where), _history(folder))
+    (runtime,) = params.load(runtime=RuntimeParams)
+    return Opened(name, sample.find(name, runtime.tracking_uri, where), [])
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -153,7 +162,7 @@ def write(
         opened = open_model(name)
         ids, number = read_prompt(opened.model, prompt), read_seed(seed)
     except UserError as problem:
-        yield gr.skip(), gr.skip(), line(str(problem), problem=True), None
+        yield gr.skip(), gr.skip(), markup.line(str(problem), problem=True), None
         return
     started = time.perf_counter()
     written = Written(opened, ids, len(ids), min(int(length), LENGTH), number, started)
@@ -167,12 +176,13 @@ def write(
         torch.Generator().manual_seed(number),
     )
     text, shown = tokenizer.decode(ids), 0.0
+    yield text, markup.no_tokens(), markup.line(progress(written)), written
     for piece in tokenizer.stream(_kept(drawn, written)):
         text += piece
         if time.perf_counter() - shown > REFRESH:
-            yield text, gr.skip() if shown else sure_html(None), line(progress(written)), written
+            yield text, gr.skip(), markup.line(progress(written)), written
             shown = time.perf_counter()
-    yield text, sure_html(written), line(progress(written)), written
+    yield text, sure_html(written), markup.line(progress(written)), written
 
 
 def read_prompt(model: GPT, prompt: str) -> list[int]:
@@ -223,130 +233,44 @@ def progress(written: Written, stopped: bool = False) -> str:
 def stop(written: Written | None) -> tuple[Any, ...]:
     """What the page shows after Stop: Gradio has ended `write` by then."""
     if written is None:
-        return gr.skip(), line("Stopped before it began."), *buttons(writing=False)
+        return gr.skip(), markup.line("Stopped before it began."), *buttons(writing=False)
     text = tokenizer.decode(list(written.ids))
-    return text, line(progress(written, stopped=True)), *buttons(writing=False)
+    return text, markup.line(progress(written, stopped=True)), *buttons(writing=False)
 
 
 # --- what is shown
 
 
 def sure_html(written: Written | None) -> str:
-    """A text's tokens, each on a ground that says how likely it was, with the alternatives.
-
-    All text goes through `escape`: a model may write anything, HTML too.
-    """
     if written is None or len(written.ids) < 2:
-        return f"<div class='sure'>{legend()}<p class='empty'>{EMPTY}</p></div>"
+        return markup.no_tokens()
     ids = list(written.ids)
-    found = sureness(written.opened.model, ids)
-    texts = list(tokenizer.stream(ids))
-    tokens = [f"<span class='prompt'>{_visible(texts[0])}</span>"]
-    for place in range(1, len(ids)):
-        probability = float(found.probability[place - 1])
-        rows = zip(found.alternatives[place - 1], found.probabilities[place - 1], strict=True)
-        alternatives = "".join(
-            f"<span class='bar{' own' if other == ids[place] else ''}'"
-            f" style='--p:{p:.1%}'><b>{percent(p)}</b> {token_html(other)}</span>"
-            for other, p in rows
-        )
-        own = f"<em>{token_html(ids[place])}</em> had {percent(probability)}. Likeliest here:"
-        shade = next(i for i, (least, _) in enumerate(SHADES) if probability >= least)
-        prompt = " prompt" if place < written.prompt else ""
-        tokens.append(
-            f"<span class='token shade{shade}{prompt}' tabindex='{0 if place == 1 else -1}'>"
-            f"{_visible(texts[place]) or token_html(ids[place])}"
-            f"<span class='alternatives' role='tooltip'><span>{own}</span>{alternatives}</span></span>"
-        )
-    return (
-        f"<div class='sure'>{legend()}<div class='tokens'>{''.join(tokens)}</div>"
-        f"<p class='hint'>{HINT}</p></div>"
-    )
-
-
-HEADER = "<header><h1>Folio</h1><p>Text from a trained model, and how sure it was.</p></header>"
-EMPTY = (
-    "When a text is written, its tokens stand here, each on a shade that says how likely it was."
-)
-HINT = "Point at a token, or press Tab and the arrow keys, to see what else was likely."
-
-
-def legend() -> str:
-    swatches = "".join(
-        f"<span class='swatch shade{i}'>{name}</span>" for i, (_, name) in enumerate(SHADES)
-    )
-    return f"<h2>How sure</h2><div class='legend'><span>probability</span>{swatches}</div>"
-
-
-def _visible(text: str) -> str:
-    """A token's text, with a mark before each line's end, which would not show."""
-    return escape(text).replace("\n", "<i>\u21b5</i>\n")
-
-
-def token_html(token: int) -> str:
-    """One token by itself: its bytes where they are no text, marks for white space."""
-    content = tokenizer.token_bytes(token)
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return escape("".join(f"\\x{byte:02x}" for byte in content))
-    return escape(text.replace("\n", "\u21b5").replace(" ", "\u2423"))
-
-
-def escape(text: str) -> str:
-    """Text as HTML that shows it, in gr.HTML, too, which takes its value for a template."""
-    return html.escape(text).translate({ord(c): f"&#{ord(c)};" for c in "{}$`"})
-
-
-def percent(p: float) -> str:
-    if p < 0.0001:
-        return "< 0.01 %"
-    return f"{p:.0%}".replace("%", " %") if p >= 0.1 else f"{100 * p:.2g} %"
-
-
-def line(text: str, problem: bool = False) -> str:
-    return f"<p class='line{' problem' if problem else ''}' role='status'>{escape(text)}</p>"
+    return markup.tokens(ids, sureness(written.opened.model, ids), written.prompt)
 
 
 def show_model(name: str) -> tuple[Any, ...]:
-    """The picked model's report, its loss curve, and a line where there is none to show."""
+    """The picked model's report and loss curve, or a line that says why there is no model."""
     try:
-        opened = open_model(name)
+        opened = open_model(name, anew=True)
     except UserError as problem:
-        return "", gr.update(value=None, visible=False), line(str(problem), problem=True)
-    curve = loss_curve(opened.history)
-    return report_html(opened), gr.update(value=curve, visible=curve is not None), line("")
-
-
-def report_html(opened: Opened) -> str:
-    p, report = opened.model.params, parameter_report(opened.model)
-    shape = (
-        f"{p.n_layer} layers, {p.n_head} heads, {p.n_embd} wide, {p.block_size:,} tokens of context"
-    )
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(part)}</th><td>{count:,}</td>"
-        f"<td>{count / report['total']:.1%}</td></tr>"
-        for part, count in report.items()
-    )
+        return "", "", markup.line(str(problem), problem=True)
     return (
-        f"<div class='report'><h2>{escape(opened.name)}</h2><p>{shape}</p><table><thead><tr>"
-        f"<th scope='col'>parameters</th><td>number</td><td>share</td></tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
+        markup.report(opened.name, opened.model),
+        markup.loss_curve(opened.history),
+        markup.line(""),
     )
 
 
-def loss_curve(history: list[dict[str, Any]]) -> pd.DataFrame | None:
-    """Rows of step, loss and whose loss it is, thinned out to what a picture can show."""
-    rows = []
-    for key, name in (("train_loss", "training text"), ("val_loss", "held-out")):
-        points = [(row.get("step"), row[key]) for row in history if key in row]
-        points = [point for point in points if all(_is_number(value) for value in point)]
-        rows += [(*point, name) for point in points[:: max(1, math.ceil(len(points) / POINTS))]]
-    return pd.DataFrame(rows, columns=["step", "loss", "text"]) if rows else None
+def choices() -> Any:
+    """The models to pick from: the pipeline's, and MLflow's where there is a store."""
+    with contextlib.suppress(UserError):  # no store, or one that was moved: the folder is there
+        (runtime,) = params.load(runtime=RuntimeParams)
+        from folio.tracking import Refused, Store  # MLflow takes two seconds to import
 
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+        with contextlib.suppress(*Refused):
+            found = Store.existing(runtime.tracking_uri).trained_models()
+            return gr.update(choices=[(PIPELINE, PIPELINE), *found])
+    return gr.skip()
 
 
 def buttons(writing: bool) -> tuple[Any, Any]:
@@ -358,15 +282,16 @@ def buttons(writing: bool) -> tuple[Any, Any]:
 
 def build() -> gr.Blocks:
     with gr.Blocks(title="Folio", analytics_enabled=False) as page:
-        gr.HTML(HEADER)
+        gr.HTML(markup.HEADER, apply_default_css=False)
         written = gr.State()
+        bare = {"container": True, "apply_default_css": False, "min_width": 300}
         with gr.Row(elem_classes="page"):
             with gr.Column(elem_classes="ask"):
                 model = gr.Dropdown(
                     [PIPELINE],
                     value=PIPELINE,
                     label="Model",
-                    info="Choose one, or type a folder with a GPT-2 in safetensors.",
+                    info="Choose one, or type a folder, an MLflow run or models:/folio@champion.",
                     allow_custom_value=not SPACE,
                     visible=not SPACE,
                 )
@@ -382,10 +307,10 @@ def build() -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Write", variant="primary", min_width=80)
                     halt = gr.Button("Stop", interactive=False, min_width=80)
-                status = gr.HTML(line(""))
+                status = gr.HTML(markup.line(""), apply_default_css=False)
             with gr.Column(elem_classes="settings"), gr.Group():
                 settings = controls()
-            with gr.Column(elem_classes="out"), gr.Row(equal_height=True):
+            with gr.Column(elem_classes="out"), gr.Row(equal_height=True, elem_classes="pair"):
                 text = gr.Textbox(
                     label="Text",
                     placeholder="It appears here while it is written.",
@@ -396,31 +321,15 @@ def build() -> gr.Blocks:
                     buttons=["copy"],
                     min_width=300,
                 )
-                sure = gr.HTML(
-                    sure_html(None),
-                    container=True,
-                    padding=True,
-                    js_on_load=ARROWS,
-                    min_width=300,
-                )
-            with gr.Column(elem_classes="shown"), gr.Row(equal_height=True):
-                report = gr.HTML(container=True, padding=True, min_width=300)
-                curve = gr.LinePlot(
-                    x="step",
-                    y="loss",
-                    color="text",
-                    color_map={"training text": "#2f6690", "held-out": "#d1603d"},
-                    label="Loss by step, nats a token",
-                    height=320,
-                    visible=False,
-                    min_width=300,
-                )
+                sure = gr.HTML(sure_html(None), js_on_load=ARROWS, **bare)
+            with gr.Column(elem_classes="shown"), gr.Row(equal_height=True, elem_classes="pair"):
+                report, curve = gr.HTML(**bare), gr.HTML(**bare)
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         lane = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 1}
         wait = "Waiting for its turn: one text is written at a time."
         begin = gr.on(
             [go.click, prompt.submit],
-            lambda: (line(wait), None, *buttons(writing=True)),
+            lambda: (markup.line(wait), None, *buttons(writing=True)),
             outputs=[status, written, go, halt],
             **quick,
         )
@@ -437,6 +346,8 @@ def build() -> gr.Blocks:
             concurrency_id="show",
             **lane,
         )
+        if not SPACE:
+            page.load(choices, outputs=[model], concurrency_id="choices", **lane)
     return page.queue(max_size=WAITING, api_open=False)
 
 
