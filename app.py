@@ -387,6 +387,8 @@ THEME = gr.themes.Base(
     block_info_text_color_dark="*neutral_300",
     block_title_text_color="*neutral_800",
     block_title_text_color_dark="*neutral_100",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_300",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
 )
@@ -441,7 +443,7 @@ def serve(page: gr.Blocks, host: str | None, port: int | None) -> str:
         try:
             socket.create_server((host, port)).close()
         except (OSError, OverflowError) as problem:
-            reason = getattr(problem, "strerror", None) or "no such port"
+            reason = os.strerror(problem.errno) if isinstance(problem, OSError) else "no such port"
             raise UserError(f"port {port}: {reason}; take another with --port") from None
     _, address, _ = page.launch(
         server_name=host,

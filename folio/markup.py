@@ -23,7 +23,7 @@ _SHADES = (
 )
 _CURVES = {"train_loss": "training text", "val_loss": "held-out text"}
 _POINTS = 300  # of a curve at most
-_WIDTH, _HEIGHT, _LEFT, _ABOVE, _BELOW = 480, 230, 30, 8, 24  # of their picture, and its margins
+_WIDTH, _HEIGHT, _LEFT, _ABOVE, _BELOW = 400, 210, 30, 8, 24  # of their picture, and its margins
 
 
 def escape(text: str) -> str:
