@@ -1,13 +1,15 @@
 # make run      install everything into .venv and rebuild what changed (dvc repro)
 # make test     ruff and pytest
 # make ui       MLflow on 127.0.0.1:5000
+# make promote [RUN=id]     the model becomes the champion if its held-out loss is lower
+# make serve    the champion on 127.0.0.1:5001
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
 
 PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test ui variant clean
+.PHONY: run test ui promote serve variant clean
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
@@ -22,6 +24,12 @@ test: $(addprefix .venv/,app notebook sweep test)
 ui: .venv/base
 	@echo 'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART'
 	mlflow ui --host 127.0.0.1
+
+promote: .venv/base
+	python -m folio promote $(RUN)
+
+serve: .venv/base
+	python -m folio serve
 
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }

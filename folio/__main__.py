@@ -80,6 +80,20 @@ def promote(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="As models:/NAME@ALIAS.")] = "models:/folio@champion",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5001,
+) -> None:
+    """Serve a registered model on 127.0.0.1, for this machine alone.
+
+    Example: python -m folio serve
+    """
+    from folio.serve import serve
+
+    serve(_address(), model, port)
+
+
+@app.command()
 def doctor() -> None:
     """Check what Folio needs, and say what is off and how to mend it.
 

@@ -69,7 +69,7 @@ def _columns(runs: list[Kept]) -> Table:
 def _table(*titles: str) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(titles):
-        shown.add_column(title, justify="right" if number else "left", overflow="fold")
+        shown.add_column(title, justify="right" if number else "left", no_wrap=not number)
     return shown
 
 

@@ -76,16 +76,20 @@ def fetch(client: MlflowClient, model_id: str, folder: Path) -> Path:
     return Path(mlflow.artifacts.download_artifacts(uri, **where))
 
 
-def registered(client: MlflowClient, name: str) -> ModelVersion:
-    """The version that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises UserError."""
+def registered(client: MlflowClient, name: str) -> str:
+    """The id of the logged model that models:/NAME@ALIAS or models:/NAME/VERSION names. Raises
+    UserError."""
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", name)
     if not parts:
         raise UserError(f"{name}: give models:/{NAME}@{CHAMPION} or models:/{NAME}/1")
     model, alias, version = parts.groups()
     try:
-        if alias:
-            return client.get_model_version_by_alias(model, alias)
-        return client.get_model_version(model, version)
+        found = (
+            client.get_model_version_by_alias(model, alias)
+            if alias
+            else client.get_model_version(model, version)
+        )
+        return found.source.removeprefix("models:/")  # its model_id is not in every store
     except MlflowException:
         raise UserError(f"{name} is not registered: `python -m folio promote` does that") from None
 
@@ -104,7 +108,7 @@ def register(client: MlflowClient, run_id: str, model_id: str, description: str)
     except MlflowException:
         versions = client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'")
         for version in versions:
-            if version.model_id == model_id:
+            if version.source == f"models:/{model_id}":
                 return version
     return client.create_model_version(
         NAME, f"models:/{model_id}", run_id, description=description, model_id=model_id

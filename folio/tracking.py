@@ -236,6 +236,10 @@ class Store:
             return None, ""
         return _kept(self._client.get_run(version.run_id)), str(version.version)
 
+    def check_registered(self, name: str) -> None:
+        """Raises UserError where models:/NAME@ALIAS or models:/NAME/VERSION names nothing."""
+        registry.registered(self._client, name)
+
     def crown(self, version: str) -> None:
         registry.crown(self._client, version)
 
@@ -243,7 +247,7 @@ class Store:
         """Copy a model under `folder`: that of models:/NAME@ALIAS or models:/NAME/VERSION, or of a
         training, named as `run` takes it. Returns the Hugging Face folder. Raises UserError."""
         if name.startswith("models:/"):
-            model_id = registry.registered(self._client, name).model_id
+            model_id = registry.registered(self._client, name)
         else:
             run = self.run(name)
             model_id = registry.of_run(self._client, self._experiment, run.id)

@@ -1,0 +1,28 @@
+"""A registered model behind MLflow's scoring server."""
+
+import os
+import shutil
+import socket
+import sys
+
+from folio.errors import UserError
+from folio.tracking import Store
+
+
+def serve(address: str | None, model: str, port: int) -> None:
+    """Become the server. Raises UserError where there is no such model, or the port is taken."""
+    store = Store.existing(address)
+    store.check_registered(model)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise UserError(f"port {port} is taken: give another, --port {port + 1}") from None
+    mlflow = shutil.which("mlflow")
+    if not mlflow:
+        raise UserError("mlflow is not on the PATH: `make serve` has it, or activate .venv")
+    os.environ["MLFLOW_TRACKING_URI"] = store.address
+    where = ["--host", "127.0.0.1", "--port", str(port), "--env-manager", "local"]
+    sys.stdout.flush()
+    os.execv(mlflow, [mlflow, "models", "serve", "--model-uri", model, *where])

@@ -1,0 +1,1 @@
+import folio as folio  # before a stage imports anything: see there
