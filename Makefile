@@ -1,5 +1,6 @@
 # make run      install everything into .venv and rebuild what changed (dvc repro)
 # make test     ruff and pytest
+# make app [PORT=7860]      a page to try the model, on 127.0.0.1
 # make ui       MLflow on 127.0.0.1:5000
 # make promote [RUN=id]     the model becomes the champion if its held-out loss is lower
 # make serve    the champion on 127.0.0.1:5001
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test ui promote serve variant clean
+.PHONY: run test app ui promote serve variant clean
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
@@ -20,6 +21,9 @@ test: $(addprefix .venv/,app notebook sweep test)
 	ruff check .
 	ruff format --check .
 	pytest
+
+app: .venv/app
+	@python app.py $(if $(PORT),--port $(PORT))
 
 ui: .venv/base
 	@echo 'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART'

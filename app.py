@@ -5,6 +5,7 @@ python app.py --port 7860
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -12,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,14 @@ element.addEventListener('keydown', event => {
 """
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Opened:
     name: str  # as it was picked
     model: GPT
     history: list[dict[str, Any]]  # of its training; empty where it is not known
 
 
-@dataclass
+@dataclasses.dataclass
 class Written:
     """A text that is being written, or was."""
 
@@ -121,8 +121,20 @@ def _open(name: str, stamp: tuple[int, ...]) -> Opened:
     where, folder = device.resolve_device("auto"), Path(name).expanduser()
     if name == PIPELINE or folder.is_dir() or (os.sep in name and not name.startswith("models:")):
         return Opened(name, huggingface.load(folder, where), _history(folder))
+    return Opened(name, _of_mlflow(name, where), [])
+
+
+def _of_mlflow(name: str, where: torch.device) -> GPT:
     (runtime,) = params.load(runtime=RuntimeParams)
-    return Opened(name, sample.find(name, runtime.tracking_uri, where), [])
+    from folio.tracking import Refused, reason  # MLflow takes two seconds to import
+
+    try:
+        return sample.find(name, runtime.tracking_uri, where)
+    except UserError as problem:
+        is_address = name.startswith("models:/")
+        raise UserError(str(problem) if is_address else f"{name} is no folder; {problem}") from None
+    except Refused as problem:
+        raise UserError(f"MLflow does not give {name}: {reason(problem)}") from None
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
@@ -231,11 +243,18 @@ def progress(written: Written, stopped: bool = False) -> str:
 
 
 def stop(written: Written | None) -> tuple[Any, ...]:
-    """What the page shows after Stop: Gradio has ended `write` by then."""
+    """What the page shows after Stop; Gradio ends `write`, which may be at one more token."""
     if written is None:
-        return gr.skip(), markup.line("Stopped before it began."), *buttons(writing=False)
-    text = tokenizer.decode(list(written.ids))
-    return text, markup.line(progress(written, stopped=True)), *buttons(writing=False)
+        return gr.skip(), markup.line("Stopped before it began."), None, *buttons(writing=False)
+    written = dataclasses.replace(written, ids=list(written.ids))
+    line = markup.line(progress(written, stopped=True))
+    return tokenizer.decode(written.ids), line, written, *buttons(writing=False)
+
+
+def busy() -> tuple[Any, ...]:
+    """After `write` failed: the queue is full, or a program asks for what the page does not."""
+    said = f"Not written: {WAITING} requests may wait, and so many do. Try again in a minute."
+    return markup.line(said, problem=True), *buttons(writing=False)
 
 
 # --- what is shown
@@ -334,8 +353,9 @@ def build() -> gr.Blocks:
             **quick,
         )
         run = begin.then(write, [model, prompt, *settings], [text, sure, status, written], **lane)
+        run.failure(busy, outputs=[status, go, halt], **quick)
         run.then(lambda: buttons(writing=False), outputs=[go, halt], **quick)
-        halt.click(stop, [written], [text, status, go, halt], cancels=[run], **quick).then(
+        halt.click(stop, [written], [text, status, written, go, halt], cancels=[run], **quick).then(
             sure_html, [written], [sure], concurrency_id="sure", **lane
         )
         gr.on(
@@ -474,8 +494,8 @@ def main() -> None:
         say(str(problem))
     # A Space says by GRADIO_SERVER_NAME and GRADIO_SERVER_PORT where to listen.
     address = serve(build(), *((None, None) if SPACE else ("127.0.0.1", port)))
-    print(f"Folio's page is at {address} (Ctrl-C ends it)", flush=True)
     try:
+        print(f"Folio's page is at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     except stopping.Stopped:
         os._exit(0)  # a text may be being written

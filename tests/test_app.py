@@ -127,10 +127,10 @@ def write(page: Page, prompt: str = "ROMEO:\n", length: int = 8, seed: str = "1"
 
 
 def write_all(page: Page, **settings) -> None:
-    """Write, and wait until all is shown."""
-    with page.expect_response("**/queue/data*") as stream:
-        write(page, **settings)
-    stream.value.finished()
+    """Write, and wait until all is shown: what is said then is not what was said before."""
+    before = re.escape(status(page).inner_text())
+    write(page, **settings)
+    expect(status(page)).to_have_text(re.compile(rf"^(?!{before}$)[\d,]+ tokens, "))
     expect(page.get_by_role("button", name="Write")).to_be_enabled()
 
 
@@ -161,11 +161,11 @@ def test_text_streams_in_and_ends_with_its_speed_and_seed(open_page):
 
 def test_the_same_seed_writes_the_same_text_and_no_seed_another(open_page):
     page, texts = open_page(), []
-    for seed in ("7", "7", "", ""):
+    for seed in ("7", "8", "7", "", ""):
         write_all(page, seed=seed)
         texts.append(text(page))
-    assert texts[0] == texts[1]
-    assert len(set(texts)) == 3
+    assert texts[0] == texts[2]
+    assert len(set(texts)) == 4
 
 
 def test_an_example_is_a_prompt(open_page):
@@ -200,6 +200,24 @@ def test_a_second_visitor_waits_is_told_so_and_may_leave(open_page):
     expect(status(second)).to_contain_text("Waiting")
     first.get_by_role("button", name="Stop").click()
     expect(status(second)).to_have_text(re.compile(r"^8 tokens"))
+
+
+def test_a_visitor_who_finds_the_queue_full_is_told_so(open_page, address):
+    first, second = open_page(), open_page()
+    write(first, length=1000)
+    expect(status(first)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    _, config = ask(f"{address}/config")
+    inputs = [app.PIPELINE, "a", 1, 0, 1, 1, ""]
+    body = {"data": inputs, "fn_index": id_of_write(config)}
+    answers = [
+        ask(f"{address}/gradio_api/queue/join", body | {"session_hash": f"crowd{number}"})[0]
+        for number in range(app.WAITING + 1)
+    ]
+    assert answers == [200] * app.WAITING + [503]
+    write(second)
+    expect(status(second)).to_contain_text("8 requests may wait, and so many do")
+    expect(second.get_by_role("button", name="Write")).to_be_enabled()
+    first.get_by_role("button", name="Stop").click()
 
 
 def test_the_text_can_be_copied(open_page):
@@ -260,13 +278,13 @@ def test_the_model_shown_has_its_parameters_and_its_loss_curve(open_page):
 
 def test_a_missing_model_is_one_line_and_another_can_be_picked(open_page, project):
     page = open_page()
-    for name, said in (("./nowhere", "nowhere holds no model"), ("nowhere", "nowhere")):
+    for name, said in (("./nowhere", "nowhere holds no model"), ("nowhere", "no folder")):
         page.get_by_label("Model", exact=True).fill(name)
         page.get_by_label("Model", exact=True).press("Enter")
         expect(status(page)).to_contain_text(said)
         expect(page.locator(".report")).to_have_count(0)
     write(page)
-    expect(status(page)).to_contain_text("nowhere")
+    expect(status(page)).to_contain_text("nowhere is no folder; there is no MLflow store yet")
     page.get_by_label("Model", exact=True).fill(str(project / "models/gpt2"))
     page.get_by_label("Model", exact=True).press("Enter")
     expect(page.locator(".report")).to_contain_text("16 wide")
@@ -317,10 +335,14 @@ def test_a_request_that_is_too_long_is_refused(address):
     assert ask(f"{address}/gradio_api/queue/join", b" " * (app.REQUEST + 1))[0] == 413
 
 
+def id_of_write(config: str) -> int:
+    return next(d["id"] for d in json.loads(config)["dependencies"] if len(d["inputs"]) == 7)
+
+
 def generate_by_hand(address: str, *inputs: object) -> str:
     """What the server says to a program that asks it to write."""
     _, config = ask(f"{address}/config")
-    write = next(d["id"] for d in json.loads(config)["dependencies"] if len(d["inputs"]) == 7)
+    write = id_of_write(config)
     assert ask(f"{address}/gradio_api/run/predict", {"data": inputs, "fn_index": write})[0] == 404
     visitor = {"session_hash": f"visitor{time.time_ns()}"}
     body = {"data": inputs, "fn_index": write, **visitor}
