@@ -272,12 +272,10 @@ def show_model(name: str) -> tuple[Any, ...]:
     try:
         opened = open_model(name, anew=True)
     except UserError as problem:
-        return "", "", markup.line(str(problem), problem=True)
-    return (
-        markup.report(opened.name, opened.model),
-        markup.loss_curve(opened.history),
-        markup.line(""),
-    )
+        hidden = gr.update(value="", visible=False)
+        return hidden, hidden, markup.line(str(problem), problem=True)
+    shown = markup.report(opened.name, opened.model), markup.loss_curve(opened.history)
+    return *(gr.update(value=value, visible=True) for value in shown), markup.line("")
 
 
 def choices() -> Any:
@@ -342,7 +340,7 @@ def build() -> gr.Blocks:
                 )
                 sure = gr.HTML(sure_html(None), js_on_load=ARROWS, **bare)
             with gr.Column(elem_classes="shown"), gr.Row(equal_height=True, elem_classes="pair"):
-                report, curve = gr.HTML(**bare), gr.HTML(**bare)
+                report, curve = (gr.HTML(visible=False, **bare) for _ in range(2))
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         lane = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 1}
         wait = "Waiting for its turn: one text is written at a time."

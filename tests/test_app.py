@@ -410,7 +410,7 @@ def test_the_files_of_a_space_make_the_page(tmp_path):
         "assert not {'mlflow', 'dvc', 'transformers'} & set(sys.modules);"
         "*_, last = app.write('models/gpt2', 'a', 1, 0, 1, 3, ''); assert '3 tokens' in last[2];"
         "*_, last = app.write('/etc', 'a', 1, 0, 1, 3, ''); assert 'alone' in last[2];"
-        "assert len(app.show_model('models/gpt2')[1]) > 500"
+        "assert len(app.show_model('models/gpt2')[1]['value']) > 500"
     )
     command = [sys.executable, "-W", "error::UserWarning", "-c", script]
     subprocess.run(command, cwd=space, env=environment(SPACE_ID="x/y"), check=True)
