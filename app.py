@@ -49,6 +49,7 @@ WAITING = 8  # texts that may wait; one is written at a time
 REQUEST = 64 * 1024  # bytes at most; the longest prompt is 24 KB in JSON
 EXAMPLES = ["ROMEO:\n", "First Citizen:\n", "To be, or not to be", "My lord, the king is"]
 REFRESH = 0.05  # seconds between two looks at a text that is being written
+
 # What a page may load: all of it comes from here, whatever a text on it tries.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; object-src 'none';"
@@ -105,23 +106,33 @@ def open_model(name: str, anew: bool = False) -> Opened:
         raise UserError("no model is picked: choose one, or type a folder")
     if SPACE and name != PIPELINE:
         raise UserError(f"this page has {PIPELINE} alone")
+    folder = _folder(name)
     with _opening:
-        stamp = _stamp(Path(name).expanduser())
-        if anew and not stamp:
+        if anew and folder is None:
             _open.cache_clear()
-        return _open(name, stamp)
+        return _open(name, folder, _stamp(folder))
 
 
 _opening = threading.Lock()  # a model is read once, whoever asks
 
 
 @functools.lru_cache(maxsize=2)
-def _open(name: str, stamp: tuple[int, ...]) -> Opened:
+def _open(name: str, folder: Path | None, stamp: tuple[int, ...]) -> Opened:
     """stamp: when the folder's files were written: a model that was trained again is read again."""
-    where, folder = device.resolve_device("auto"), Path(name).expanduser()
-    if name == PIPELINE or folder.is_dir() or (os.sep in name and not name.startswith("models:")):
-        return Opened(name, huggingface.load(folder, where), _history(folder))
-    return Opened(name, _of_mlflow(name, where), [])
+    where = device.resolve_device("auto")
+    if folder is None:
+        return Opened(name, _of_mlflow(name, where), [])
+    return Opened(name, huggingface.load(folder, where), _history(folder))
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a name means; None where it is for MLflow to say."""
+    try:
+        folder = Path(name).expanduser()
+        is_path = name == PIPELINE or folder.is_dir() or os.sep in name
+        return folder if is_path and not name.startswith("models:/") else None
+    except (OSError, RuntimeError, ValueError):  # too long, of a user that is not there, with NUL
+        raise UserError(f"{name[:100]!r} is no folder's name") from None
 
 
 def _of_mlflow(name: str, where: torch.device) -> GPT:
@@ -137,11 +148,11 @@ def _of_mlflow(name: str, where: torch.device) -> GPT:
         raise UserError(f"MLflow does not give {name}: {reason(problem)}") from None
 
 
-def _stamp(folder: Path) -> tuple[int, ...]:
-    names = ("model.safetensors", "config.json")
+def _stamp(folder: Path | None) -> tuple[int, ...]:
+    names = ("model.safetensors", "config.json") if folder else ()
     try:
         return tuple((folder / name).stat().st_mtime_ns for name in names)
-    except (OSError, ValueError):
+    except OSError:
         return ()  # huggingface.load names what is wrong
 
 
@@ -184,7 +195,7 @@ def write(
         written.wanted,
         round(temperature, 2),
         int(top_k) or None,
-        round(top_p, 2),
+        None if top_p == 1 else round(top_p, 2),
         torch.Generator().manual_seed(number),
     )
     text, shown = tokenizer.decode(ids), 0.0
@@ -428,18 +439,12 @@ class Guard:
                 message["headers"] = [*message["headers"], policy]
             await send(message)
 
-        if scope["type"] != "http":
-            await (
-                self.app(scope, receive, send) if scope["type"] == "lifespan" else send_nothing()
-            )
-        elif refusal := _refusal(scope):
-            await PlainTextResponse(*refusal)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send_with_policy)
-
-
-async def send_nothing() -> None:
-    """To a WebSocket, which the page has none of."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":  # a WebSocket the page has none of
+            refusal = _refusal(scope)
+            answer = PlainTextResponse(*refusal) if refusal else self.app
+            await answer(scope, receive, send_with_policy)
 
 
 def _refusal(scope: Scope) -> tuple[str, int] | None:

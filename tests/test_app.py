@@ -378,6 +378,12 @@ def test_a_vocabulary_that_is_not_gpt2s_is_one_line(tmp_path):
     assert "this model has 100 tokens" in last[2]
 
 
+@pytest.mark.parametrize("name", ["x" * 5_000, "~nobody-of-that-name/x", "a\0b", "", None, "/x\n"])
+def test_a_name_that_no_folder_can_have_is_one_line(name):
+    *_, said = app.show_model(name)
+    assert "problem" in said
+
+
 # --- the command
 
 
