@@ -29,7 +29,7 @@ import yaml
 from mlflow.entities import Run, ViewType
 from safetensors.torch import load_file
 
-from folio import params, variants
+from folio import params, registry, variants
 
 ROOT = Path(__file__).parent.parent
 INJECTED = Path(__file__).with_name("injected.py")
@@ -274,7 +274,7 @@ def mlflow_differs(folder: Path, store: str) -> Iterator[str]:
         if more or less:
             yield f"MLflow has {more} points twice and lacks {less}"
     for found, sources in (
-        (trained, {"training": "models/training", "model": "models/gpt2", "data": "data"}),
+        (trained, {"training": "models/training", "data": "data"}),
         (nested, {"evaluation": "models/evaluation"}),
     ):
         here = {f"{to}/{n}": b for to, path in sources.items() for n, b in files_in(folder / path)}
@@ -290,6 +290,12 @@ def mlflow_differs(folder: Path, store: str) -> Iterator[str]:
             unlike = sorted(n for n in here.keys() | sent.keys() if here.get(n) != sent.get(n))
             if unlike:
                 yield f"not the same in MLflow's artifacts: {unlike}"
+    for run in trained:
+        with tempfile.TemporaryDirectory() as copy:
+            model = registry.of_run(client, run.info.experiment_id, run.info.run_id)
+            sent = dict(files_in(registry.fetch(client, model, Path(copy)))) if model else {}
+        if sent != dict(files_in(folder / "models/gpt2")):
+            yield "not the same in MLflow's model"
 
 
 def files_in(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -35,13 +35,19 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def loss_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss by step, with the best held-out loss marked."""
+    """Training and held-out loss by step, with the best held-out loss marked.
+
+    A row of step 0 is of the weights that were there before training.
+    """
     train = [(row["step"], row["train_loss"]) for row in history if "train_loss" in row]
     held_out = [(row["step"], row["val_loss"]) for row in history if "val_loss" in row]
     figure, [ax] = blank()
     ax.plot(*zip(*train, strict=True), color=BLUE, label="training text")
     if held_out:
         ax.plot(*zip(*held_out, strict=True), color=ORANGE, marker="o", ms=3, label="held-out")
+        if held_out[0][0] == 0:
+            label = f"held-out before training, {held_out[0][1]:.3f}"
+            ax.axhline(held_out[0][1], color=ORANGE, lw=0.8, ls="--", label=label)
         step, best = min(held_out, key=lambda point: point[1])
         ax.axhline(best, color=GREY, lw=0.8, ls=":")
         ax.annotate(
@@ -49,7 +55,7 @@ def loss_curve(history: list[dict[str, Any]], path: Path) -> None:
             (step, best),
             xytext=(0, 10),
             textcoords="offset points",
-            ha="right",
+            ha="right" if step > held_out[-1][0] / 2 else "left",
             color=ORANGE,
         )
     ax.set(title="Loss by step", xlabel="step", ylabel="loss, nats a token")

@@ -179,9 +179,9 @@ class Store:
         found = self._find(record.id)
         if found is None or _status(found) == "RUNNING":
             return True
-        last = history[-1]["train_loss"] if history else None
-        stopped = _status(found) in ("KILLED", "FAILED")
-        return stopped and found.data.metrics.get("train_loss") != last
+        stopped, last = _status(found) in ("KILLED", "FAILED"), history[-1] if history else {}
+        key = "train_loss" if last.get("step") else "val_loss"  # what the row of step 0 has
+        return stopped and found.data.metrics.get(key) != last.get(key)
 
     def runs(self) -> list[Kept]:
         """The trainings in the store, the newest first."""

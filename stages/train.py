@@ -21,6 +21,7 @@ from folio import (
     optim,
     params,
     pictures,
+    pretrained,
     records,
     stopping,
     tokens,
@@ -32,6 +33,7 @@ from folio.errors import UserError, one_line_errors
 from folio.follower import Follower
 from folio.loss import token_losses
 from folio.model import GPT, ModelParams, parameter_report
+from folio.pretrained import Start
 from folio.runtime import RuntimeParams
 from folio.step import Found, NonFiniteError, Step
 
@@ -41,9 +43,11 @@ ARITHMETIC = (
     "compiler",
     "device",
     "head",
+    "huggingface",
     "loss",
     "model",
     "optim",
+    "pretrained",
     "softmax",
     "step",
     "tokens",
@@ -67,6 +71,7 @@ Compile = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainParams:
+    init_from: str  # weights to start from: random, or a GPT-2 folder in data/pretrained
     seed: Annotated[int, ">= 0"]  # of the weights, the order of the data and dropout
     steps: Annotated[int, ">= 1"]  # optimizer updates at most
     batch_size: Annotated[int, ">= 1"]  # windows of block_size tokens in a micro-batch
@@ -91,6 +96,11 @@ class TrainParams:
             raise ValueError(f"warmup_steps: {self.warmup_steps} leaves no step of {self.steps}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate: is above learning_rate {self.learning_rate}")
+        if self.tie_unseen_tokens and self.init_from != pretrained.RANDOM:
+            raise ValueError(
+                "tie_unseen_tokens: set it to false with init_from, whose model has a row of its"
+                " own for each token"
+            )
 
 
 def main() -> None:
@@ -112,26 +122,30 @@ def run(
     data = tokens.read(root / "data/prepared")
     tokens.check_length(data.train, "training", model_params.block_size)
     tokens.check_length(data.val, "validation", model_params.block_size)
-    key = train_key(model_params, train_params, data.digest)
+    start = pretrained.find(train_params.init_from, root)
+    key = train_key(model_params, train_params, data.digest, start)
     folder = project / ".checkpoints" / key
     with checkpoint.only_trainer(folder):
-        trainer = Trainer(model_params, train_params, data, where, precision)
+        trainer = Trainer(model_params, train_params, data, where, precision, start)
         trainer.resume(folder)
         report = parameter_report(trainer.model)
         print(_describe(trainer, report))
         record = _record(trainer, folder, report, root)
         with Follower(runtime.tracking_uri, record) as follower:
             trainer.train(folder, runtime, follower)
+            if start:
+                print(trainer.outcome())
             _write_outs(trainer, record, root)
             follower.finish(records.training(root))
 
 
-def train_key(model: ModelParams, train: TrainParams, data_digest: str) -> str:
+def train_key(model: ModelParams, train: TrainParams, data_digest: str, start: Start | None) -> str:
     """What a variant is: sha256 (hex, its first 16) of what the weights depend on."""
     library = Path(device.__file__).parent
     sources = [Path(__file__), *(library / f"{module}.py" for module in ARITHMETIC)]
     code = [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources]
-    what = json.dumps([asdict(model), asdict(train), data_digest, code], sort_keys=True)
+    weights = start.sha256 if start else None
+    what = json.dumps([asdict(model), asdict(train), data_digest, weights, code], sort_keys=True)
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
@@ -145,10 +159,12 @@ class Trainer:
         data: tokens.Tokens,
         where: torch.device,
         precision: str,
+        start: Start | None,  # None: random weights
     ):
         device.seed(p.seed)
         size = data.meta["vocabulary"]
         self.p, self.data, self.device, self.precision = p, data, where, precision
+        self.start = start
         self.vocabulary = (
             vocabulary.tokens_that_occur(data.train, size)
             if p.tie_unseen_tokens
@@ -156,6 +172,8 @@ class Trainer:
         )
         self.model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
         self.model.gradient_checkpointing = p.gradient_checkpointing
+        if start:
+            self.model.load_state_dict(start.weights(model_params, size))
         self.optimizer = optim.adamw(self.model, p.weight_decay, (p.beta1, p.beta2))
         self.take_step = Step(
             *(self.model, self.optimizer, where, precision, p.grad_clip),
@@ -203,9 +221,11 @@ class Trainer:
         hidden = None if runtime.progress else True  # None: shown where there is a terminal
         bar = tqdm(total=self.p.steps, initial=self.step, unit="step", disable=hidden)
         saved, cost = time.monotonic(), 0.0
-        self.timed_from = (self.step, time.perf_counter())
         try:
             with bar, stopping.deferred():
+                if self.start and not self.history:
+                    self.log_start(bar)
+                self.timed_from = (self.step, time.perf_counter())
                 while True:
                     stopping.check()
                     if self.wants_row(runtime.log_interval):
@@ -294,11 +314,21 @@ class Trainer:
         self.take_step.reset()
         return row
 
+    def log_start(self, bar: tqdm) -> None:
+        """Add the first row to the history: what the weights that it starts from do by themselves.
+        They are the best until a step does better."""
+        with stopping.allowed():
+            row = {"val_loss": self.evaluate()}
+        self._compare(row["val_loss"])
+        self.history.append({"step": 0, "time": records.now()} | row)
+        bar.write(f"step      0  before training      held-out {row['val_loss']:.3f}")
+
     def evaluate(self) -> float:
         """The held-out loss now, in nats a token."""
         loss = float(token_losses(self.model, self.val).mean())
         if not math.isfinite(loss):
-            raise UserError(f"step {self.step}: the held-out loss is not finite; {_WAY_OUT}")
+            way_out = _WAY_OUT if self.step else "take another train.init_from"
+            raise UserError(f"step {self.step}: the held-out loss is not finite; {way_out}")
         return loss
 
     def _compare(self, loss: float) -> None:
@@ -359,7 +389,17 @@ class Trainer:
                 [r["tokens_per_second"] for r in self.history if "tokens_per_second" in r] or [0.0]
             ),
             "parameters": self.model_size,
-        }
+        } | ({"initial_val_loss": self.history[0]["val_loss"]} if self.start else {})
+
+    def outcome(self) -> str:
+        """What the training has made of the weights that it started from."""
+        name, before, (best, step) = self.p.init_from, self.history[0]["val_loss"], self.best
+        if step == 0:
+            return (
+                f"no evaluation was better than {before:.3f}, that of {name} before training:"
+                " models/gpt2 is that model, untrained; try a lower train.learning_rate"
+            )
+        return f"held-out loss {before:.3f} before training, {best:.3f} at step {step:,}"
 
     @property
     def model_size(self) -> int:
@@ -401,6 +441,8 @@ def _describe(trainer: Trainer, report: dict[str, int]) -> str:
             f"  ({trainer.vocabulary.rows:,} embedding rows are trained; written out for all"
             f" {len(trainer.vocabulary.row):,} tokens the model has {trainer.model_size:,})"
         )
+    if trainer.start:
+        lines.append(f"from the weights of {pretrained.FOLDER / trainer.start.path.name}")
     if trainer.step:
         lines.append(f"going on from the checkpoint of step {trainer.step:,}")
     return "\n".join(lines)
@@ -420,7 +462,8 @@ def _record(trainer: Trainer, folder: Path, report: dict[str, int], root: Path) 
         tags=tracking.context("stages/train.py")
         | {"train_key": key, "data_digest": trainer.data.digest}
         | {"held_out_digest": trainer.data.meta["val_sha256"]}
-        | {"precision": trainer.precision, "device": device.describe(trainer.device)},
+        | {"precision": trainer.precision, "device": device.describe(trainer.device)}
+        | ({"init_sha256": trainer.start.sha256} if trainer.start else {}),
     )
     records.write(record, path)  # before MLflow hears of it: a kill makes no second run
     return record

@@ -17,6 +17,8 @@ import yaml
 from folio import tracking
 
 ROOT = Path(__file__).parent.parent
+COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
+COPIED += ("data/pretrained/random",)
 TINY = {
     "prepare.corpus": "data/raw/verses.txt",
     "model.n_layer": 1,
@@ -67,7 +69,7 @@ def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))
+        if not name.startswith(("DVC_", "MLFLOW_", "GIT_", "AWS_"))
     }
     python_path = [*map(str, first_on_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     return clean | {
@@ -104,7 +106,7 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def make(settings: dict | None = None, store: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("project")
-        for name in ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml"):
+        for name in COPIED:
             source, copy = ROOT / name, folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():

@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 FOLIO = sorted(path.stem for path in (ROOT / "folio").glob("*.py"))
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py"))
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 # a library, and the only modules that may import it
 ONLY_IN = {
     "mlflow": {"folio/tracking.py", "folio/registry.py", "folio/served.py"},

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import environment, run, set_params
 
+from folio import files
+
 
 @pytest.fixture(scope="module")
 def repo(make_project) -> Path:
@@ -123,7 +125,11 @@ def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
     [dataset] = variant.inputs.dataset_inputs
     assert variant.data.tags["data_digest"].startswith(dataset.dataset.digest)
     folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
-    assert folders == {"data", "model", "training"}
+    assert folders == {"data", "training"}
+    [model] = store.search_logged_models([variant.info.experiment_id])
+    weights = files.sha256(repo / "models/gpt2/model.safetensors")
+    assert (model.source_run_id, model.status) == (variant.info.run_id, "READY")
+    assert model.tags["weights_sha256"] == weights
     [child] = nested
     folders = {item.path for item in store.list_artifacts(child.info.run_id)}
     assert folders == {"evaluation"}

@@ -41,4 +41,6 @@ def test_four_queued_experiments_at_once_keep_their_runs(make_project):
         points = store.get_metric_history(variant.info.run_id, "train_loss")
         assert sorted(point.step for point in points) == [1, 2, 3, 4, 5, 6]
         folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
-        assert folders == {"data", "model", "training"}
+        assert folders == {"data", "training"}
+        models = store.search_logged_models([experiment])
+        assert variant.info.run_id in {model.source_run_id for model in models}

@@ -93,7 +93,9 @@ def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
         rows = [row["step"] for row in histories[1] if key in row]
         assert points == Counter(rows or [40]), key
     artifacts = {item.path for item in client.list_artifacts(kept.info.run_id)}
-    assert artifacts == {"data", "model", "training"}
+    assert artifacts == {"data", "training"}
+    [model] = client.search_logged_models([kept.info.experiment_id])
+    assert model.status == "READY"
 
 
 @pytest.mark.parametrize(

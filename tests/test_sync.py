@@ -29,9 +29,14 @@ def sync(folder: Path) -> str:
 
 
 def content(address: str) -> dict[str, tuple]:
-    """All that a store has of each run, by its folio_id: status, params, points, artifacts."""
+    """All that a store has of each run, by its folio_id: status, params, points, files, model."""
     client, found = mlflow.MlflowClient(address), {}
-    for kept in client.search_runs([client.get_experiment_by_name("folio").experiment_id]):
+    experiment = client.get_experiment_by_name("folio").experiment_id
+    models = {
+        model.source_run_id: (model.status, model.tags)
+        for model in client.search_logged_models([experiment])
+    }
+    for kept in client.search_runs([experiment]):
         points = {
             key: sorted(
                 (p.step, p.timestamp, p.value)
@@ -54,6 +59,7 @@ def content(address: str) -> dict[str, tuple]:
             kept.data.params,
             points,
             artifacts,
+            models.get(kept.info.run_id),
         )
     return found
 
@@ -223,13 +229,13 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
     assert "sent 1x2x16-" in sync(folder)
     [kept] = sent = list(content(serve.address).values())
     history = [json.loads(row) for row in (folder / "models/training/history.jsonl").open()]
-    status, *_, points, artifacts = kept
+    status, *_, points, artifacts, model = kept
     assert status == "FINISHED"
     for key in ("train_loss", "val_loss"):
         told_rows = [(row["step"], row["time"], row[key]) for row in history if key in row]
         assert points[key] == told_rows
     assert [row["step"] for row in history] == list(range(10, 901, 10))
-    assert {"model/model.safetensors", "training/loss.png"} <= artifacts.keys()
+    assert "training/loss.png" in artifacts and model[0] == "READY"
     assert sync(folder).strip() == "MLflow has every run"
     assert list(content(serve.address).values()) == sent
 
