@@ -16,6 +16,7 @@ ONLY_IN = {
     "pandas": {"folio/diagnostics.py"},
     "matplotlib": {"folio/diagnostics.py", "folio/pictures.py"},
     "transformers": set(),
+    "gradio": set(),
     "dvc": set(),
 }
 
