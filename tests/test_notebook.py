@@ -135,8 +135,8 @@ def test_the_last_cell_shows_the_runs_that_the_project_has(client, project, monk
     record = records.Record(
         id="1", name="mine", started=1, ended=2, params={"train.seed": "7"}, tags={}
     )
-    tracking.Store(None).send(
-        records.Run(record=record, figures={"best_val_loss": 4.25}), "FINISHED"
-    )
+    figures = {"best_val_loss": 4.25, "best_step": 3, "last_train_loss": 4.0}
+    figures |= {"steps": 5, "parameters": 100}
+    tracking.Store(None).send(records.Run(record=record, figures=figures), "FINISHED")
     client.execute_cell(own, client.nb.cells.index(own))
     assert "4.25" in own.outputs[0].data["text/plain"]
