@@ -4,12 +4,13 @@
 # make promote [RUN=id]     the model becomes the champion if its held-out loss is lower
 # make serve    the champion on 127.0.0.1:5001
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
+# make sweep    install what the reports of python -m folio sweep need besides
 
 PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test ui promote serve variant clean
+.PHONY: run test ui promote serve variant sweep clean
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
@@ -34,6 +35,9 @@ serve: .venv/base
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'which? make variant NAME=... of $(VARIANTS)'; exit 1; }
 	python -m folio variant $(NAME) $(if $(QUEUE),--queue)
+
+sweep: .venv/sweep
+	@echo 'Next: python -m folio sweep --help'
 
 clean:
 	rm -rf .venv
