@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from folio import device, params, tokens
+from folio import device, params, pretrained, tokens
 from folio.model import ModelParams
 from folio.runtime import RuntimeParams
 from stages.train import Trainer, TrainParams
@@ -44,8 +44,8 @@ def build(variant: dict) -> tuple[Trainer, RuntimeParams]:
         )
     where = device.resolve_device(runtime.device)
     precision = device.resolve_precision(train.precision, where)
-    trainer = Trainer(model, train, tokens.read(Path("data/prepared")), where, precision)
-    return trainer, runtime
+    data, start = tokens.read(Path("data/prepared")), pretrained.find(train.init_from, Path.cwd())
+    return Trainer(model, train, data, where, precision, start), runtime
 
 
 def measure(variant: dict) -> tuple[float, int, float, float]:

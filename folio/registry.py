@@ -5,9 +5,12 @@ and what anybody may fetch. The name `folio` holds those that were registered, a
 `champion` the one to be served.
 """
 
+import contextlib
+import os
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -110,14 +113,29 @@ def register(client: MlflowClient, run_id: str, model_id: str, description: str)
         for version in versions:
             if version.source == f"models:/{model_id}":
                 return version
-    return client.create_model_version(
-        NAME, f"models:/{model_id}", run_id, description=description, model_id=model_id
-    )
+    with _everywhere(client.tracking_uri):
+        return client.create_model_version(
+            NAME, f"models:/{model_id}", run_id, description=description, model_id=model_id
+        )
 
 
 def crown(client: MlflowClient, version: str) -> None:
     """Let the alias `champion` name a version."""
     client.set_registered_model_alias(NAME, CHAMPION, version)
+
+
+@contextlib.contextmanager
+def _everywhere(address: str) -> Iterator[None]:
+    """In this block the process's own store is that of the address: a registry in a file looks for
+    a logged model there, not in its client's (MLflow 3.17, SqlAlchemyStore)."""
+    former = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(address)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if former:
+            os.environ["MLFLOW_TRACKING_URI"] = former
 
 
 def _of_run(client: MlflowClient, experiment: str, run_id: str) -> list[LoggedModel]:

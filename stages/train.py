@@ -139,9 +139,7 @@ def run(
             follower.finish(records.training(root))
 
 
-def train_key(
-    model: ModelParams, train: TrainParams, data_digest: str, start: Start | None = None
-) -> str:
+def train_key(model: ModelParams, train: TrainParams, data_digest: str, start: Start | None) -> str:
     """What a variant is: sha256 (hex, its first 16) of what the weights depend on."""
     library = Path(device.__file__).parent
     sources = [Path(__file__), *(library / f"{module}.py" for module in ARITHMETIC)]
@@ -161,7 +159,7 @@ class Trainer:
         data: tokens.Tokens,
         where: torch.device,
         precision: str,
-        start: Start | None = None,
+        start: Start | None,  # None: random weights
     ):
         device.seed(p.seed)
         size = data.meta["vocabulary"]

@@ -69,7 +69,7 @@ def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))
+        if not name.startswith(("DVC_", "MLFLOW_", "GIT_", "AWS_"))
     }
     python_path = [*map(str, first_on_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     return clean | {

@@ -116,7 +116,10 @@ def test_what_is_not_there_is_one_line(project, words, line):
 
 def test_without_a_store_the_line_says_what_makes_one(tmp_path, project):
     shutil.copy(project / "params.yaml", tmp_path)
-    done = run(tmp_path, sys.executable, "-m", "folio", "compare", PYTHONPATH=str(project))
+    words = [sys.executable, "-m", "folio", "compare"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment(project), capture_output=True, text=True
+    )
     assert done.stderr.strip() == (
         "folio: there is no MLflow store yet: `dvc repro` makes one, or `python -m folio sync`"
     )
@@ -125,11 +128,11 @@ def test_without_a_store_the_line_says_what_makes_one(tmp_path, project):
 
 def test_runs_are_compared_side_by_side(project, store):
     first = store.run(records.training(project).record.id)
-    second = another(project, store, 9.5)
+    second = another(project, store, 99.5)
     table = folio(project, "compare", first.id, second).stdout
-    assert "held-out loss" in table and "9.5000" in table and f"{first.loss:.4f}" in table
+    assert "held-out loss" in table and "99.5000" in table and f"{first.loss:.4f}" in table
     rows = folio(project, "compare").stdout.splitlines()
-    places = [next(i for i, row in enumerate(rows) if n in row) for n in (first.name, "loss 9.5")]
+    places = [next(i for i, row in enumerate(rows) if n in row) for n in (first.name, "loss 99.5")]
     assert places == sorted(places)  # the best first
 
 

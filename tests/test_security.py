@@ -17,7 +17,9 @@ from folio.model import GPT, ModelParams
 from folio.runtime import RuntimeParams
 
 SOURCES = sorted(
-    path for folder in ("folio", "stages", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    path
+    for folder in (".", "folio", "stages", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
 )
 # Modules that run or store Python objects, and calls that run code or a shell.
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -65,20 +65,20 @@ def test_the_loss_curve_is_drawn_from_each_row_of_the_history(overfitted):
 def test_a_key_changes_with_the_data_and_with_any_model_or_train_param():
     model, one = params.load(ROOT / "params.yaml", model=ModelParams, train=train.TrainParams)
     keys = {
-        train.train_key(model, one, "data"),
-        train.train_key(model, one, "other data"),
-        train.train_key(replace(model, dropout=0.5), one, "data"),
-        train.train_key(model, replace(one, seed=one.seed + 1), "data"),
+        train.train_key(model, one, "data", None),
+        train.train_key(model, one, "other data", None),
+        train.train_key(replace(model, dropout=0.5), one, "data", None),
+        train.train_key(model, replace(one, seed=one.seed + 1), "data", None),
     }
     assert len(keys) == 4
-    assert train.train_key(model, one, "data") in keys
+    assert train.train_key(model, one, "data", None) in keys
 
 
 def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
     monkeypatch.chdir(folder)
     model, settings = params.load(model=ModelParams, train=train.TrainParams)
     data = tokens.read(folder / "data/prepared")
-    return train.Trainer(model, settings, data, torch.device("cpu"), "fp32")
+    return train.Trainer(model, settings, data, torch.device("cpu"), "fp32", None)
 
 
 def test_a_long_training_compiles_of_itself_and_any_as_it_is_told(overfitted, monkeypatch):
@@ -130,7 +130,8 @@ def test_every_module_that_train_uses_has_a_say_in_its_key_or_none_in_the_weight
     described = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
     used = {Path(dep).stem for dep in described["deps"] if dep.startswith("folio/")}
     no_say = {"checkpoint", "errors", "files", "follower", "packages", "params"}
-    no_say |= {"pictures", "records", "runtime", "stopping", "tokenizer", "tracking"}
+    no_say |= {"pictures", "records", "registry", "runtime", "stopping", "tokenizer", "tracking"}
+    no_say |= {"view"}
     assert used - no_say == set(train.ARITHMETIC)
 
 
@@ -138,13 +139,13 @@ def test_changed_arithmetic_never_goes_on_from_another_ones_checkpoint(
     overfitted, monkeypatch, tmp_path
 ):
     model, one = params.load(ROOT / "params.yaml", model=ModelParams, train=train.TrainParams)
-    before = train.train_key(model, one, "data")
+    before = train.train_key(model, one, "data", None)
     shutil.copytree(ROOT / "folio", tmp_path / "folio")
     monkeypatch.setattr(device, "__file__", str(tmp_path / "folio/device.py"))
-    assert train.train_key(model, one, "data") == before
+    assert train.train_key(model, one, "data", None) == before
     with (tmp_path / "folio/model.py").open("a") as file:
         file.write("# another way to compute\n")
-    assert train.train_key(model, one, "data") != before
+    assert train.train_key(model, one, "data", None) != before
 
 
 def test_rows_that_mlflow_has_are_kept_when_their_steps_are_done_once_more(

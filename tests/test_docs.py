@@ -1,0 +1,90 @@
+"""The commands in the pages, run as they are: a page's blocks in turn, in a tiny project.
+
+The line before a block leaves it out when it is `<!-- not run: why -->`; a line
+`<!-- not run on this page: why -->` leaves out all of a page's.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import pytest
+from conftest import ROOT, VERSES, run
+
+PAGES = [Path("CONTRIBUTING.md"), *(p.relative_to(ROOT) for p in sorted(ROOT.glob("docs/*.md")))]
+BLOCK = re.compile(
+    r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+WHOLE = re.compile(r"^<!-- not run on this page:(.*?)-->$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    reason: str | None  # why it is not run
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    content = (ROOT / page).read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(content))
+    assert len(found) == len(re.findall(r"^```(?:sh|python)\b", content, re.MULTILINE)), page
+    whole = WHOLE.search(content)
+    return [
+        Block(
+            page,
+            content[: match.start("text")].count("\n") + 1,
+            whole[1] if whole else match["reason"],
+            match["language"],
+            match["text"],
+        )
+        for match in found
+    ]
+
+
+@pytest.fixture
+def project(make_project, tmp_path) -> Path:
+    """A committed project, and beside it a home with two texts."""
+    for name in ("diary.txt", "letters.txt"):
+        (tmp_path / name).write_text(VERSES.replace("sea", name[:5]))
+    folder = make_project()
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "Test"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "start"],
+    ):
+        assert run(folder, *command).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_pages_commands_run_as_they_are_written(page, project, tmp_path):
+    fonts = matplotlib.get_cachedir()  # else a new home finds the system's fonts anew
+    commands = {"sh": ["bash", "-euc"], "python": [sys.executable, "-c"]}
+    for block in blocks(page):
+        if block.reason is None:
+            command = [*commands[block.language], block.text]
+            done = run(project, *command, HOME=str(tmp_path), MPLCONFIGDIR=fonts)
+            assert done.returncode == 0, (
+                f"{page}, line {block.line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_block_that_is_not_run_says_why(page):
+    for block in blocks(page):
+        assert block.reason is None or len(block.reason.split()) >= 3, f"{page}, {block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_pages_links_lead_to_files_that_are_there(page):
+    for link in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
+        assert Path(os.path.normpath(ROOT / page.parent / link)).exists(), f"{page}: {link}"
