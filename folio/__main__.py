@@ -138,6 +138,74 @@ def variant(
     train(name, queue)
 
 
+@app.command("sweep")
+def sweep_params(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PARAM=VALUES...", help="a,b,c or, with --random, low..high"),
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(metavar="N", help="N points at random, not every combination.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = 1,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of variants/, to start from.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the sweep; else made of its points.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the points, run none.")] = False,
+    report: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only the report of a former sweep.")
+    ] = None,
+) -> None:
+    """Train at many settings on DVC's queue, and report which was best.
+
+    Every combination of the values (a grid), or N points at random, where a range may stand for
+    values: 1e-4..1e-2, by its logarithm if it spans ten times or more (log: or lin: before it
+    decides). Each point is checked, then queued as a DVC experiment. Ctrl-C stops the sweep, and
+    the same command goes on. The report is in sweeps/NAME.
+
+    Example: python -m folio sweep train.learning_rate=1e-3,2e-3,4e-3 model.n_layer=2,3 --jobs 2
+
+    Example: python -m folio sweep --random 20 train.learning_rate=1e-4..1e-2 model.dropout=0..0.3
+    """
+    from folio import device, params, sweep, sweep_report, variants
+    from folio.errors import UserError
+    from folio.model import ModelParams
+    from folio.runtime import RuntimeParams
+    from stages.evaluate import EvaluateParams
+    from stages.prepare import PrepareParams
+    from stages.train import TrainParams
+
+    (runtime,) = params.load(runtime=RuntimeParams)
+    failed = []
+    if report:
+        plan = sweep.read(report)
+    else:
+        sections = {
+            "prepare": PrepareParams,
+            "model": ModelParams,
+            "train": TrainParams,
+            "evaluate": EvaluateParams,
+            "runtime": RuntimeParams,
+        }
+        points = sweep.points(settings or [], random, seed, sections)
+        base = variants.read(variant) if variant else {}
+        sweep.check(points, base, sections)
+        plan = sweep.plan(points, base, name)
+        print(sweep.listing(plan), flush=True)
+        if dry_run:
+            return
+        threads = sweep.threads(jobs, device.resolve_device(runtime.device))
+        failed = sweep.run(plan, jobs, threads)
+    path = sweep_report.write(plan, runtime.tracking_uri)
+    print(f"\n{path.read_text()}\n{path} has this, with its picture beside it")
+    if failed:
+        raise UserError(sweep.failure(plan, failed))
+
+
 def _address() -> str | None:
     """MLflow's store as params.yaml has it."""
     from folio import params

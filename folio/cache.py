@@ -44,6 +44,12 @@ class Cache:
             found[json.dumps([entry.deps, entry.outs], sort_keys=True)] = entry
         return list(found.values())
 
+    def outs(self, commit: str) -> dict[str, str]:
+        """What the pipeline wrote by a commit, as path -> md5."""
+        stages = _parse(self._git("show", f"{commit}:./dvc.lock")).get("stages") or {}
+        hashes = [_hashes(stage.get("outs", [])) for stage in stages.values()]
+        return {path: md5 for outs in hashes for path, md5 in outs.items()}
+
     def read(self, md5: str) -> bytes | None:
         """The content of a file, or None where the cache does not have it."""
         path = self._path(md5)

@@ -33,7 +33,11 @@ def load(path: str | Path = FILE, /, **sections: type) -> tuple:
     params.yaml. Raises UserError with one line a problem: unknown, missing and mistyped keys, and
     values out of bounds.
     """
-    tree = read(Path(path))
+    return check(read(Path(path)), str(path), **sections)
+
+
+def check(tree: dict[Any, Any], source: str, /, **sections: type) -> tuple:
+    """As load, of a mapping {section: {key: value}} that came from `source`."""
     problems = [
         f"{_name(name)}: unknown section{_nearest(_name(name), SECTIONS)}"
         for name in tree
@@ -41,8 +45,32 @@ def load(path: str | Path = FILE, /, **sections: type) -> tuple:
     ]
     loaded = [_section(name, tree.get(name), cls, problems) for name, cls in sections.items()]
     if problems:
-        raise UserError(f"{path}: " + "\n  ".join(problems))
+        raise UserError(f"{source}: " + "\n  ".join(problems))
     return tuple(loaded)
+
+
+def read_value(name: str, text: str, /, **sections: type) -> Any:
+    """What a text such as "1e-3" or "null" is to the param "train.learning_rate".
+
+    Raises UserError where the sections have no such param, or where it does not take that.
+    """
+    hints = {
+        f"{section}.{key}": hint
+        for section, cls in sections.items()
+        for key, hint in typing.get_type_hints(cls, include_extras=True).items()
+    }
+    if name not in hints:
+        near = _nearest(_name(name), hints) or f"; there are {', '.join(sections)} and their keys"
+        raise UserError(f"{_name(name)}: unknown{near}")
+    try:
+        value = yaml.load(text, _Loader)
+    except (ValueError, OverflowError, yaml.YAMLError):
+        value = text
+    try:
+        return _convert(value, hints[name])
+    except (ValueError, OverflowError):
+        what = f"{_show(text)} will not do; it takes {_describe(hints[name])}"
+        raise UserError(f"{name}: {what}") from None
 
 
 def flatten(**sections: Any) -> dict[str, Any]:

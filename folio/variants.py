@@ -4,14 +4,12 @@ python -m folio variant seed-30m             train it now
 python -m folio variant seed-30m --queue     put it on DVC's queue
 """
 
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from folio import params
+from folio import params, queue
 from folio.errors import UserError
 
 FOLDER = Path("variants")
@@ -37,12 +35,10 @@ def read(name: str) -> dict[str, Any]:
     }
 
 
-def train(name: str, queue: bool = False) -> None:
+def train(name: str, queued: bool = False) -> None:
     """Become the `dvc` that trains a variant, or queues it. Raises UserError as read does."""
-    command = ["dvc", "exp", "run", *(["--queue"] if queue else [])]
-    for key, value in read(name).items():
-        command += ["--set-param", f"{key}={json.dumps(value, default=str)}"]
-    if not shutil.which("dvc"):
-        raise UserError("dvc is not on the PATH: `make variant` has it, or activate .venv")
+    command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
+    command += queue.overrides(read(name))
+    queue.needs_dvc()
     sys.stdout.flush()
     os.execvp("dvc", command)
