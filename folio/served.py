@@ -5,7 +5,6 @@ nothing is pickled. What may be asked for is bounded, for a server's strangers.
 """
 
 import secrets
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from mlflow.exceptions import MlflowException
 
 from folio import huggingface, sampling, tokenizer
 
-# They would be taken for the signature, and the params dropped.
-warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
-
 PROMPTS, CHARACTERS, TOKENS = 64, 10_000, 1_000  # a request may hold at most
 
 
 class Text(mlflow.pyfunc.PythonModel):
     """Its params: tokens, temperature (0: the likeliest each time), top_k (0: among all), top_p
     (1: among all), seed (-1: another text each time)."""
+
+    # MLflow asks for hints at each start, and would take them for the signature, without params.
+    _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
         self.model = huggingface.load(Path(context.artifacts["gpt2"]))

@@ -14,7 +14,8 @@ import matplotlib
 import pytest
 from conftest import ROOT, VERSES, run
 
-PAGES = [Path("CONTRIBUTING.md"), *(p.relative_to(ROOT) for p in sorted(ROOT.glob("docs/*.md")))]
+DOCS = [page.relative_to(ROOT) for page in sorted(ROOT.glob("docs/*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *DOCS]
 BLOCK = re.compile(
     r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
