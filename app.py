@@ -121,7 +121,7 @@ def _open(name: str, folder: Path | None, stamp: tuple[int, ...]) -> Opened:
     """stamp: when the folder's files were written: a model that was trained again is read again."""
     where = device.resolve_device("auto")
     if folder is None:
-        return Opened(name, _of_mlflow(name, where), [])
+        return Opened(name, *_of_mlflow(name, where))
     return Opened(name, huggingface.load(folder, where), _history(folder))
 
 
@@ -135,12 +135,14 @@ def _folder(name: str) -> Path | None:
         raise UserError(f"{name[:100]!r} is no folder's name") from None
 
 
-def _of_mlflow(name: str, where: torch.device) -> GPT:
+def _of_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, Any]]]:
+    """The model, and the losses of its training."""
     (runtime,) = params.load(runtime=RuntimeParams)
-    from folio.tracking import Refused, reason  # MLflow takes two seconds to import
+    from folio.tracking import Refused, Store, reason  # MLflow takes two seconds to import
 
     try:
-        return sample.find(name, runtime.tracking_uri, where)
+        model = sample.find(name, runtime.tracking_uri, where)
+        return model, Store.existing(runtime.tracking_uri).losses(name)
     except UserError as problem:
         is_address = name.startswith("models:/")
         raise UserError(str(problem) if is_address else f"{name} is no folder; {problem}") from None

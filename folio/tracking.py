@@ -255,6 +255,20 @@ class Store:
             raise UserError(f"{name} has no model in MLflow: {SYNC} sends what DVC keeps")
         return registry.fetch(self._client, model_id, folder)
 
+    def losses(self, name: str) -> list[dict[str, Any]]:
+        """The training and held-out losses by step of what fetch_model takes, as a history has
+        them. Raises UserError."""
+        if name.startswith("models:/"):
+            model_id = registry.registered(self._client, name)
+            run_id = self._client.get_logged_model(model_id).source_run_id
+        else:
+            run_id = self.run(name).id
+        rows: dict[int, dict[str, Any]] = {}
+        for key in ("train_loss", "val_loss"):
+            for point in self._client.get_metric_history(run_id, key):
+                rows.setdefault(point.step, {"step": point.step})[key] = point.value
+        return [rows[step] for step in sorted(rows)]
+
     def _open(self, record: Record) -> str:
         """MLflow's id of the record's run, which is made where it is missing."""
         tags = record.tags | {"folio_id": record.id}

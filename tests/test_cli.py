@@ -16,14 +16,18 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import environment, run, set_params
+from typer.testing import CliRunner
 
+import app
 from folio import records, registry, tracking
-from folio.__main__ import app
+from folio.__main__ import app as commands
 from folio.errors import UserError
 from folio.promote import promote
 from folio.view import KEY, TAG
 
-COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+COMMANDS = sorted(
+    command.name or command.callback.__name__ for command in commands.registered_commands
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,9 @@ def test_the_commands_are_listed_without_pytorch_and_mlflow():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_s_help_has_an_example_of_it(project, command):
-    assert f"Example: python -m folio {command}" in folio(project, command, "--help").stdout
+def test_a_command_s_help_has_an_example_of_it(command):
+    said = CliRunner().invoke(commands, [command, "--help"]).output
+    assert f"Example: python -m folio {command}" in said
 
 
 def test_the_same_seed_writes_the_same_text(project):
@@ -87,6 +92,17 @@ def test_a_model_comes_from_its_run_in_mlflow(project, store):
     words = ("sample", "The sea", "--tokens", "8", "--seed", "3")
     fetched = folio(project, *words, "--model", kept.id)
     assert fetched.stdout == folio(project, *words).stdout
+
+
+def test_the_page_opens_a_run_s_model_with_the_losses_of_its_training(project, store, monkeypatch):
+    monkeypatch.chdir(project)
+    trained = records.training(project)
+    opened = app.open_model(store.run(trained.record.id).id)
+    losses = ("step", "train_loss", "val_loss")
+    assert opened.history == [
+        {key: row[key] for key in losses if key in row} for row in trained.history
+    ]
+    assert opened.model.params.n_layer == 1
 
 
 @pytest.mark.parametrize(
