@@ -23,7 +23,7 @@ import requests
 import yaml
 from conftest import ROOT, environment, run
 
-from folio import sync
+from folio import registry, sync
 from folio.errors import UserError
 
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
@@ -243,7 +243,7 @@ def test_a_model_comes_through_the_server_without_a_key_to_the_store(
     experiment = client.get_experiment_by_name("folio").experiment_id
     [kept] = client.search_runs([experiment], "params.`train.learning_rate` = '0.02'")
     assert kept.info.artifact_uri.startswith("mlflow-artifacts:/")
-    model = Path(client.download_artifacts(kept.info.run_id, "model", str(tmp_path)))
+    model = registry.fetch(client, registry.of_run(client, experiment, kept.info.run_id), tmp_path)
     assert (model / "model.safetensors").read_bytes() == weights(clones["grace"])
 
 
