@@ -214,13 +214,7 @@ def read_prompt(model: GPT, prompt: str) -> list[int]:
     """The ids of a prompt; a line's end for an empty one. Raises UserError if it will not do."""
     if len(prompt) > PROMPT:
         raise UserError(f"the prompt has {len(prompt):,} characters: give at most {PROMPT:,}")
-    ids = tokenizer.encode(prompt or "\n").tolist()
-    rows = model.transformer.wte.num_embeddings
-    if max(ids) >= rows:
-        raise UserError(
-            f"this model has {rows:,} tokens, and the prompt others: its tokenizer is not GPT-2's"
-        )
-    return ids
+    return sample.encode(model, prompt or "\n")
 
 
 def read_seed(seed: str) -> int:

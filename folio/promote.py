@@ -1,7 +1,7 @@
 """The best model so far, under the alias `champion`: what `make serve` serves."""
 
 from folio.errors import UserError
-from folio.tracking import Kept, Store
+from folio.tracking import Kept, Store, exclusive
 
 
 def promote(store: Store, name: str, force: bool = False) -> str:
@@ -13,22 +13,23 @@ def promote(store: Store, name: str, force: bool = False) -> str:
     run = store.run(name)
     if run.status != "FINISHED":
         raise UserError(f"{run.name} is {run.status}: only a finished training is promoted")
-    version = store.register(run)
-    what = f"{run.name} (version {version}, held-out {run.loss:.4f})"
-    champion, number = store.champion()
-    if champion and champion.id == run.id:
-        return f"{what} is the champion already"
-    if champion and not force and (why := _why_not(run, champion)):
-        return f"{what} is registered; version {number} stays the champion: {why}"
-    store.crown(version)
+    with exclusive():  # else two at once may both be better than the champion that they saw
+        version = store.register(run)
+        what = f"{run.name} (version {version}, held-out {run.loss:.4f})"
+        champion, number = store.champion()
+        if number == version:
+            return f"{what} is the champion already"
+        if champion and not force and (why := _why_not(run, champion)):
+            return f"{what} is registered; version {number} stays the champion: {why}"
+        store.crown(version)
     return f"{what} is the champion now: {_why(run, champion, number)}"
 
 
 def _why_not(run: Kept, champion: Kept) -> str | None:
     """Why a training does not replace the champion; None where it does."""
     theirs, ours = (kept.tags.get("held_out_digest") for kept in (champion, run))
-    if theirs != ours:
-        return "they were measured on different held-out texts, so their losses do not compare"
+    if ours is None or theirs != ours:
+        return "they were not measured on the same held-out text, so their losses do not compare"
     if not run.loss < champion.loss:
         return f"its held-out loss, {champion.loss:.4f} nats a token, is not higher"
     return None
@@ -36,7 +37,7 @@ def _why_not(run: Kept, champion: Kept) -> str | None:
 
 def _why(run: Kept, champion: Kept | None, number: str) -> str:
     if champion is None:
-        return "there was none"
+        return f"the training of version {number} is gone" if number else "there was none"
     if reason := _why_not(run, champion):
         return f"forced, though {reason}"
     return (

@@ -89,23 +89,31 @@ def registered(client: MlflowClient, name: str) -> str:
             if alias
             else client.get_model_version(model, version)
         )
-        return found.source.removeprefix("models:/")  # its model_id is not in every store
-    except MlflowException:
+    except MlflowException as problem:
+        if not is_absent(problem):
+            raise
         raise UserError(f"{name} is not registered: `python -m folio promote` does that") from None
+    if not found.source.startswith("models:/"):
+        raise UserError(f"{name} was not registered by Folio: it is of {found.source}")
+    return found.source.removeprefix("models:/")  # its model_id is not in every store
 
 
 def champion(client: MlflowClient) -> ModelVersion | None:
     try:
         return client.get_model_version_by_alias(NAME, CHAMPION)
-    except MlflowException:  # no such alias, or no such model
-        return None
+    except MlflowException as problem:
+        if is_absent(problem):
+            return None
+        raise
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, description: str) -> ModelVersion:
     """The version of a run's model, which is made where it is missing."""
     try:
         client.create_registered_model(NAME, description="GPT-2-style models that Folio trained.")
-    except MlflowException:
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
         versions = client.search_model_versions(f"name = '{NAME}' and run_id = '{run_id}'")
         for version in versions:
             if version.source == f"models:/{model_id}":
@@ -114,6 +122,21 @@ def register(client: MlflowClient, run_id: str, model_id: str, description: str)
         return client.create_model_version(
             NAME, f"models:/{model_id}", run_id, description=description, model_id=model_id
         )
+
+
+def is_absent(problem: MlflowException) -> bool:
+    """Whether a store says that something is not there, rather than that it does not answer."""
+    return problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def ready(client: MlflowClient, experiment: str) -> set[str]:
+    """The ids of the runs that have a model which is there whole."""
+    found, token = set(), None
+    while token is None or token:
+        page = client.search_logged_models([experiment], page_token=token)
+        found |= {model.source_run_id for model in page if model.status == "READY"}
+        token = page.token or ""
+    return found
 
 
 def crown(client: MlflowClient, version: str) -> None:

@@ -1,5 +1,6 @@
 """Text from a model, written to the terminal as it comes."""
 
+import itertools
 import secrets
 import sys
 import tempfile
@@ -28,24 +29,35 @@ def write(
     if not prompt:
         raise UserError("the prompt is empty: take $'\\n', a line's end, for none")
     model = find(name, address, device.resolve_device(where))
+    prompt_ids = encode(model, prompt)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     ids = sampling.generate(
         model,
-        tokenizer.encode(prompt).tolist(),
+        prompt_ids,
         tokens,
         temperature,
         top_k,
         None if top_p == 1 else top_p,
         generator,
     )
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has not all characters
     started = time.perf_counter()
-    print(prompt, end="", flush=True)
-    for text in tokenizer.stream(ids):
-        print(text, end="", flush=True)
+    for text in itertools.chain([prompt], tokenizer.stream(ids)):
+        print(_harmless(text) if sys.stdout.isatty() else text, end="", flush=True)
     speed = tokens / (time.perf_counter() - started)
     print(flush=True)
     print(f"seed {seed}, {speed:,.0f} tokens/s", file=sys.stderr)
+
+
+def encode(model: GPT, prompt: str) -> list[int]:
+    """The ids of a prompt. Raises UserError where the model has not all of them."""
+    ids, rows = tokenizer.encode(prompt).tolist(), model.transformer.wte.num_embeddings
+    if max(ids) >= rows:
+        raise UserError(
+            f"this model has {rows:,} tokens, and the prompt others: its tokenizer is not GPT-2's"
+        )
+    return ids
 
 
 def find(name: str, address: str | None, where: torch.device) -> GPT:
@@ -54,5 +66,12 @@ def find(name: str, address: str | None, where: torch.device) -> GPT:
         return huggingface.load(Path(name), where)
     from folio.tracking import Store  # MLflow takes two seconds to import
 
+    if "/" in name and not name.startswith("models:/"):
+        raise UserError(f"there is no folder {name}")
     with tempfile.TemporaryDirectory(prefix="folio-") as folder:
         return huggingface.load(Store.existing(address).fetch_model(name, Path(folder)), where)
+
+
+def _harmless(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

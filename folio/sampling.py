@@ -13,6 +13,8 @@ from folio.model import GPT, Cache
 # row, and on AMD not its fastest code (`python -m benchmarks.generate`). Not in every PyTorch.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
+_COLD = 1e-6  # a temperature below it is 0: fp32 would divide by nothing
+
 _LEAST = 256  # tokens that a GPU's graph attends to
 
 
@@ -51,6 +53,7 @@ def generate_batch(
     """
     assert prompts.shape[1], "a prompt holds at least one token"
     assert model.log_multiplicity is None, "a row that several tokens share has no logit of each"
+    temperature = 0 if temperature < _COLD else temperature
     context, head = model.params.block_size, model.transformer.wte.weight
 
     def answer(last: torch.Tensor) -> torch.Tensor:

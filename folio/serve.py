@@ -17,8 +17,9 @@ def serve(address: str | None, model: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise UserError(f"port {port} is taken: give another, --port {port + 1}") from None
+        except OSError as problem:
+            reason = os.strerror(problem.errno)
+            raise UserError(f"port {port}: {reason}; take another with --port") from None
     mlflow = shutil.which("mlflow")
     if not mlflow:
         raise UserError("mlflow is not on the PATH: `make serve` has it, or activate .venv")

@@ -45,6 +45,12 @@ class Plan:
         return FOLDER / self.name
 
     @property
+    def own_name(self) -> bool:
+        """Whether its name is made of its points, so that no other sweep has it."""
+        what = {"baseline": self.baseline, "changes": self.changes, "base": self.base}
+        return self.name == _name(what, [*self.points.values()])
+
+    @property
     def fixed(self) -> Point:
         """What every point sets, and the same."""
         first, *others = self.points.values()
@@ -96,9 +102,7 @@ def plan(points: list[Point], base: Point, name: str | None) -> Plan:
         raise UserError(f"--name {name!r}: letters, digits, - and _ make a name, 40 at most")
     changes = hashlib.sha256(_git("diff", "HEAD").encode()).hexdigest()
     what = {"baseline": _git("rev-parse", "HEAD").strip(), "changes": changes, "base": base}
-    if name is None:
-        known = json.dumps([what, points], sort_keys=True).encode()
-        name = f"sweep-{hashlib.sha256(known).hexdigest()[:6]}"
+    name = name or _name(what, points)
     width = max(2, len(str(len(points))))
     names = [f"{name}-{number:0{width}}" for number in range(1, len(points) + 1)]
     return Plan(name=name, points=dict(zip(names, points, strict=True)), **what)
@@ -129,7 +133,11 @@ def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
     if (plan.folder / "plan.json").exists() and read(plan.name) != plan:
         raise UserError(
             f"there is another sweep {plan.name!r}, of other points or other code: take another"
-            f" --name, or remove {plan.folder}"
+            " --name"
+        )
+    if not (plan.folder / "plan.json").exists() and not plan.own_name and finished(plan):
+        raise UserError(
+            f"there are experiments {plan.name}-... of another sweep here: take another --name"
         )
     files.write_text(plan.folder / "plan.json", json.dumps(dataclasses.asdict(plan), indent=2))
     try:
@@ -263,8 +271,15 @@ def _outcome(cache: Cache, commit: str) -> str:
     return f"held-out {metrics['best_val_loss']:.4f} at step {metrics['best_step']:,}"
 
 
+def _name(what: dict[str, Any], points: list[Point]) -> str:
+    known = json.dumps([what, points], sort_keys=True).encode()
+    return f"sweep-{hashlib.sha256(known).hexdigest()[:6]}"
+
+
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
+    done = subprocess.run(  # a diff may hold any bytes
+        ["git", *words], capture_output=True, encoding="utf-8", errors="backslashreplace"
+    )
     if done.returncode:
         raise UserError(
             "a sweep starts from a git commit, and there is none here: git init && git add -A &&"

@@ -30,7 +30,7 @@ def run(address: str | None, root: Path) -> list[str]:
     told: list[str] = []
     try:
         store = tracking.Store(address, mend=True)
-        statuses = store.statuses()
+        statuses = store.statuses() | dict.fromkeys(store.without_model(), "WITHOUT MODEL")
         for kind, read in KINDS.items():  # trainings first: evaluations are nested under them
             for record, bring in _kept(root, kind, told):
                 if statuses.get(record.id) not in ("FINISHED", "DELETED"):

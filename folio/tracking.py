@@ -111,7 +111,7 @@ class Store:
         if self._file:
             self.address = f"sqlite:///{self._file}"
         self._opened: dict[str, str] = {}  # folio_id -> MLflow's run id, with params and tags sent
-        with _lock():
+        with exclusive():
             if self._file and not self._file.exists():
                 _make_store(self._file)
             self._client = mlflow.MlflowClient(self.address)
@@ -133,7 +133,7 @@ class Store:
         stopped: what ended it early, where something did.
         """
         record = run.record
-        with _lock():
+        with exclusive():
             run_id = self._opened.get(record.id) or self._open(record)
             self._opened[record.id] = run_id
             points = _points(run.history)
@@ -174,6 +174,11 @@ class Store:
             token = page.token or ""
         return found
 
+    def without_model(self) -> set[str]:
+        """The folio_ids of the trainings that are over and have no model here."""
+        ready = registry.ready(self._client, self._experiment)
+        return {r.folio_id for r in self.runs() if r.status == "FINISHED" and r.id not in ready}
+
     def lacks(self, record: Record, history: list[dict[str, Any]]) -> bool:
         """Whether a training that was cut short is not there as far as it got, or as running."""
         found = self._find(record.id)
@@ -197,6 +202,8 @@ class Store:
     def run(self, name: str) -> Kept:
         """The training of that MLflow id, folio_id, DVC experiment or name, or of the beginning of
         an id. Raises UserError where there is none, or more than one."""
+        if not name:
+            raise UserError("which run? `python -m folio compare` lists them")
         runs = self.runs()
         exact = [run for run in runs if name in (run.id, run.folio_id, run.name, run.experiment)]
         found = exact or [run for run in runs if run.id.startswith(name) and len(name) > 3]
@@ -215,14 +222,13 @@ class Store:
         best = f"models:/{registry.NAME}@{registry.CHAMPION}"
         label = f"champion (version {version}, held-out {champion.loss:.3f})" if champion else ""
         first = [(label, best)] if champion else []
-        with_model = self._client.search_logged_models([self._experiment])
-        ready = {model.source_run_id for model in with_model if model.status == "READY"}
+        ready = registry.ready(self._client, self._experiment)
         runs = [run for run in self.runs() if run.id in ready]
         return first + [(f"{run.name}, held-out {run.loss:.3f}", run.id) for run in runs]
 
     def register(self, run: Kept) -> str:
         """The number of the version that a training's model has under the name `folio`."""
-        with _lock():
+        with exclusive():
             model_id = registry.of_run(self._client, self._experiment, run.id)
             if not model_id:
                 raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends what DVC keeps")
@@ -230,11 +236,17 @@ class Store:
             return str(registry.register(self._client, run.id, model_id, about).version)
 
     def champion(self) -> tuple[Kept | None, str]:
-        """The champion's training and the number of its version."""
+        """The champion's training, None where it is there no more, and the number of its version,
+        "" where there is none."""
         version = registry.champion(self._client)
         if version is None:
             return None, ""
-        return _kept(self._client.get_run(version.run_id)), str(version.version)
+        try:
+            return _kept(self._client.get_run(version.run_id)), str(version.version)
+        except MlflowException as problem:
+            if not registry.is_absent(problem):
+                raise
+            return None, str(version.version)
 
     def check_registered(self, name: str) -> None:
         """Raises UserError where models:/NAME@ALIAS or models:/NAME/VERSION names nothing."""
@@ -341,6 +353,9 @@ class Store:
         for key, value in view.tags().items():
             if key not in experiment.tags or (key == view.TAG and experiment.tags[key] != value):
                 self._client.set_experiment_tag(experiment.experiment_id, key, value)
+        if experiment.lifecycle_stage == "deleted":
+            way_out = f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+            raise UserError(f"MLflow's experiment {EXPERIMENT} was deleted: {way_out} helps")
         former = experiment.artifact_location
         if self._file and former != place and former.endswith("/mlruns"):
             if not mend:
@@ -464,10 +479,10 @@ def _dataset(record: Record) -> DatasetInput:
     )
 
 
-def _lock() -> filelock.FileLock:
+def exclusive() -> filelock.FileLock:
     """One process of the project at a time: SQLite has one writer, and to make a run takes two
-    steps, to look for it and to make it."""
-    return filelock.FileLock(project_root() / "mlflow.db.lock", timeout=60)
+    steps, to look for it and to make it. Who has it may take it again."""
+    return filelock.FileLock(project_root() / "mlflow.db.lock", timeout=60, is_singleton=True)
 
 
 def _file_of(address: str) -> Path | None:

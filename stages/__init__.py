@@ -1,1 +1,1 @@
-import folio as folio  # before a stage imports anything: see there
+import folio as folio  # for what it does to Ctrl-C, before a stage imports PyTorch

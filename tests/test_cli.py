@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -22,7 +23,7 @@ import app
 from folio import records, registry, tracking
 from folio.__main__ import app as commands
 from folio.errors import UserError
-from folio.promote import promote
+from folio.promote import _why_not, promote
 from folio.view import KEY, TAG
 
 COMMANDS = sorted(
@@ -79,6 +80,20 @@ def test_the_same_seed_writes_the_same_text(project):
     assert texts[0].stdout.startswith("The sea") and "seed 3, " in texts[0].stderr
 
 
+def test_a_temperature_next_to_nothing_is_nothing(project):
+    texts = [
+        folio(project, "sample", "The sea", "--tokens", "8", "--temperature", t).stdout
+        for t in ("0", "1e-320")
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_terminal_that_lacks_a_character_gets_another(project):
+    words = [sys.executable, "-m", "folio", "sample", "“é”", "--tokens", "1"]
+    done = run(project, *words, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith("???")
+
+
 def test_a_prompt_may_come_through_a_pipe(project):
     words = [sys.executable, "-m", "folio", "sample", "-", "--tokens", "2"]
     done = subprocess.run(
@@ -119,6 +134,8 @@ def test_the_page_opens_a_run_s_model_with_the_losses_of_its_training(project, s
         (("sample", "--model", "models:/folio"), "give models:/folio@champion or models:/folio/1"),
         (("sample", ""), "the prompt is empty"),
         (("sample", "--model", "data"), "holds no model"),
+        (("compare", ""), "which run?"),
+        (("sample", "--model", "no/such/folder"), "there is no folder no/such/folder"),
         (("compare", "nothing"), "MLflow has no run 'nothing'"),
         (("promote", "nothing"), "MLflow has no run 'nothing'"),
         (("serve", "--model", "models:/folio@none"), "is not registered"),
@@ -161,12 +178,68 @@ def test_only_a_lower_held_out_loss_makes_another_champion(project, store):
     )
     assert "stays the champion: its held-out loss, 8.2500" in promote(store, worse)
     elsewhere = another(project, store, 1.0, held_out_digest="other")
-    assert "on different held-out texts" in promote(store, elsewhere)
+    assert "not measured on the same held-out text" in promote(store, elsewhere)
     assert store.champion()[0].id == better
-    assert "forced, though they were measured" in promote(store, elsewhere, force=True)
+    assert "forced, though they were not measured" in promote(store, elsewhere, force=True)
     assert store.champion()[0].id == elsewhere
     versions = mlflow.MlflowClient(store.address).search_model_versions("name = 'folio'")
     assert len(versions) == 3
+
+
+def test_of_two_promoted_at_once_the_better_is_the_champion(project, store, monkeypatch):
+    ids, read = [another(project, store, loss) for loss in (0.26, 0.25)], tracking.Store.champion
+
+    def slowly(self: tracking.Store) -> tuple:
+        found = read(self)
+        time.sleep(0.5)
+        return found
+
+    monkeypatch.setattr(tracking.Store, "champion", slowly)
+    with ThreadPoolExecutor() as both:
+        # the worse one first, and the other while it decides
+        first = both.submit(promote, tracking.Store(None), ids[0], True)
+        time.sleep(0.1)
+        both.submit(promote, tracking.Store(None), ids[1], False).result()
+        first.result()
+    assert read(store)[0].loss == 0.25
+
+
+def test_a_store_that_does_not_answer_has_no_champion_to_replace(store, monkeypatch):
+    def refuse(*_: str) -> None:
+        raise mlflow.MlflowException("read timed out")
+
+    client = mlflow.MlflowClient(store.address)
+    monkeypatch.setattr(client, "get_model_version_by_alias", refuse)
+    with pytest.raises(mlflow.MlflowException, match="timed out"):
+        registry.champion(client)
+    with pytest.raises(mlflow.MlflowException, match="timed out"):
+        registry.registered(client, "models:/folio@champion")
+
+
+def test_losses_on_unknown_texts_do_not_compare():
+    def kept(loss: float) -> tracking.Kept:
+        empty = dict.fromkeys(("id", "folio_id", "name", "experiment", "status"), "")
+        metrics = {"best_val_loss": loss}
+        return tracking.Kept(**empty, started=0, ended=1, params={}, metrics=metrics, tags={})
+
+    assert "not measured on the same held-out text" in _why_not(kept(1.0), kept(2.0))
+
+
+def test_sync_brings_back_a_model_that_mlflow_has_lost(project, store):
+    trained = records.training(project)
+    [experiment] = mlflow.MlflowClient(store.address).search_experiments(
+        filter_string="name = 'folio'"
+    )
+    client, run_id = mlflow.MlflowClient(store.address), store.run(trained.record.id).id
+    client.delete_logged_model(registry.of_run(client, experiment.experiment_id, run_id))
+    assert f"sent {trained.record.name}" in folio(project, "sync").stdout
+    assert registry.of_run(client, experiment.experiment_id, run_id)
+
+
+def test_a_name_with_brackets_is_shown_as_it_is(project, store):
+    name = another(project, store, 77.0)
+    mlflow.MlflowClient(store.address).update_run(name, name="a[/b] [red]x")
+    assert "a[/b] [red]x" in folio(project, "compare", name, name).stdout
 
 
 def test_a_training_that_has_not_ended_is_not_promoted(project, store):
@@ -272,10 +345,10 @@ def test_the_doctor_finds_all_well_in_a_project_that_is(project):
 
 def test_the_doctor_names_what_is_off_and_the_way_out(make_project):
     folder = make_project(store=False)
-    set_params(folder, {"model.n_head": ..., "model.n_heda": 2})
+    set_params(folder, {"train.seed": ..., "train.sede": 2})
     done = folio(folder, "doctor")
     assert done.returncode == 1
-    assert "OFF params.yaml: model.n_heda: unknown; did you mean model.n_head?" in done.stdout
+    assert "OFF params.yaml: train.sede: unknown; did you mean train.seed?" in done.stdout
     assert "OFF no git commit: `git init" in done.stdout
     assert "ok  no MLflow store yet; the first run makes one" in done.stdout
 
