@@ -258,8 +258,11 @@ def stop(written: Written | None) -> tuple[Any, ...]:
     return tokenizer.decode(written.ids), line, written, *buttons(writing=False)
 
 
-def busy() -> tuple[Any, ...]:
-    """After `write` failed: the queue is full, or a program asks for what the page does not."""
+def busy(written: Written | None) -> tuple[Any, ...]:
+    """After `write` failed: the queue is full, or a program asks for what the page does not. What
+    Stop ends in the middle of a token counts as failed, too, and has its own line."""
+    if written is not None:
+        return gr.skip(), *buttons(writing=False)
     said = f"Not written: {WAITING} requests may wait, and so many do. Try again in a minute."
     return markup.line(said, problem=True), *buttons(writing=False)
 
@@ -358,7 +361,7 @@ def build() -> gr.Blocks:
             **quick,
         )
         run = begin.then(write, [model, prompt, *settings], [text, sure, status, written], **lane)
-        run.failure(busy, outputs=[status, go, halt], **quick)
+        run.failure(busy, [written], [status, go, halt], **quick)
         run.then(lambda: buttons(writing=False), outputs=[go, halt], **quick)
         halt.click(stop, [written], [text, status, written, go, halt], cancels=[run], **quick).then(
             sure_html, [written], [sure], concurrency_id="sure", **lane

@@ -48,6 +48,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 2
 
 
+# What takes longest, first: what begins last should be short.
+LONGEST = ("sweep", "team", "docs", "cli", "init_from", "notebook", "app", "sync", "pipeline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def set_params(folder: Path, settings: dict) -> None:
     """Lay {"train.steps": 6, ...} over a folder's params.yaml; a value of ... takes the key out."""
     file = folder / "params.yaml"

@@ -141,10 +141,19 @@ def test_the_page_opens_a_run_s_model_with_the_losses_of_its_training(project, s
         (("serve", "--model", "models:/folio@none"), "is not registered"),
     ],
 )
-def test_what_is_not_there_is_one_line(project, words, line):
-    done = folio(project, *words)
-    assert done.returncode == 1 and line in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_is_not_there_is_one_line(project, store, monkeypatch, words, line):
+    monkeypatch.chdir(project)
+    said = CliRunner().invoke(commands, words).exception
+    assert isinstance(said, UserError) and line in str(said)
+    assert "\n" not in str(said)
+
+
+def test_a_line_for_the_user_is_on_stderr_with_an_exit_status(project):
+    done = folio(project, "sample", "--model", "models:/folio@none")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == (
+        "folio: models:/folio@none is not registered: `python -m folio promote` does that"
+    )
 
 
 def test_without_a_store_the_line_says_what_makes_one(tmp_path, project):
