@@ -367,7 +367,13 @@ def test_the_doctor_names_what_is_off_and_the_way_out(make_project):
 def test_ctrl_c_while_it_imports_leaves_no_traceback(project, words, seconds):
     command = [sys.executable, "-m", *words]
     with subprocess.Popen(
-        command, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True
+        command,
+        cwd=project,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # The tests themselves may run in a background that ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
