@@ -20,9 +20,10 @@ from conftest import environment, run, set_params
 from typer.testing import CliRunner
 
 import app
-from folio import records, registry, tracking
+from folio import records, registry, sample, tracking
 from folio.__main__ import app as commands
 from folio.errors import UserError
+from folio.model import GPT, ModelParams
 from folio.promote import _why_not, promote
 from folio.view import KEY, TAG
 
@@ -92,6 +93,16 @@ def test_a_terminal_that_lacks_a_character_gets_another(project):
     words = [sys.executable, "-m", "folio", "sample", "“é”", "--tokens", "1"]
     done = run(project, *words, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("???")
+
+
+def test_a_terminal_gets_nothing_that_it_would_obey():
+    assert sample._harmless("a\x1b[2J\tb\n“é”") == "a\\x1b[2J\tb\n“é”"
+
+
+def test_a_prompt_of_tokens_that_the_model_lacks_is_one_line():
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}
+    with pytest.raises(UserError, match="this model has 100 tokens, and the prompt others"):
+        sample.encode(GPT(ModelParams(**sizes, dropout=0.0), 100), "To be")
 
 
 def test_a_prompt_may_come_through_a_pipe(project):

@@ -14,22 +14,12 @@ from conftest import ROOT, environment, run
 from PIL import Image
 
 from folio import parallel, queue, sweep, sweep_report
+from folio.__main__ import _sections
 from folio.errors import UserError
-from folio.model import ModelParams
-from folio.runtime import RuntimeParams
 from folio.space import MOST, Choice, Range
 from folio.sweep_report import Result
-from stages.evaluate import EvaluateParams
-from stages.prepare import PrepareParams
-from stages.train import TrainParams
 
-SECTIONS = {
-    "prepare": PrepareParams,
-    "model": ModelParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-    "runtime": RuntimeParams,
-}
+SECTIONS = _sections()
 RATE = "train.learning_rate"
 
 
@@ -416,3 +406,18 @@ def test_a_name_that_is_none_for_an_experiment_is_one_line(name):
 
 def test_choices_are_even_at_random():
     assert [Choice(("a", "b")).at(u) for u in (0, 0.49, 0.5, 0.999)] == ["a", "a", "b", "b"]
+
+
+def test_experiments_of_another_sweep_are_not_taken_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    who = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    for words in (["init", "-q"], [*who, "commit", "-qm", "start", "--allow-empty"]):
+        subprocess.run(["git", *words], check=True)
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9\n")  # a diff that is not UTF-8
+    subprocess.run(["git", "add", "text.txt"], check=True)
+    plan = sweep.plan(points(RATE + "=1e-3,2e-3"), {}, "mine")
+    ref = f"refs/exps/{plan.baseline[:2]}/{plan.baseline[2:]}/mine-01"
+    subprocess.run(["git", "update-ref", ref, "HEAD"], check=True)
+    with pytest.raises(UserError, match="of another sweep here: take another --name"):
+        sweep.run(plan, 1, None)
+    assert not plan.folder.exists()
