@@ -1,11 +1,13 @@
 """The learning rate update by update, and who decays."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from folio import optim
+from folio import huggingface, optim, tokenizer
 from folio.model import GPT, ModelParams
 
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.0)
@@ -82,3 +84,21 @@ def test_without_a_gradient_decay_alone_moves_a_matrix():
     for name, p in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if p.dim() >= 2 else 1.0
         torch.testing.assert_close(p.detach(), factor * before[name])
+
+
+def test_neither_a_step_nor_a_model_that_is_opened_waits_for_pytorch_s_compiler(tmp_path):
+    huggingface.save(GPT(PARAMS, tokenizer.VOCABULARY), tmp_path / "model")
+    code = f"""
+import sys, torch
+from pathlib import Path
+from folio import huggingface, optim, step
+model = huggingface.load(Path({str(tmp_path / "model")!r})).train()
+optimizer = optim.adamw(model, 0.1, (0.9, 0.95))
+x = torch.zeros(1, 4, dtype=torch.long)
+take_step = step.Step(model, optimizer, torch.device("cpu"), "fp32", 1.0)
+take_step([(x, x)], 1e-3)
+assert take_step.read().steps == 1
+optimizer.load_state_dict(optimizer.state_dict())
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
