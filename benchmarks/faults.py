@@ -62,7 +62,7 @@ end   while the outs are written       train     stages/train.py       _write_ou
 end   while the outs are written       train     folio/huggingface.py  save              .          25
 end   while the outs are written       train     folio/files.py        replacing         .          40
 end   while telling MLflow             train     folio/tracking.py     Store._upload     .          60
-end   just before the stage exits      train     folio/checkpoint.py   only_trainer      release     1
+end   just before the stage exits      train     folio/lock.py         only_trainer      release     1
 end   just before the stage exits      train     threading.py          _shutdown         .           3
 next  inside the evaluate stage        evaluate  stages/evaluate.py    run               .          15
 next  inside the evaluate stage        evaluate  folio/loss.py         token_losses      .          40

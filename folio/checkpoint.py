@@ -9,13 +9,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import filelock
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,43 +36,8 @@ class Checkpoint:
     state: dict[str, Any]  # all that is not a tensor, as JSON has it
 
 
-@contextmanager
-def only_trainer(folder: Path) -> Iterator[None]:
-    """Keep a second trainer off the same checkpoints: wait, with a line, while one is at work."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        print(
-            f"another process is training this variant ({folder.name}): waiting for it to end",
-            file=sys.stderr,
-        )
-        lock.acquire(poll_interval=0.5)
-    try:
-        folder.mkdir(exist_ok=True)
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def idle(folder: Path) -> Iterator[bool]:
-    """Whether no trainer is at work on a variant; if so, none begins within the block."""
-    lock = _lock(folder)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
 def remove(folder: Path) -> None:
-    """Remove a variant's checkpoints, then what tells which run they are of. See `idle`."""
+    """Remove a variant's checkpoints, then what tells which run they are of. See lock.idle."""
     for step in steps(folder):
         _remove(_place(folder, step))
     shutil.rmtree(folder)
@@ -208,10 +170,6 @@ def _remove(place: Path) -> None:
     """Remove a checkpoint in such a way that a kill leaves no half of one under its name."""
     if place.exists():
         shutil.rmtree(place.rename(place.with_suffix(".old.tmp")))
-
-
-def _lock(folder: Path) -> filelock.FileLock:
-    return filelock.FileLock(folder.with_suffix(".lock"))
 
 
 def _fsync(path: Path) -> None:

@@ -144,10 +144,10 @@ def disk() -> Iterator[Finding]:
 
 
 def unfinished() -> Iterator[Finding]:
-    from folio import checkpoint, tracking
+    from folio import lock, tracking
 
     for folder in sorted((tracking.project_root() / ".checkpoints").glob("*/record.json")):
-        with checkpoint.idle(folder.parent) as idle:
+        with lock.idle(folder.parent) as idle:
             state = "was cut short: `dvc repro` with its params goes on" if idle else "is running"
             yield Finding(f"the training {folder.parent.name} {state}")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from folio import checkpoint, records, tracking
+from folio import lock, records, tracking
 from folio.cache import Cache
 from folio.errors import UserError
 from folio.records import Record, Run
@@ -103,7 +103,7 @@ def _unfinished(root: Path) -> list[Path]:
 
 
 def _send_unfinished(store: tracking.Store, folder: Path) -> str:
-    with checkpoint.idle(folder) as idle:
+    with lock.idle(folder) as idle:
         if not idle or not (folder / records.FILE).exists():
             return ""  # its trainer tells MLflow, or has and evaluate has removed it
         record, path = records.read(folder / records.FILE), folder / "history.jsonl"

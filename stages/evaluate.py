@@ -15,6 +15,7 @@ from folio import (
     device,
     files,
     huggingface,
+    lock,
     params,
     pictures,
     records,
@@ -87,7 +88,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     # The model is in DVC's hands by now: the checkpoints that it came from have done their work.
     left = project / ".checkpoints" / trained.tags["train_key"]
     if left.exists():
-        with checkpoint.idle(left) as idle:
+        with lock.idle(left) as idle:
             known = left / records.FILE
             if idle and known.exists() and records.read(known).id == trained.id:
                 checkpoint.remove(left)

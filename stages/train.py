@@ -18,6 +18,7 @@ from folio import (
     device,
     files,
     huggingface,
+    lock,
     optim,
     params,
     pictures,
@@ -125,7 +126,7 @@ def run(
     start = pretrained.find(train_params.init_from, root)
     key = train_key(model_params, train_params, data.digest, start)
     folder = project / ".checkpoints" / key
-    with checkpoint.only_trainer(folder):
+    with lock.only_trainer(folder):
         trainer = Trainer(model_params, train_params, data, where, precision, start)
         trainer.resume(folder)
         report = parameter_report(trainer.model)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from folio import checkpoint, device, optim, tokens
+from folio import checkpoint, device, lock, optim, tokens
 from folio.checkpoint import Checkpoint
 from folio.errors import UserError
 from folio.model import GPT, ModelParams
@@ -334,8 +334,8 @@ for step in (4, 5):
 
 HOLD = """
 from pathlib import Path
-from folio import checkpoint
-with checkpoint.only_trainer(Path({!r})):
+from folio import lock
+with lock.only_trainer(Path({!r})):
     print("held", flush=True)
     input()
 """
@@ -358,19 +358,19 @@ def other(tmp_path):
 
 def test_a_second_trainer_says_so_and_waits_until_the_first_has_left(tmp_path, other, capsys):
     threading.Timer(1.0, other.kill).start()
-    with checkpoint.only_trainer(tmp_path / "other"):
+    with lock.only_trainer(tmp_path / "other"):
         assert capsys.readouterr().err == ""
-    with checkpoint.only_trainer(tmp_path / "key"):
+    with lock.only_trainer(tmp_path / "key"):
         assert other.wait(5) == -signal.SIGKILL
     assert "another process is training this variant (key): waiting" in capsys.readouterr().err
 
 
 def test_the_checkpoints_of_a_trainer_at_work_are_not_removed(tmp_path, other):
-    with checkpoint.idle(tmp_path / "key") as idle:
+    with lock.idle(tmp_path / "key") as idle:
         assert not idle
     other.kill()
     other.wait()
-    with checkpoint.idle(tmp_path / "key") as idle:
+    with lock.idle(tmp_path / "key") as idle:
         assert idle
     checkpoint.remove(tmp_path / "key")
     assert not (tmp_path / "key").exists()
@@ -394,5 +394,5 @@ def test_a_removal_that_is_killed_leaves_the_record_by_which_it_goes_on(folder, 
 
 
 def test_the_lock_is_not_in_the_folder_that_is_removed(tmp_path):
-    with checkpoint.only_trainer(tmp_path / "key"):
+    with lock.only_trainer(tmp_path / "key"):
         assert list((tmp_path / "key").iterdir()) == []

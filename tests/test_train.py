@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_machine_is_used_with_a_word(
 def test_every_module_that_train_uses_has_a_say_in_its_key_or_none_in_the_weights():
     described = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]
     used = {Path(dep).stem for dep in described["deps"] if dep.startswith("folio/")}
-    no_say = {"checkpoint", "errors", "files", "follower", "packages", "params"}
+    no_say = {"checkpoint", "errors", "files", "follower", "lock", "packages", "params"}
     no_say |= {"pictures", "records", "registry", "runtime", "stopping", "tokenizer", "tracking"}
     no_say |= {"view"}
     assert used - no_say == set(train.ARITHMETIC)
