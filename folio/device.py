@@ -13,13 +13,13 @@ from folio.errors import UserError
 
 T = TypeVar("T")
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Device = Literal["auto", "cuda", "mps", "cpu"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def resolve_device(name: Device) -> torch.device:
-    """auto is cuda where there is one, then mps, then cpu. Raises UserError where there is none."""
+def resolve_device(name: str) -> torch.device:
+    """auto is the first of cuda, mps and cpu that is there. Raises UserError where a named one is
+    not."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

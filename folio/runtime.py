@@ -2,17 +2,15 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import unquote
-
-from folio.device import Device
 
 _ADDRESS = re.compile(r"(?:([a-zA-Z][a-zA-Z0-9+.-]*):)?(.*)", re.DOTALL)  # a scheme, the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParams:
-    device: Device  # auto: cuda, else mps, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"]  # auto: cuda, else mps, else cpu
     tracking_uri: str | None  # MLflow's store; null: mlflow.db here, or MLFLOW_TRACKING_URI.
     # A relative path, as in sqlite:///my.db, is the project's; sqlite:////tmp/my.db is absolute.
     log_interval: Annotated[int, ">= 1"]  # updates between rows of the history

@@ -23,7 +23,7 @@ def write(
     top_k: int | None,
     top_p: float,
     seed: int | None,
-    where: device.Device,
+    where: str,
 ) -> None:
     """Print the prompt and what follows it, then on stderr the seed and the tokens a second."""
     if not prompt:
