@@ -5,12 +5,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores
 
 import contextlib
+import importlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 import yaml
 
@@ -48,8 +50,10 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 2
 
 
-# What takes longest, first: what begins last should be short.
-LONGEST = ("sweep", "team", "docs", "cli", "init_from", "notebook", "app", "sync", "pipeline")
+# What takes longest, first: what begins last should be short. The page and the notebook can begin
+# while the others wait for the first run that they share.
+LONGEST = ("sync", "app", "notebook", "cli", "sweep", "pipeline", "team", "resume", "init_from")
+LONGEST += ("docs", "queue", "tracking", "train", "bad_input", "fuzz", "prepare")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,17 +105,67 @@ def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess
     )
 
 
+def succeed(folder: Path, *command: str, **more: str) -> str:
+    """Run a command that must succeed; all that it says."""
+    done = run(folder, *command, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_stages(folder: Path, *stages: str) -> None:
+    """Run stages in this process, which has imported PyTorch and MLflow already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for stage in stages:
+            importlib.import_module(f"stages.{stage}").main()
+
+
+def commit(folder: Path, message: str = "start") -> None:
+    """All that is in a folder, in a git repository of its own."""
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "test@example.org"],
+        ["git", "config", "user.name", "Test"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", message],
+    ):
+        succeed(folder, *command)
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that all workers share, for them to copy: the first who wants it makes it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            new = factory.mktemp("shared")
+            make(new)
+            new.rename(folder)
+    return folder
+
+
+def open_store(folder: Path) -> None:
+    """Make the store of a project's folder, or mend that of one that is a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking.Store(None, mend=True)
+
+
 @pytest.fixture(scope="session")
-def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db without runs, to be copied and opened: to make one takes five seconds."""
+    return shared(tmp_path_factory, "store", open_store) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
     """make_project(settings) is a new folder with the code, tiny params and a short text.
 
-    It has an empty MLflow store, unless store is False: to make one takes five seconds.
+    It has an empty MLflow store, unless store is False.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        first = tmp_path_factory.mktemp("store").resolve()
-        patch.setenv("DVC_ROOT", str(first))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.Store(None)
 
     def make(settings: dict | None = None, store: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("project")
@@ -127,11 +181,31 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         (folder / "data/raw/verses.txt").write_text(VERSES)
         set_params(folder, TINY | (settings or {}))
         if store:
-            shutil.copy(first / "mlflow.db", folder)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("DVC_ROOT", str(folder))
-                patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-                tracking.Store(None, mend=True)
+            shutil.copy(empty_store, folder)
+            open_store(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
+    """make_trained(settings) is a committed project after its first `dvc repro`, and an edit."""
+
+    def first_run(folder: Path) -> None:
+        shutil.copytree(make_project(), folder, dirs_exist_ok=True)
+        open_store(folder)
+        commit(folder)
+        succeed(folder, "dvc", "repro")
+        commit(folder, "first run")
+
+    def make(settings: dict | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        first = shared(tmp_path_factory, "first run", first_run)
+        shutil.copytree(first, folder, dirs_exist_ok=True)
+        if settings:
+            set_params(folder, settings)
+        open_store(folder)
         return folder
 
     return make

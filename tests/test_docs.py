@@ -50,20 +50,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 @pytest.fixture
-def project(make_project, tmp_path) -> Path:
-    """A committed project, and beside it a home with two texts."""
+def project(make_trained, tmp_path) -> Path:
+    """A committed project after its first run, and beside it a home with two texts."""
     for name in ("diary.txt", "letters.txt"):
         (tmp_path / name).write_text(VERSES.replace("sea", name[:5]))
-    folder = make_project()
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-    ):
-        assert run(folder, *command).returncode == 0
-    return folder
+    return make_trained()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import environment, run, set_params
+from conftest import commit, environment, run, run_stages, set_params, succeed
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -42,7 +42,7 @@ def write_folder(folder: Path, seed: int = 1, low: bool = False, **sizes: int) -
 def prepared(make_project) -> Path:
     """A project that starts from data/pretrained/theirs, in which prepare has run."""
     folder = make_project(SETTINGS)
-    assert run(folder, "python", "-m", "stages.prepare").returncode == 0
+    run_stages(folder, "prepare")
     write_folder(folder / "data/pretrained/theirs")
     return folder
 
@@ -340,15 +340,9 @@ def dvc(folder: Path, *command: str) -> tuple[list[str], str]:
 
 def test_dvc_trains_again_when_the_folder_in_use_changes_and_for_no_other(project):
     theirs, dry = project / "data/pretrained/theirs", ("repro", "--dry", "train")
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["dvc", "add", "data/pretrained/theirs"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-    ):
-        assert run(project, *command).returncode == 0
+    succeed(project, "git", "init", "-q")
+    succeed(project, "dvc", "add", "data/pretrained/theirs")
+    commit(project)
     # An experiment in a clone of its own, which has what git and DVC keep and nothing else.
     ran, said = dvc(project, "exp", "run", "--temp", "--name", "tuned")
     assert (

@@ -17,22 +17,9 @@ from folio import files
 
 
 @pytest.fixture(scope="module")
-def repo(make_project) -> Path:
+def repo(make_trained) -> Path:
     """A committed repository in which `dvc repro` has run."""
-    folder = make_project()
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-        ["dvc", "repro"],
-        ["git", "add", "dvc.lock"],
-        ["git", "commit", "-qm", "run"],
-    ):
-        done = run(folder, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return make_trained()
 
 
 @pytest.fixture

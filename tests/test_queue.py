@@ -1,28 +1,22 @@
 """Four experiments at once, into a store that is not there yet."""
 
+import shutil
 import time
 from pathlib import Path
 
 import mlflow
-from conftest import run
+from conftest import run, succeed
 
 SEEDS = ("1", "2", "3", "4")
 
 
-def test_four_queued_experiments_at_once_keep_their_runs(make_project):
-    repo = make_project(store=False)
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["dvc", "repro", "prepare"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-        *(["dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}"] for seed in SEEDS),
-        ["dvc", "queue", "start", "-j", "4"],
-    ):
-        done = run(repo, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_four_queued_experiments_at_once_keep_their_runs(make_trained):
+    repo = make_trained()
+    (repo / "mlflow.db").unlink()
+    shutil.rmtree(repo / "mlruns")
+    for seed in SEEDS:
+        succeed(repo, "dvc", "exp", "run", "--queue", "-S", f"train.seed={seed}")
+    succeed(repo, "dvc", "queue", "start", "-j", "4")
     end = time.monotonic() + 240
     while time.monotonic() < end:
         status = run(repo, "dvc", "queue", "status").stdout

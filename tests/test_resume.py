@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT, environment, run
+from conftest import ROOT, environment, run, run_stages
 
 SETTINGS = {
     "train.steps": 40,
@@ -53,7 +53,7 @@ def stop(folder: Path, notice: signal.Signals, files: str) -> tuple[int, str]:
 def prepared(make_project) -> Callable[[], Path]:
     """A function that gives a project in which prepare has run."""
     first = make_project(SETTINGS)
-    assert run(first, "python", "-m", "stages.prepare").returncode == 0
+    run_stages(first, "prepare")
 
     def make() -> Path:
         folder = make_project(SETTINGS)
@@ -66,7 +66,7 @@ def prepared(make_project) -> Callable[[], Path]:
 @pytest.fixture(scope="module")
 def undisturbed(prepared) -> Path:
     folder = prepared()
-    assert run(folder, "python", "-m", "stages.train").returncode == 0
+    run_stages(folder, "train")
     return folder
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -247,29 +246,15 @@ def test_an_axis_has_low_values_at_its_foot_and_null_at_its_head():
     assert parallel.Scale([0.01, 0.1, 0.2, 0.3]).log is False
 
 
-def committed(folder: Path) -> Path:
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["dvc", "repro", "prepare"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "start"],
-    ):
-        done = run(folder, *command)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
 SWEEP = ("python", "-m", "folio", "sweep")
 
 
 @pytest.fixture(scope="module")
-def swept(make_project):
-    """A project after a sweep of four points, two at a time; a context of 9,999 tokens is more than
-    there are, which shows only in training. With what the command left to read."""
-    folder = committed(make_project())
-    settings = ("train.learning_rate=1e-3,2e-3", "model.block_size=16,9999", "--jobs", "2")
+def swept(make_trained):
+    """A project after a sweep of three points, two at a time; a context of 9,999 tokens is more
+    than there are, which shows only in training. With what the command left to read."""
+    folder = make_trained()
+    settings = ("model.block_size=12,9999,8", "--jobs", "2")
     done = subprocess.run(
         [*SWEEP, *settings, "--name", "mine"],
         cwd=folder,
@@ -285,14 +270,14 @@ def test_points_that_fail_are_named_and_stop_no_others(swept):
     _, done = swept
     assert done.returncode == 1 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("folio: ")]
-    assert "2 of 4 points failed: mine-02, mine-04 (`dvc queue logs mine-02` says why)" in line
-    assert "mine-01  train.learning_rate=0.001 model.block_size=16  held-out " in done.stdout
+    assert "1 of 3 points failed: mine-02 (`dvc queue logs mine-02` says why)" in line
+    assert "mine-01  model.block_size=12  held-out " in done.stdout
 
 
 def test_the_report_is_made_of_the_runs_in_mlflow(swept):
     folder, done = swept
     text = (folder / "sweeps/mine/report.md").read_text()
-    assert text in done.stdout and "2 of 4 points of commit" in text
+    assert text in done.stdout and "2 of 3 points of commit" in text
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))

@@ -15,13 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, run, set_params
-
-
-def succeed(folder: Path, *command: str) -> str:
-    done = run(folder, *command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+from conftest import commit, environment, run, run_stages, set_params, succeed
 
 
 def sync(folder: Path) -> str:
@@ -78,21 +72,13 @@ def forget(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def repo(make_project) -> Path:
+def repo(make_trained) -> Path:
     """A repository with two variants: one committed and pushed, one in the run cache alone."""
-    folder = make_project()
+    folder = make_trained()
     remote = folder.with_name(f"{folder.name}-remote")
-    for command in (
-        ["git", "init", "-q"],
-        ["git", "config", "user.email", "test@example.org"],
-        ["git", "config", "user.name", "Test"],
-        ["dvc", "remote", "add", "--default", "remote", str(remote)],
-        ["dvc", "repro"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "run"],
-        ["dvc", "push"],
-    ):
-        succeed(folder, *command)
+    succeed(folder, "dvc", "remote", "add", "--default", "remote", str(remote))
+    commit(folder, "remote")
+    succeed(folder, "dvc", "push")
     set_params(folder, {"train.seed": 2})
     succeed(folder, "dvc", "repro")
     succeed(folder, "git", "checkout", "-q", ".")
@@ -206,7 +192,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
     settings = {"train.steps": 900, "train.eval_interval": 50, "train.patience": None}
     settings |= {"runtime.tracking_uri": serve.address, "runtime.log_interval": 10}
     folder = make_project(settings)
-    succeed(folder, "python", "-m", "stages.prepare")
+    run_stages(folder, "prepare")
     command = [sys.executable, "-m", "stages.train"]
     training = subprocess.Popen(
         command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
@@ -242,7 +228,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
 
 def test_a_training_that_was_cut_short_is_shown_as_far_as_it_got(make_project):
     folder = make_project({"train.steps": 4000, "train.eval_interval": 50, "train.patience": None})
-    succeed(folder, "python", "-m", "stages.prepare")
+    run_stages(folder, "prepare")
     command = [sys.executable, "-m", "stages.train"]
     away = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     training = subprocess.Popen(command, cwd=folder, env=away, stderr=subprocess.DEVNULL)

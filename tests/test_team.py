@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import conftest
 import mlflow
 import pytest
 import requests
 import yaml
-from conftest import ROOT, environment, run
+from conftest import ROOT, environment
 
 from folio import registry, sync
 from folio.errors import UserError
@@ -169,9 +170,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 def succeed(folder: Path, member: str, *command: str) -> str:
-    done = run(folder, *command, **of(member))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return conftest.succeed(folder, *command, **of(member))
 
 
 @pytest.fixture(scope="module")

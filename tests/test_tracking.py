@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, open_store
 
 from folio import records, tracking
 from folio.errors import UserError
@@ -30,11 +31,19 @@ RECORD = records.Record(
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
+def bare(tmp_path, monkeypatch) -> Path:
     """The root of a project with no store yet."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def project(bare, empty_store) -> Path:
+    """The root of a project whose store has no runs."""
+    shutil.copy(empty_store, bare)
+    open_store(bare)
+    return bare
 
 
 def runs(address: str) -> list[mlflow.entities.Run]:
@@ -136,7 +145,7 @@ def test_a_param_that_has_changed_meanwhile_does_not_stop_the_rest(project):
     assert points(local(project)) == ONCE
 
 
-def test_four_processes_that_make_the_store_at_once_all_get_their_run(project):
+def test_four_processes_that_make_the_store_at_once_all_get_their_run(bare):
     code = """
 import sys
 from folio import records
@@ -147,22 +156,22 @@ run = records.Run(record=record, figures={"a": 1.0})
 with Follower(None, record) as follower:
     follower.finish(run)
 """
-    ours = environment(ROOT, DVC_ROOT=str(project))
+    ours = environment(ROOT, DVC_ROOT=str(bare))
     four = [subprocess.Popen([sys.executable, "-c", code, name], env=ours) for name in "abcd"]
     assert [process.wait(120) for process in four] == [0] * 4
-    found = runs(local(project))
+    found = runs(local(bare))
     assert sorted((r.info.run_name, r.info.status) for r in found) == [
         (name, "FINISHED") for name in "abcd"
     ]
     assert [r.data.metrics for r in found] == [{"a": 1.0}] * 4
 
 
-def test_a_server_that_is_away_is_said_once_and_how_to_send_the_rest(project, capsys):
+def test_a_server_that_is_away_is_said_once_and_how_to_send_the_rest(bare, capsys):
     with Follower("http://127.0.0.1:9", RECORD) as follower:
         follower.follow(HISTORY[:1])
         time.sleep(0.5)
         follower.follow(HISTORY)
-        follower.finish(whole(project))
+        follower.finish(whole(bare))
     told = capsys.readouterr().err
     assert told.count("going on without it") == 1
     assert told.strip().splitlines()[-1] == (
@@ -170,7 +179,7 @@ def test_a_server_that_is_away_is_said_once_and_how_to_send_the_rest(project, ca
     )
 
 
-def test_a_server_that_never_answers_does_not_hold_a_notice_to_stop_up(project):
+def test_a_server_that_never_answers_does_not_hold_a_notice_to_stop_up(bare):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -190,7 +199,7 @@ with one_line_errors(), Follower({address!r}, record) as follower:
 """
         training = subprocess.run(
             [sys.executable, "-c", code],
-            env=environment(ROOT, DVC_ROOT=str(project)),
+            env=environment(ROOT, DVC_ROOT=str(bare)),
             capture_output=True,
             text=True,
         )
@@ -230,18 +239,18 @@ def test_a_full_disk_in_the_store_harms_nothing_and_is_made_up_for(
     assert artifacts(local(small_disk.folder)) == ["folder/a.txt", "folder/file/b.txt"]
 
 
-def test_a_store_whose_making_was_killed_is_made_anew(project):
+def test_a_store_whose_making_was_killed_is_made_anew(bare):
     code = """
 import os, signal
 from folio import tracking
 tracking.mlflow.MlflowClient.create_experiment = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 tracking.Store(None)
 """
-    ours = environment(ROOT, DVC_ROOT=str(project))
+    ours = environment(ROOT, DVC_ROOT=str(bare))
     assert subprocess.run([sys.executable, "-c", code], env=ours).returncode < 0
-    assert not (project / "mlflow.db").exists() and list(project.glob("mlflow.db.new*"))
-    tracking.Store(None).send(whole(project), "FINISHED")
-    assert points(local(project)) == ONCE and not list(project.glob("mlflow.db.new*"))
+    assert not (bare / "mlflow.db").exists() and list(bare.glob("mlflow.db.new*"))
+    tracking.Store(None).send(whole(bare), "FINISHED")
+    assert points(local(bare)) == ONCE and not list(bare.glob("mlflow.db.new*"))
 
 
 def test_a_project_that_was_moved_is_told_how_to_mend_its_store(project, monkeypatch):
@@ -262,13 +271,13 @@ def test_a_project_that_was_moved_is_told_how_to_mend_its_store(project, monkeyp
     assert not (project / "mlruns").exists()
 
 
-def test_a_relative_store_lies_in_the_project_wherever_the_stage_runs(project, monkeypatch):
-    monkeypatch.chdir(project.parent)
+def test_a_relative_store_lies_in_the_project_wherever_the_stage_runs(bare, monkeypatch):
+    monkeypatch.chdir(bare.parent)
     store = tracking.Store("sqlite:///other.db")
-    assert store.address == f"sqlite:///{project / 'other.db'}"
-    store.send(whole(project), "FINISHED")
+    assert store.address == f"sqlite:///{bare / 'other.db'}"
+    store.send(whole(bare), "FINISHED")
     assert artifacts(store.address) == ["folder/a.txt", "folder/file/b.txt"]
-    assert (project / "mlruns").exists() and not (project.parent / "mlruns").exists()
+    assert (bare / "mlruns").exists() and not (bare.parent / "mlruns").exists()
 
 
 def test_an_evaluation_is_nested_and_its_figures_are_on_the_training_too(project):
@@ -362,18 +371,18 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_server_keeps_the_runs_and_the_artifacts(project, monkeypatch):
-    store, kept = f"sqlite:///{project / 'server.db'}", str(project / "server")
+def test_a_server_keeps_the_runs_and_the_artifacts(bare, monkeypatch):
+    store, kept = f"sqlite:///{bare / 'server.db'}", str(bare / "server")
     options = ["--backend-store-uri", store, "--artifacts-destination", kept]
-    with serving(project, "mlflow", "server", *options) as address:
+    with serving(bare, "mlflow", "server", *options) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         for _ in range(2):
             with Follower(None, RECORD) as follower:
-                follower.finish(whole(project))
+                follower.finish(whole(bare))
         assert points(address) == ONCE
         assert artifacts(address) == ["folder/a.txt", "folder/file/b.txt"]
-    assert len(list((project / "server").rglob("*.txt"))) == 2
-    assert not (project / "mlflow.db").exists()
+    assert len(list((bare / "server").rglob("*.txt"))) == 2
+    assert not (bare / "mlflow.db").exists()
 
 
 def test_mlflow_ui_without_arguments_shows_the_runs_and_their_artifacts(project):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run_stages
 from tqdm import tqdm
 
 from folio import device, params, records, tokens
@@ -32,9 +32,7 @@ def overfitted(make_project) -> Path:
             "train.patience": PATIENCE,
         }
     )
-    for stage in ("prepare", "train"):
-        done = run(folder, "python", "-m", f"stages.{stage}")
-        assert done.returncode == 0, done.stderr
+    run_stages(folder, "prepare", "train")
     return folder
 
 
@@ -49,7 +47,7 @@ def test_training_stops_after_as_many_worse_evaluations_as_patience_allows(overf
 
 
 def test_the_weights_of_the_best_evaluation_are_the_ones_kept(overfitted):
-    assert run(overfitted, "python", "-m", "stages.evaluate").returncode == 0
+    run_stages(overfitted, "evaluate")
     best = read(overfitted, "training/metrics.json")["best_val_loss"]
     assert read(overfitted, "evaluation/metrics.json")["val_loss"] == pytest.approx(best, abs=1e-5)
 
