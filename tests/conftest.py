@@ -15,8 +15,10 @@ from pathlib import Path
 import filelock
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from folio import tracking
+from folio.__main__ import app as commands
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
@@ -53,7 +55,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # What takes longest, first: what begins last should be short. The page and the notebook can begin
 # while the others wait for the first run that they share.
 LONGEST = ("sync", "app", "notebook", "cli", "sweep", "pipeline", "team", "resume", "init_from")
-LONGEST += ("docs", "queue", "tracking", "train", "bad_input", "fuzz", "prepare")
+LONGEST += ("docs", "tracking", "train", "bad_input", "fuzz", "prepare")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,14 +114,29 @@ def succeed(folder: Path, *command: str, **more: str) -> str:
     return done.stdout + done.stderr
 
 
-def run_stages(folder: Path, *stages: str) -> None:
-    """Run stages in this process, which has imported PyTorch and MLflow already."""
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Be in a project's folder, for what runs in this process, where PyTorch and MLflow are
+    imported already. MLflow holds on to a store that it has opened, though it be taken away."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+def run_stages(folder: Path, *stages: str) -> None:
+    with inside(folder):
         for stage in stages:
             importlib.import_module(f"stages.{stage}").main()
+
+
+def folio(folder: Path, *words: str) -> str:
+    """What `python -m folio` says on stdout. Raises UserError as it does."""
+    with inside(folder):
+        done = CliRunner().invoke(commands, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def commit(folder: Path, message: str = "start") -> None:
@@ -148,9 +165,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
 
 def open_store(folder: Path) -> None:
     """Make the store of a project's folder, or mend that of one that is a copy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DVC_ROOT", str(folder))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with inside(folder):
         tracking.Store(None, mend=True)
 
 
@@ -190,7 +205,10 @@ def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
-    """make_trained(settings) is a committed project after its first `dvc repro`, and an edit."""
+    """make_trained(settings) is a committed project after its first `dvc repro`, and an edit.
+
+    It has the MLflow store of that run, unless store is False.
+    """
 
     def first_run(folder: Path) -> None:
         shutil.copytree(make_project(), folder, dirs_exist_ok=True)
@@ -199,13 +217,17 @@ def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
         succeed(folder, "dvc", "repro")
         commit(folder, "first run")
 
-    def make(settings: dict | None = None) -> Path:
+    def make(settings: dict | None = None, store: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("trained")
         first = shared(tmp_path_factory, "first run", first_run)
         shutil.copytree(first, folder, dirs_exist_ok=True)
         if settings:
             set_params(folder, settings)
-        open_store(folder)
+        if store:
+            open_store(folder)
+        else:
+            (folder / "mlflow.db").unlink()
+            shutil.rmtree(folder / "mlruns")
         return folder
 
     return make

@@ -17,7 +17,6 @@ import torch
 from conftest import ROOT, environment
 from playwright.sync_api import Page, expect, sync_playwright
 
-import app
 from folio import files, huggingface, records, tokenizer
 from folio.errors import UserError
 from folio.model import GPT, ModelParams
@@ -71,6 +70,14 @@ def project(tmp_path_factory) -> Path:
     make_models(folder)
     shutil.copy(ROOT / "params.yaml", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def app():
+    """Gradio takes seconds to import, which would be each worker's."""
+    import app
+
+    return app
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +210,7 @@ def test_a_second_visitor_waits_is_told_so_and_may_leave(open_page):
     expect(status(second)).to_have_text(re.compile(r"^8 tokens"))
 
 
-def test_a_visitor_who_finds_the_queue_full_is_told_so(open_page, address):
+def test_a_visitor_who_finds_the_queue_full_is_told_so(app, open_page, address):
     first, second = open_page(), open_page()
     write(first, length=1000)
     expect(status(first)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
@@ -331,7 +338,7 @@ def test_no_upload_and_none_of_gradio_s_other_routes(address):
         assert ask(f"{address}/gradio_api/{route}", b"{}")[0] == 404
 
 
-def test_a_request_that_is_too_long_is_refused(address):
+def test_a_request_that_is_too_long_is_refused(app, address):
     assert ask(f"{address}/gradio_api/queue/join", b" " * (app.REQUEST + 1))[0] == 413
 
 
@@ -362,7 +369,7 @@ def generate_by_hand(address: str, *inputs: object) -> str:
         ({"temperature": 1e-300}, "tokens/s"),
     ],
 )
-def test_bounds_hold_for_a_program_too(address, changed, said):
+def test_bounds_hold_for_a_program_too(app, address, changed, said):
     inputs = {
         "name": app.PIPELINE, "prompt": "a", "temperature": 1, "top_k": 0, "top_p": 1,
         "length": 3, "seed": "",
@@ -371,7 +378,7 @@ def test_bounds_hold_for_a_program_too(address, changed, said):
     assert said in answer.replace("&#x27;", "'")
 
 
-def test_a_vocabulary_that_is_not_gpt2s_is_one_line(tmp_path):
+def test_a_vocabulary_that_is_not_gpt2s_is_one_line(app, tmp_path):
     sizes = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.0)
     huggingface.save(GPT(sizes, 100), tmp_path / "small")
     *_, last = app.write(str(tmp_path / "small"), "hello", 1, 0, 1, 3, "")
@@ -379,7 +386,7 @@ def test_a_vocabulary_that_is_not_gpt2s_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "~nobody-of-that-name/x", "a\0b", "", None, "/x\n"])
-def test_a_name_that_no_folder_can_have_is_one_line(name):
+def test_a_name_that_no_folder_can_have_is_one_line(app, name):
     *_, said = app.show_model(name)
     assert "problem" in said
 
@@ -387,7 +394,7 @@ def test_a_name_that_no_folder_can_have_is_one_line(name):
 # --- the command
 
 
-def test_a_port_in_use_is_one_line():
+def test_a_port_in_use_is_one_line(app):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"^port {port}: Address already in use; take another"):

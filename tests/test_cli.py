@@ -16,10 +16,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, run, set_params
+from conftest import environment, folio, run, set_params
 from typer.testing import CliRunner
 
-import app
 from folio import records, registry, sample, tracking
 from folio.__main__ import app as commands
 from folio.errors import UserError
@@ -45,19 +44,8 @@ def store(project, monkeypatch) -> tracking.Store:
     return tracking.Store(None)
 
 
-def folio(folder: Path, *words: str) -> subprocess.CompletedProcess:
+def process(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return run(folder, sys.executable, "-m", "folio", *words)
-
-
-def here(folder: Path, *words: str) -> str:
-    """What a command says on stdout, run in this process, which has imported all that it needs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DVC_ROOT", str(folder))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        done = CliRunner().invoke(commands, words, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 def another(project: Path, store: tracking.Store, loss: float, **tags: str) -> str:
@@ -83,14 +71,14 @@ def test_a_command_s_help_has_an_example_of_it(command):
 
 
 def test_the_same_seed_writes_the_same_text(project):
-    texts = [folio(project, "sample", "The sea", "--tokens", "8", "--seed", "3") for _ in "ab"]
+    texts = [process(project, "sample", "The sea", "--tokens", "8", "--seed", "3") for _ in "ab"]
     assert texts[0].stdout == texts[1].stdout != "The sea\n"
     assert texts[0].stdout.startswith("The sea") and "seed 3, " in texts[0].stderr
 
 
 def test_a_temperature_next_to_nothing_is_nothing(project):
     texts = [
-        here(project, "sample", "The sea", "--tokens", "8", "--temperature", t)
+        folio(project, "sample", "The sea", "--tokens", "8", "--temperature", t)
         for t in ("0", "1e-320")
     ]
     assert texts[0] == texts[1] != ""
@@ -123,10 +111,12 @@ def test_a_prompt_may_come_through_a_pipe(project):
 def test_a_model_comes_from_its_run_in_mlflow(project, store):
     [kept] = [kept for kept in store.runs() if kept.folio_id == records.training(project).record.id]
     words = ("sample", "The sea", "--tokens", "8", "--seed", "3")
-    assert here(project, *words, "--model", kept.id) == here(project, *words)
+    assert folio(project, *words, "--model", kept.id) == folio(project, *words)
 
 
 def test_the_page_opens_a_run_s_model_with_the_losses_of_its_training(project, store, monkeypatch):
+    import app
+
     monkeypatch.chdir(project)
     trained = records.training(project)
     opened = app.open_model(store.run(trained.record.id).id)
@@ -166,7 +156,7 @@ def test_what_is_not_there_is_one_line(project, store, monkeypatch, words, line)
 
 
 def test_a_line_for_the_user_is_on_stderr_with_an_exit_status(project):
-    done = folio(project, "sample", "--model", "models:/folio@none")
+    done = process(project, "sample", "--model", "models:/folio@none")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.strip() == (
         "folio: models:/folio@none is not registered: `python -m folio promote` does that"
@@ -188,9 +178,9 @@ def test_without_a_store_the_line_says_what_makes_one(tmp_path, project):
 def test_runs_are_compared_side_by_side(project, store):
     first = store.run(records.training(project).record.id)
     second = another(project, store, 99.5)
-    table = folio(project, "compare", first.id, second).stdout
+    table = process(project, "compare", first.id, second).stdout
     assert "held-out loss" in table and "99.5000" in table and f"{first.loss:.4f}" in table
-    rows = here(project, "compare").splitlines()
+    rows = folio(project, "compare").splitlines()
     places = [next(i for i, row in enumerate(rows) if n in row) for n in (first.name, "loss 99.5")]
     assert places == sorted(places)  # the best first
 
@@ -258,14 +248,14 @@ def test_sync_brings_back_a_model_that_mlflow_has_lost(project, store):
     )
     client, run_id = mlflow.MlflowClient(store.address), store.run(trained.record.id).id
     client.delete_logged_model(registry.of_run(client, experiment.experiment_id, run_id))
-    assert f"sent {trained.record.name}" in here(project, "sync")
+    assert f"sent {trained.record.name}" in folio(project, "sync")
     assert registry.of_run(client, experiment.experiment_id, run_id)
 
 
 def test_a_name_with_brackets_is_shown_as_it_is(project, store):
     name = another(project, store, 77.0)
     mlflow.MlflowClient(store.address).update_run(name, name="a[/b] [red]x")
-    assert "a[/b] [red]x" in here(project, "compare", name, name)
+    assert "a[/b] [red]x" in folio(project, "compare", name, name)
 
 
 def test_a_training_that_has_not_ended_is_not_promoted(project, store):
@@ -346,7 +336,7 @@ def test_the_champion_is_served_and_its_bounds_hold(project, store):
         status, answer = ask(address, {"inputs": ["The sea", "A star"], "params": params})
         assert status == 200 and len(answer["predictions"]) == 2
         words = ("sample", "The sea", "--tokens", "4", "--seed", "7")
-        assert "The sea" + answer["predictions"][0] == here(project, *words)[:-1]
+        assert "The sea" + answer["predictions"][0] == folio(project, *words)[:-1]
         for body, why in (
             ({"inputs": ["a"], "params": {"tokens": 10**6}}, "tokens is 1000000; it takes 1 to"),
             ({"inputs": [""]}, "0 characters; a prompt takes 1 to"),
@@ -363,14 +353,14 @@ def test_the_champion_is_served_and_its_bounds_hold(project, store):
 
 
 def test_the_doctor_finds_all_well_in_a_project_that_is(project):
-    said = here(project, "doctor")
+    said = folio(project, "doctor")
     assert "OFF" not in said and "ok  params.yaml" in said and "trainings" in said
 
 
 def test_the_doctor_names_what_is_off_and_the_way_out(make_project):
     folder = make_project(store=False)
     set_params(folder, {"train.seed": ..., "train.sede": 2})
-    done = folio(folder, "doctor")
+    done = process(folder, "doctor")
     assert done.returncode == 1
     assert "OFF params.yaml: train.sede: unknown; did you mean train.seed?" in done.stdout
     assert "OFF no git commit: `git init" in done.stdout

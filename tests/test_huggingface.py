@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers  # its models are imported when they are used
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from folio import huggingface, tokenizer
 from folio.errors import UserError
@@ -43,11 +43,11 @@ def shake(model):
 
 def theirs(n_layer=2, n_head=2, n_embd=64, block_size=32):
     torch.manual_seed(2)
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=ROWS,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return shake(GPT2LMHeadModel(config).eval())
+    return shake(transformers.GPT2LMHeadModel(config).eval())
 
 
 def assert_same(ours, other):
@@ -105,7 +105,9 @@ def folder(model, tmp_path):
 def test_transformers_computes_the_same_from_our_folder(size, tmp_path):
     ours = gpt(*size)
     huggingface.save(ours, tmp_path / "gpt2")
-    other, report = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2", output_loading_info=True)
+    other, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "gpt2", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same(ours, other.eval())
 
@@ -153,7 +155,7 @@ def test_transformers_writes_on_as_we_do(tmp_path):
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
     huggingface.save(model, tmp_path / "gpt2")
-    other = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    other = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     text = other.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
     assert len(set(text)) > 10
     assert [*prompt, *generate(model, prompt, 20, 0.0)] == text
@@ -169,7 +171,7 @@ def test_the_folder_holds_what_transformers_expects_and_no_pickle(folder):
 
 
 def test_auto_tokenizer_opens_the_folder(folder):
-    opened = AutoTokenizer.from_pretrained(folder)
+    opened = transformers.AutoTokenizer.from_pretrained(folder)
     text = (
         "First Citizen:\nBefore we proceed any further, hear me speak.\n\n  na\u00efve \U0001f642"
     )
@@ -180,7 +182,7 @@ def test_auto_tokenizer_opens_the_folder(folder):
 
 def test_the_config_says_what_the_model_is(tmp_path):
     huggingface.save(gpt(3, 4, 128, 64, dropout=0.3), tmp_path / "gpt2")
-    config = GPT2Config.from_pretrained(tmp_path / "gpt2")
+    config = transformers.GPT2Config.from_pretrained(tmp_path / "gpt2")
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (3, 4, 128, 64)
     assert config.vocab_size == ROWS and config.architectures == ["GPT2LMHeadModel"]
     assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.3, 0.3, 0.3)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers  # its models are imported when they are used
 from conftest import commit, environment, run, run_stages, set_params, succeed
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from folio import huggingface, params, pretrained, stopping, tokens, tracking
 from folio.errors import one_line_errors
@@ -30,7 +30,9 @@ def write_folder(folder: Path, seed: int = 1, low: bool = False, **sizes: int) -
     """What transformers writes; low: with logits as far below 0 as those of OpenAI's GPT-2."""
     torch.manual_seed(seed)
     known = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 50_257}
-    model = GPT2LMHeadModel(GPT2Config(**known | sizes, initializer_range=0.1))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**known | sizes, initializer_range=0.1)
+    )
     if low:
         with torch.no_grad():
             model.transformer.ln_f.bias[0] += 12
@@ -114,7 +116,7 @@ def fails(capsys: pytest.CaptureFixture) -> str:
 def test_the_loss_before_training_is_the_one_that_transformers_finds(project, low):
     folder = project / "data/pretrained/theirs"
     write_folder(folder, low=low)
-    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     val = np.fromfile(project / "data/prepared/val.bin", "<u2").astype(np.int64)
     total, highest = 0.0, []
     with torch.no_grad():

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
-from conftest import ROOT, environment, run
+from conftest import ROOT, environment, folio, inside, run
 from PIL import Image
 
 from folio import parallel, queue, sweep, sweep_report
@@ -251,10 +253,11 @@ SWEEP = ("python", "-m", "folio", "sweep")
 
 @pytest.fixture(scope="module")
 def swept(make_trained):
-    """A project after a sweep of three points, two at a time; a context of 9,999 tokens is more
-    than there are, which shows only in training. With what the command left to read."""
-    folder = make_trained()
-    settings = ("model.block_size=12,9999,8", "--jobs", "2")
+    """A project after a sweep of four points, three at once, into a store that is not there yet. A
+    context of 9,999 tokens is more than there are, which shows only in training. With what the
+    command left to read."""
+    folder = make_trained(store=False)
+    settings = ("model.block_size=12,9999,8,10", "--jobs", "3")
     done = subprocess.run(
         [*SWEEP, *settings, "--name", "mine"],
         cwd=folder,
@@ -270,27 +273,42 @@ def test_points_that_fail_are_named_and_stop_no_others(swept):
     _, done = swept
     assert done.returncode == 1 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("folio: ")]
-    assert "1 of 3 points failed: mine-02 (`dvc queue logs mine-02` says why)" in line
+    assert "1 of 4 points failed: mine-02 (`dvc queue logs mine-02` says why)" in line
     assert "mine-01  model.block_size=12  held-out " in done.stdout
 
 
 def test_the_report_is_made_of_the_runs_in_mlflow(swept):
     folder, done = swept
     text = (folder / "sweeps/mine/report.md").read_text()
-    assert text in done.stdout and "2 of 3 points of commit" in text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("DVC_ROOT", str(folder))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert text in done.stdout and "3 of 4 points of commit" in text
+    with inside(folder):
         runs = {each.experiment: each for each in sweep_report.Store(None).runs()}
     rows = [line.split() for line in text.splitlines() if "| mine-" in " ".join(line.split())]
-    assert {row[1] for row in rows} == {"mine-01", "mine-03"} <= runs.keys()
-    losses = [float(row[7]) for row in rows]
+    assert {row[1] for row in rows} == {"mine-01", "mine-03", "mine-04"} <= runs.keys()
+    losses = [float(row[5]) for row in rows]
     assert losses == sorted(losses)
     for row in rows:
-        assert float(row[7]) == pytest.approx(runs[row[1]].loss, abs=1e-4)
+        assert float(row[5]) == pytest.approx(runs[row[1]].loss, abs=1e-4)
         assert runs[row[1]].id.startswith(row[-2])
     assert Image.open(folder / "sweeps/mine/parallel_coordinates.png").size[0] > 1000
+
+
+@pytest.mark.parametrize("name", ["mine-01", "mine-03", "mine-04"])
+def test_each_of_several_trainings_at_once_has_a_run_with_all_that_belongs_to_it(swept, name):
+    folder, _ = swept
+    store = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("folio").experiment_id
+    found = store.search_runs([experiment], f"tags.dvc_experiment = '{name}'")
+    [kept] = [each for each in found if "mlflow.parentRunId" not in each.data.tags]
+    assert kept.info.status == "FINISHED" and kept.data.tags["dvc_baseline"]
+    assert Path(kept.info.artifact_uri.removeprefix("file://")).is_relative_to(folder)
+    assert "evaluate/val_loss" in kept.data.metrics
+    points = store.get_metric_history(kept.info.run_id, "train_loss")
+    assert sorted(point.step for point in points) == [1, 2, 3, 4, 5, 6]
+    folders = {item.path for item in store.list_artifacts(kept.info.run_id)}
+    assert folders == {"data", "training"}
+    models = store.search_logged_models([experiment])
+    assert kept.info.run_id in {model.source_run_id for model in models}
 
 
 def test_a_sweep_leaves_the_working_tree_as_it_was(swept):
@@ -300,13 +318,11 @@ def test_a_sweep_leaves_the_working_tree_as_it_was(swept):
 def test_a_former_sweep_is_reported_again_and_an_unknown_one_is_one_line(swept):
     folder, _ = swept
     (folder / "sweeps/mine/report.md").rename(folder / "sweeps/former.md")
-    again = run(folder, *SWEEP, "--report", "mine")
-    assert again.returncode == 0, again.stderr
+    folio(folder, "sweep", "--report", "mine")
     assert (folder / "sweeps/mine/report.md").read_text() == (
         folder / "sweeps/former.md"
     ).read_text()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with inside(folder):
         for name in ("yours", "../sweeps/mine"):
             with pytest.raises(UserError, match=f"no sweep '{name}' here; there are mine"):
                 sweep.read(name)
@@ -319,9 +335,9 @@ def test_a_bad_point_or_a_name_that_is_taken_queues_nothing(swept):
         (["train.steps=6,1"], "train.steps=1: train.warmup_steps: 1 leaves no step of 1"),
         (["train.seed=1,2", "--name", "mine"], "there is another sweep 'mine'"),
     ):
-        done = run(folder, *SWEEP, *settings)
-        assert done.returncode == 1 and words in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        with pytest.raises(UserError, match=words) as problem:
+            folio(folder, "sweep", *settings)
+        assert "\n" not in str(problem.value)
     assert run(folder, "dvc", "queue", "status").stdout == before
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import commit, environment, run, run_stages, set_params, succeed
+from conftest import commit, environment, folio, run, run_stages, set_params, succeed
 
 
 def sync(folder: Path) -> str:
@@ -96,7 +96,7 @@ def test_a_clone_finds_every_point_and_artifact_after_a_pull_and_a_sync(repo, tm
     assert len(pulled) == 2 and len(original) == 4
     for folio_id, kept in pulled.items():
         assert kept == original[folio_id]
-    assert sync(clone).strip() == "MLflow has every run"
+    assert folio(clone, "sync").strip() == "MLflow has every run"
     assert content(store(clone)) == pulled
 
 
@@ -116,7 +116,7 @@ def test_a_moved_project_is_mended_and_goes_on(repo, tmp_path):
     told = succeed(moved, "dvc", "repro")
     assert "the project has been moved since: `python -m folio sync` mends" in told
     original = content(store(repo))
-    assert "sent evaluate" in sync(moved)
+    assert "sent evaluate" in folio(moved, "sync")
     mended = content(store(moved))
     assert len(mended) == len(original) + 1
     client = mlflow.MlflowClient(store(moved))
@@ -128,9 +128,9 @@ def test_a_moved_project_is_mended_and_goes_on(repo, tmp_path):
 def test_sync_names_what_the_cache_lacks(repo, tmp_path):
     clone = tmp_path / "clone"
     succeed(tmp_path, "git", "clone", "-q", str(repo), str(clone))
-    assert "not in DVC's cache: 1 x models/training/record.json" in sync(clone)
+    assert "not in DVC's cache: 1 x models/training/record.json" in folio(clone, "sync")
     succeed(clone, "dvc", "pull", "models/training/record.json")
-    assert "not in DVC's cache: 1x2x16-" in sync(clone)
+    assert "not in DVC's cache: 1x2x16-" in folio(clone, "sync")
 
 
 def test_sync_says_in_one_line_that_the_store_is_away(make_project):
@@ -212,7 +212,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
     assert told.strip().splitlines()[-1].endswith("`python -m folio sync` sends it")
 
     serve()
-    assert "sent 1x2x16-" in sync(folder)
+    assert "sent 1x2x16-" in folio(folder, "sync")
     [kept] = sent = list(content(serve.address).values())
     history = [json.loads(row) for row in (folder / "models/training/history.jsonl").open()]
     status, *_, points, artifacts, model = kept
@@ -222,7 +222,7 @@ def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_pr
         assert points[key] == told_rows
     assert [row["step"] for row in history] == list(range(10, 901, 10))
     assert "training/loss.png" in artifacts and model[0] == "READY"
-    assert sync(folder).strip() == "MLflow has every run"
+    assert folio(folder, "sync").strip() == "MLflow has every run"
     assert list(content(serve.address).values()) == sent
 
 
@@ -233,10 +233,10 @@ def test_a_training_that_was_cut_short_is_shown_as_far_as_it_got(make_project):
     away = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     training = subprocess.Popen(command, cwd=folder, env=away, stderr=subprocess.DEVNULL)
     wait_for(lambda: rows(folder) >= 50, training)
-    assert sync(folder).strip() == "MLflow has every run"  # but for the one at work
+    assert folio(folder, "sync").strip() == "MLflow has every run"  # but for the one at work
     training.kill()
     training.wait()
-    assert "cut short after step" in sync(folder)
+    assert "cut short after step" in folio(folder, "sync")
     [kept] = content(store(folder)).values()
     assert kept[0] == "KILLED"
     assert Counter(step for step, *_ in kept[4]["train_loss"]) == Counter(

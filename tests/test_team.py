@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3
 import conftest
 import mlflow
 import pytest
@@ -138,6 +137,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     """
     if not program("initdb"):
         pytest.skip("PostgreSQL is not here: apt-get install postgresql")
+    import boto3
+
     logs = tmp_path_factory.mktemp("logs")
     store, port = free_port(), free_port()
     s3 = f"http://127.0.0.1:{store}"
