@@ -91,6 +91,7 @@ class Written:
     seed: int
     started: float
     seconds: float = 0.0
+    stopped: bool = False
 
 
 # --- models
@@ -205,9 +206,9 @@ def write(
     for piece in tokenizer.stream(_kept(drawn, written)):
         text += piece
         if time.perf_counter() - shown > REFRESH:
-            yield text, gr.skip(), markup.line(progress(written)), written
+            yield text, gr.skip(), markup.line(progress(written)), gr.skip()
             shown = time.perf_counter()
-    yield text, sure_html(written), markup.line(progress(written)), written
+    yield text, sure_html(written), markup.line(progress(written)), gr.skip()
 
 
 def read_prompt(model: GPT, prompt: str) -> list[int]:
@@ -234,7 +235,7 @@ def _kept(drawn: Iterator[int], written: Written) -> Iterator[int]:
         yield token
 
 
-def progress(written: Written, stopped: bool = False) -> str:
+def progress(written: Written) -> str:
     done = len(written.ids) - written.prompt
     parts = [
         f"{done:,} tokens" if done == written.wanted else f"{done:,} of {written.wanted:,} tokens"
@@ -246,16 +247,24 @@ def progress(written: Written, stopped: bool = False) -> str:
         parts.append(
             f"of the prompt's {written.prompt:,} tokens the model sees the last {context:,}"
         )
-    return ("Stopped: " if stopped else "") + ", ".join(parts)
+    return ("Stopped: " if written.stopped else "") + ", ".join(parts)
 
 
 def stop(written: Written | None) -> tuple[Any, ...]:
     """What the page shows after Stop; Gradio ends `write`, which may be at one more token."""
     if written is None:
         return gr.skip(), markup.line("Stopped before it began."), None, *buttons(writing=False)
-    written = dataclasses.replace(written, ids=list(written.ids))
-    line = markup.line(progress(written, stopped=True))
+    written = dataclasses.replace(written, ids=list(written.ids), stopped=True)
+    line = markup.line(progress(written))
     return tokenizer.decode(written.ids), line, written, *buttons(writing=False)
+
+
+def stopped(written: Written | None) -> tuple[Any, ...]:
+    """The same, and how sure the model was, behind what `write` had sent when it was stopped: that
+    may reach the page later than what `stop` says."""
+    if written is None or not written.stopped:  # there is another text by now
+        return gr.skip(), gr.skip(), gr.skip()
+    return tokenizer.decode(written.ids), sure_html(written), markup.line(progress(written))
 
 
 def busy(written: Written | None) -> tuple[Any, ...]:
@@ -364,7 +373,7 @@ def build() -> gr.Blocks:
         run.failure(busy, [written], [status, go, halt], **quick)
         run.then(lambda: buttons(writing=False), outputs=[go, halt], **quick)
         halt.click(stop, [written], [text, status, written, go, halt], cancels=[run], **quick).then(
-            sure_html, [written], [sure], concurrency_id="sure", **lane
+            stopped, [written], [text, sure, status], concurrency_id="sure", **lane
         )
         gr.on(
             [page.load, model.change],

@@ -188,12 +188,23 @@ def test_stop_ends_a_long_text_at_once_and_shows_how_sure_it_was(open_page):
     expect(status(page)).to_have_text(re.compile(r"^([2-9]|\d\d+) of 1,000 tokens, "))
     page.get_by_role("button", name="Stop").click()
     expect(status(page)).to_have_text(re.compile(r"^Stopped: "))
-    done = int(re.search(r"(\d+) of", status(page).inner_text())[1])
+    expect(page.locator(".token").last).to_be_visible()
+    done = int(re.search(r"^Stopped: (\d+) of", status(page).inner_text())[1])
     expect(page.locator(".token")).to_have_count(done + GIVEN - 1)
     before = text(page)
     write_all(page, length=2)  # the server is free
     expect(status(page)).to_have_text(re.compile(r"^2 tokens"))
     assert before.startswith(text(page))
+
+
+def test_stop_has_the_last_word_over_what_was_on_its_way_to_the_page(app, project):
+    frames = list(app.write(str(project / "models/gpt2"), "ROMEO:\n", 1, 0, 1, 20, "1"))
+    written, nothing = frames[0][3], app.gr.skip()
+    assert [frame[3] for frame in frames[1:]] == [nothing] * (len(frames) - 1)
+    stopped = app.stop(written)[2]  # the state from now on: no frame puts another in its place
+    shown, tokens, line = app.stopped(stopped)
+    assert shown == frames[-1][0] and tokens == frames[-1][1] and "Stopped: 20 tokens" in line
+    assert app.stopped(written) == app.stopped(None) == (nothing,) * 3  # another text is begun
 
 
 def test_a_second_visitor_waits_is_told_so_and_may_leave(open_page):
