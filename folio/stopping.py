@@ -60,8 +60,8 @@ def listening(say: Callable[[str], None]) -> Iterator[None]:
     former = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
-    if dvc := _dvc():
-        threading.Thread(target=_end_with, args=[dvc], daemon=True).start()
+    if _dvc:
+        threading.Thread(target=_end_with, args=[_dvc], daemon=True).start()
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def seconds_left() -> float | None:
     return max(0.0, _noticed + GRACE - 1.0 - time.monotonic()) if _cause else None
 
 
-def _dvc() -> psutil.Process | None:
+def _find_dvc() -> psutil.Process | None:
     """The process of the `dvc` command that runs this stage, where one does."""
     if "DVC_STAGE" in os.environ:
         with contextlib.suppress(psutil.Error):
@@ -111,6 +111,9 @@ def _dvc() -> psutil.Process | None:
                 if any(Path(word).name == "dvc" for word in process.cmdline()):
                     return process
     return None
+
+
+_dvc = _find_dvc()  # now: it may be killed while PyTorch is imported
 
 
 def _end_with(dvc: psutil.Process) -> None:

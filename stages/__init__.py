@@ -1,1 +1,3 @@
-import folio as folio  # for what it does to Ctrl-C, before a stage imports PyTorch
+# Before a stage imports PyTorch: what Ctrl-C does, and which dvc runs it.
+import folio as folio
+from folio import stopping as stopping

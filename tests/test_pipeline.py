@@ -186,14 +186,21 @@ def trainers(repo: Path) -> list[psutil.Process]:
 
 def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(repo, store):
     set_params(repo, {"train.seed": 3, "train.steps": 3000, "train.eval_interval": 100})
-    dvc = subprocess.Popen(["dvc", "repro"], cwd=repo, env=environment())
-    while not list(repo.glob(".checkpoints/*/step-*[0-9]")):
-        assert dvc.poll() is None
-        time.sleep(0.02)
-    [trainer] = trainers(repo)
-    dvc.kill()
-    dvc.wait()
-    trainer.wait(10)
+
+    def checkpoints(repo: Path) -> list[Path]:
+        return list(repo.glob(".checkpoints/*/step-*[0-9]"))
+
+    for moment in (trainers, checkpoints):  # while it imports PyTorch, and while it trains
+        dvc = subprocess.Popen(["dvc", "repro"], cwd=repo, env=environment())
+        while not moment(repo):
+            assert dvc.poll() is None
+            time.sleep(0.02)
+        [trainer] = trainers(repo)
+        time.sleep(0.2)  # it has looked for its dvc by now
+        dvc.kill()
+        dvc.wait()
+        trainer.wait(15)
+        assert not [place for place in checkpoints(repo) if "3000" in place.name]  # the last step
     again = run(repo, "dvc", "repro")
     assert again.returncode == 0 and "going on from the checkpoint of step" in again.stdout
     [variant], _ = runs_of(store, written(repo, "training/run.json")["train_key"])
