@@ -14,11 +14,13 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from folio import tracking
 from folio.__main__ import app as commands
+from folio.model import GPT, ModelParams
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
@@ -231,6 +233,43 @@ def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def enter_copy(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a project for a test to change, as `folder`, where the test's process is then."""
+    shutil.copytree(project, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    tracking.Store(None, mend=True)
+    return folder
+
+
+NO_FILES = ("folder", "pipe", "link to itself", "link to a device")
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Put one of NO_FILES in the place of a file."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+
+
+CONTEXT, ROWS = 12, 40  # of `model`
+
+
+@pytest.fixture(scope="session")
+def model() -> GPT:
+    """A model of a few numbers, none of them as they are at the start."""
+    torch.manual_seed(1)
+    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=CONTEXT, dropout=0.1), ROWS)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.4 * torch.randn_like(p)
+    return model.eval()
 
 
 class SmallDisk:

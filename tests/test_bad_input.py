@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import run, set_params
+from conftest import enter_copy, run, set_params
 
 from folio import checkpoint, tracking
 from folio.errors import one_line_errors
@@ -25,12 +25,7 @@ def trained(make_trained) -> Path:
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch) -> Path:
     """A copy of it, for the test to spoil."""
-    folder = tmp_path / "project"
-    shutil.copytree(trained, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("DVC_ROOT", str(folder))
-    tracking.Store(None, mend=True)
-    return folder
+    return enter_copy(trained, tmp_path / "project", monkeypatch)
 
 
 def fails(stage: str, capsys: pytest.CaptureFixture) -> str:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers  # its models are imported when they are used
+from conftest import NO_FILES, replace_by
 from torch.nn import functional as F
 
 from folio import huggingface, tokenizer
@@ -385,16 +386,9 @@ def test_weights_that_are_not_finite_are_weights(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link to itself"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_one_line_and_waited_for_by_nobody(folder, name, kind):
-    path = folder / name
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+    replace_by(folder / name, kind)
     assert name in refusal(folder)
 
 

@@ -13,7 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 import transformers  # its models are imported when they are used
-from conftest import commit, environment, run, run_stages, set_params, succeed
+from conftest import (
+    commit,
+    enter_copy,
+    environment,
+    open_store,
+    run,
+    run_stages,
+    set_params,
+    succeed,
+)
 from torch.nn import functional as F
 
 from folio import huggingface, params, pretrained, stopping, tokens, tracking
@@ -54,9 +63,7 @@ def trained(prepared) -> tuple[Path, str]:
     """A copy of it in which train was killed, and has run again; and what it said then."""
     folder = prepared.with_name("trained")
     shutil.copytree(prepared, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DVC_ROOT", str(folder))
-        tracking.Store(None, mend=True)
+    open_store(folder)
     command = [sys.executable, "-m", "stages.train"]
     with subprocess.Popen(
         command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL
@@ -73,12 +80,7 @@ def trained(prepared) -> tuple[Path, str]:
 @pytest.fixture
 def project(prepared, tmp_path, monkeypatch) -> Path:
     """A copy for the test to change."""
-    folder = tmp_path / "project"
-    shutil.copytree(prepared, folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("DVC_ROOT", str(folder))
-    tracking.Store(None, mend=True)
-    return folder
+    return enter_copy(prepared, tmp_path / "project", monkeypatch)
 
 
 def trainer(folder: Path) -> train.Trainer:

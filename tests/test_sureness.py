@@ -3,22 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from conftest import CONTEXT, ROWS
 
 from folio import sureness as module
-from folio.model import GPT, ModelParams
 from folio.sureness import sureness
-
-CONTEXT, ROWS = 12, 40
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(1)
-    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=CONTEXT, dropout=0.1), ROWS)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.4 * torch.randn_like(p)
-    return model.eval()
 
 
 def text(tokens):

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 import resource
 
 import numpy as np
 import pytest
 import torch
+from conftest import NO_FILES, replace_by
 
 from folio import files, tokens
 from folio.errors import UserError
@@ -171,16 +171,9 @@ def test_a_meta_file_that_json_chokes_on_is_one_line(folder, content):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to a device"])
+@pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_one_line_and_waited_for_by_nobody(folder, name, kind):
-    path = folder / name
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+    replace_by(folder / name, kind)
     assert name in refusal(folder)
 
 
