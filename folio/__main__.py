@@ -2,6 +2,7 @@
 no second, and PyTorch and MLflow take several."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -131,6 +132,8 @@ def sync() -> None:
 
     Example: python -m folio sync
     """
+    # A training gives up on an answer of MLflow's after ten seconds; whoever runs this has time.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     from folio import tracking
     from folio.sync import run
 
