@@ -199,7 +199,7 @@ def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(r
         time.sleep(0.2)  # it has looked for its dvc by now
         dvc.kill()
         dvc.wait()
-        trainer.wait(15)
+        trainer.wait(60)
         assert not [place for place in checkpoints(repo) if "3000" in place.name]  # the last step
     again = run(repo, "dvc", "repro")
     assert again.returncode == 0 and "going on from the checkpoint of step" in again.stdout
