@@ -45,7 +45,7 @@ MOMENTS = """
 on    while the program starts         train     torch/__init__.py     <module>          .         400
 on    while the program starts         train     stages/train.py       run               .          12
 on    while the program starts         train     folio/checkpoint.py   load              .           8
-on    in mid-accumulation              train     folio/step.py         Step.__call__     backward   40
+on    in mid-accumulation              train     folio/step.py         Step._step        backward   40
 on    in mid-accumulation              train     folio/model.py        Block.forward     .         160
 on    inside the optimizer's update    train     torch/optim/adam.py   _fused_adam       .         800
 on    inside an evaluation             train     folio/loss.py         token_losses      .          60
@@ -93,7 +93,7 @@ class Bench:
 
     def half_way(self, deed: str = "be slow") -> str:
         """A fault in the middle of the steps; to be slow lasts until Command.hurry."""
-        return f"train|folio/step.py|Step.__call__|backward|{self.options.steps}|{deed}"
+        return f"train|stages/train.py|Trainer.advance|take_step|{self.options.steps // 2}|{deed}"
 
     def compare(self, folder: Path, wrong: list[str], address: str = "") -> str:
         """What was wrong with a training, and how its end differs; "" is as it should be."""

@@ -87,6 +87,11 @@ def test_the_model_and_the_optimizers_know_only_torch():
     assert not of_ours(ROOT / "folio/optim.py")
 
 
+@pytest.mark.parametrize("module", ["compare", "promote", "sync", "runtime"])
+def test_what_only_asks_mlflow_does_not_wait_for_pytorch(module):
+    assert not [path for path in closure(ROOT / f"folio/{module}.py") if "torch" in imports(path)]
+
+
 def test_runtime_is_in_no_stage_and_every_other_section_is_in_one():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     listed = [section for stage in stages.values() for section in stage["params"]]
