@@ -24,22 +24,18 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from folio import (
-    device,
-    files,
-    huggingface,
-    markup,
-    params,
-    records,
-    sample,
-    sampling,
-    stopping,
-    tokenizer,
-)
+from folio import device, files, params, signals
+from folio.app import html
+from folio.cli import sample
 from folio.errors import UserError, one_line_errors, say
-from folio.model import GPT
+from folio.gpt import huggingface
+from folio.gpt.model import GPT
+from folio.inference import generation
+from folio.inference.token_logprobs import token_logprobs
+from folio.run import RECORD, TRAINING, read_history, read_record
 from folio.runtime import RuntimeParams
-from folio.sureness import sureness
+from folio.tokens import tokenizer
+from folio.tracking.model_loader import load_model
 
 PIPELINE = "models/gpt2"
 SPACE = "SPACE_ID" in os.environ  # a Hugging Face Space: its visitors are strangers
@@ -139,16 +135,18 @@ def _folder(name: str) -> Path | None:
 def _of_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, Any]]]:
     """The model, and the losses of its training."""
     (runtime,) = params.load(runtime=RuntimeParams)
-    from folio.tracking import Refused, Store, reason  # MLflow takes two seconds to import
+    from folio.tracking import queries, registry  # MLflow takes two seconds to import
+    from folio.tracking.store import STORE_ERRORS, Store, first_line
 
     try:
-        model = sample.find(name, runtime.tracking_uri, where)
-        return model, Store.existing(runtime.tracking_uri).losses(name)
+        model = load_model(name, runtime.tracking_uri, where)
+        store = Store.existing(runtime.tracking_uri)
+        return model, queries.loss_history(store, registry.source_run_id(store, name))
     except UserError as problem:
         is_address = name.startswith("models:/")
         raise UserError(str(problem) if is_address else f"{name} is no folder; {problem}") from None
-    except Refused as problem:
-        raise UserError(f"MLflow does not give {name}: {reason(problem)}") from None
+    except STORE_ERRORS as problem:
+        raise UserError(f"MLflow does not give {name}: {first_line(problem)}") from None
 
 
 def _stamp(folder: Path | None) -> tuple[int, ...]:
@@ -161,11 +159,11 @@ def _stamp(folder: Path | None) -> tuple[int, ...]:
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     """The history of the training that made a folder's weights, from the files beside it."""
-    training = folder.parent / records.TRAINING.name
+    training = folder.parent / TRAINING.name
     try:
-        record = records.read(training / records.FILE)
+        record = read_record(training / RECORD)
         if record.tags.get("weights_sha256") == files.sha256(folder / "model.safetensors"):
-            return records.read_history(training / "history.jsonl")
+            return read_history(training / "history.jsonl")
     except UserError:
         pass
     return []
@@ -188,11 +186,11 @@ def write(
         opened = open_model(name)
         ids, number = read_prompt(opened.model, prompt), read_seed(seed)
     except UserError as problem:
-        yield gr.skip(), gr.skip(), markup.line(str(problem), problem=True), None
+        yield gr.skip(), gr.skip(), html.line(str(problem), problem=True), None
         return
     started = time.perf_counter()
     written = Written(opened, ids, len(ids), min(int(length), LENGTH), number, started)
-    drawn = sampling.generate(
+    drawn = generation.generate(
         opened.model,
         list(ids),
         written.wanted,
@@ -202,13 +200,13 @@ def write(
         torch.Generator().manual_seed(number),
     )
     text, shown = tokenizer.decode(ids), 0.0
-    yield text, markup.no_tokens(), markup.line(progress(written)), written
-    for piece in tokenizer.stream(_kept(drawn, written)):
+    yield text, html.no_tokens(), html.line(progress(written)), written
+    for piece in tokenizer.decode_stream(_kept(drawn, written)):
         text += piece
         if time.perf_counter() - shown > REFRESH:
-            yield text, gr.skip(), markup.line(progress(written)), gr.skip()
+            yield text, gr.skip(), html.line(progress(written)), gr.skip()
             shown = time.perf_counter()
-    yield text, sure_html(written), markup.line(progress(written)), gr.skip()
+    yield text, sure_html(written), html.line(progress(written)), gr.skip()
 
 
 def read_prompt(model: GPT, prompt: str) -> list[int]:
@@ -253,9 +251,9 @@ def progress(written: Written) -> str:
 def stop(written: Written | None) -> tuple[Any, ...]:
     """What the page shows after Stop; Gradio ends `write`, which may be at one more token."""
     if written is None:
-        return gr.skip(), markup.line("Stopped before it began."), None, *buttons(writing=False)
+        return gr.skip(), html.line("Stopped before it began."), None, *buttons(writing=False)
     written = dataclasses.replace(written, ids=list(written.ids), stopped=True)
-    line = markup.line(progress(written))
+    line = html.line(progress(written))
     return tokenizer.decode(written.ids), line, written, *buttons(writing=False)
 
 
@@ -264,7 +262,7 @@ def stopped(written: Written | None) -> tuple[Any, ...]:
     may reach the page later than what `stop` says."""
     if written is None or not written.stopped:  # there is another text by now
         return gr.skip(), gr.skip(), gr.skip()
-    return tokenizer.decode(written.ids), sure_html(written), markup.line(progress(written))
+    return tokenizer.decode(written.ids), sure_html(written), html.line(progress(written))
 
 
 def busy(written: Written | None) -> tuple[Any, ...]:
@@ -273,7 +271,7 @@ def busy(written: Written | None) -> tuple[Any, ...]:
     if written is not None:
         return gr.skip(), *buttons(writing=False)
     said = f"Not written: {WAITING} requests may wait, and so many do. Try again in a minute."
-    return markup.line(said, problem=True), *buttons(writing=False)
+    return html.line(said, problem=True), *buttons(writing=False)
 
 
 # --- what is shown
@@ -281,9 +279,9 @@ def busy(written: Written | None) -> tuple[Any, ...]:
 
 def sure_html(written: Written | None) -> str:
     if written is None or len(written.ids) < 2:
-        return markup.no_tokens()
+        return html.no_tokens()
     ids = list(written.ids)
-    return markup.tokens(ids, sureness(written.opened.model, ids), written.prompt)
+    return html.tokens(ids, token_logprobs(written.opened.model, ids), written.prompt)
 
 
 def show_model(name: str) -> tuple[Any, ...]:
@@ -292,19 +290,20 @@ def show_model(name: str) -> tuple[Any, ...]:
         opened = open_model(name, anew=True)
     except UserError as problem:
         hidden = gr.update(value="", visible=False)
-        return hidden, hidden, markup.line(str(problem), problem=True)
-    shown = markup.report(opened.name, opened.model), markup.loss_curve(opened.history)
-    return *(gr.update(value=value, visible=True) for value in shown), markup.line("")
+        return hidden, hidden, html.line(str(problem), problem=True)
+    shown = html.report(opened.name, opened.model), html.loss_curve(opened.history)
+    return *(gr.update(value=value, visible=True) for value in shown), html.line("")
 
 
 def choices() -> Any:
     """The models to pick from: the pipeline's, and MLflow's where there is a store."""
     with contextlib.suppress(UserError):  # no store, or one that was moved: the folder is there
         (runtime,) = params.load(runtime=RuntimeParams)
-        from folio.tracking import Refused, Store  # MLflow takes two seconds to import
+        from folio.tracking import registry  # MLflow takes two seconds to import
+        from folio.tracking.store import STORE_ERRORS, Store
 
-        with contextlib.suppress(*Refused):
-            found = Store.existing(runtime.tracking_uri).trained_models()
+        with contextlib.suppress(*STORE_ERRORS):
+            found = registry.available_models(Store.existing(runtime.tracking_uri))
             return gr.update(choices=[(PIPELINE, PIPELINE), *found])
     return gr.skip()
 
@@ -318,7 +317,7 @@ def buttons(writing: bool) -> tuple[Any, Any]:
 
 def build() -> gr.Blocks:
     with gr.Blocks(title="Folio", analytics_enabled=False) as page:
-        gr.HTML(markup.HEADER, apply_default_css=False)
+        gr.HTML(html.HEADER, apply_default_css=False)
         written = gr.State()
         bare = {"container": True, "apply_default_css": False, "min_width": 300}
         with gr.Row(elem_classes="page"):
@@ -343,7 +342,7 @@ def build() -> gr.Blocks:
                 with gr.Row():
                     go = gr.Button("Write", variant="primary", min_width=80)
                     halt = gr.Button("Stop", interactive=False, min_width=80)
-                status = gr.HTML(markup.line(""), apply_default_css=False)
+                status = gr.HTML(html.line(""), apply_default_css=False)
             with gr.Column(elem_classes="settings"), gr.Group():
                 settings = controls()
             with gr.Column(elem_classes="out"), gr.Row(equal_height=True, elem_classes="pair"):
@@ -365,7 +364,7 @@ def build() -> gr.Blocks:
         wait = "Waiting for its turn: one text is written at a time."
         begin = gr.on(
             [go.click, prompt.submit],
-            lambda: (markup.line(wait), None, *buttons(writing=True)),
+            lambda: (html.line(wait), None, *buttons(writing=True)),
             outputs=[status, written, go, halt],
             **quick,
         )
@@ -508,7 +507,7 @@ def main() -> None:
     try:
         print(f"Folio's page is at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-    except stopping.Stopped:
+    except signals.Stopped:
         os._exit(0)  # a text may be being written
 
 

@@ -18,12 +18,14 @@ from statistics import median
 from benchmarks import project
 from benchmarks.project import Command
 from benchmarks.recipe import Untracked, build
-from folio import device, records, variants
+from folio import device
+from folio.run import Record
+from folio.sweeps import variants
 from folio.errors import one_line_errors
-from folio.follower import Follower
+from folio.tracking.logger import RunLogger
 
 
-class Timed(Follower):
+class Timed(RunLogger):
     """Knows what its thread has computed."""
 
     seconds = 0.0
@@ -60,7 +62,7 @@ def tracked(variant: dict, n: int | None) -> tuple[float, float]:
     n: the how manieth run this is; None is a training without MLflow and the machine's load.
     """
     trainer, runtime = build(variant)
-    record = records.Record(id=f"{n or 0:032x}", name="around", started=1, params={}, tags={})
+    record = Record(id=f"{n or 0:032x}", name="around", started=1, params={}, tags={})
     with tempfile.TemporaryDirectory() as folder:
         if n is None:
             started = time.perf_counter()
@@ -99,7 +101,7 @@ def main() -> None:
     variant |= {"train.steps": options.steps, "train.warmup_steps": 1}
     with tempfile.TemporaryDirectory(prefix="around-") as place:
         os.environ["DVC_ROOT"] = place
-        device.keep_memory()
+        device.tune_malloc()
         tracked(variant | {"train.steps": 2}, 1)  # makes the store
         turns: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for n in rounds:

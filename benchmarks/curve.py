@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.recipe import build
-from folio import device, variants
+from folio import device
+from folio.sweeps import variants
 from folio.errors import one_line_errors
 from stages.train import Trainer
 

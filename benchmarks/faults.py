@@ -44,29 +44,29 @@ from benchmarks.project import (
 MOMENTS = """
 on    while the program starts         train     torch/__init__.py     <module>          .         400
 on    while the program starts         train     stages/train.py       run               .          12
-on    while the program starts         train     folio/checkpoint.py   load              .           8
-on    in mid-accumulation              train     folio/step.py         Step._step        backward   40
-on    in mid-accumulation              train     folio/model.py        Block.forward     .         160
+on    while the program starts         train     folio/folio.training/checkpoint.py   load              .           8
+on    in mid-accumulation              train     folio/folio.training/step.py         Step._step        backward   40
+on    in mid-accumulation              train     folio/folio.gpt/model.py        Block.forward     .         160
 on    inside the optimizer's update    train     torch/optim/adam.py   _fused_adam       .         800
-on    inside an evaluation             train     folio/loss.py         token_losses      .          60
-on    at an epoch's edge               train     folio/tokens.py       Batches._windows  permut      3
-on    inside a checkpoint write        train     folio/checkpoint.py   save              .          80
-on    inside a checkpoint write        train     folio/checkpoint.py   _fsync            fsync      16
+on    inside an evaluation             train     folio/folio.gpt/validation.py         token_losses      .          60
+on    at an epoch's edge               train     folio/folio.tokens/token_files.py       Batches._windows  permut      3
+on    inside a checkpoint write        train     folio/folio.training/checkpoint.py   save              .          80
+on    inside a checkpoint write        train     folio/folio.training/checkpoint.py   _fsync            fsync      16
 on    inside a checkpoint write        train     shutil.py             _rmtree_safe_fd   .          60
-on    between checkpoint and history   train     folio/records.py      write_history     .           3
-on    between checkpoint and history   train     folio/files.py        replacing         replace(    4
-on    while telling MLflow             train     folio/tracking.py     Store.send        .          50
-on    while telling MLflow             train     folio/tracking.py     Store._open       .          12
+on    between checkpoint and history   train     folio/folio/run.py      write_history     .           3
+on    between checkpoint and history   train     folio/folio/files.py        replacing         replace(    4
+on    while telling MLflow             train     folio/folio.tracking/store.py     Store.send        .          50
+on    while telling MLflow             train     folio/folio.tracking/store.py     Store._open       .          12
 on    at a random time                 .         .                     .                 .           1
 end   while the outs are written       train     stages/train.py       _write_outs       .          15
-end   while the outs are written       train     folio/huggingface.py  save              .          25
-end   while the outs are written       train     folio/files.py        replacing         .          40
-end   while telling MLflow             train     folio/tracking.py     Store._upload     .          60
-end   just before the stage exits      train     folio/lock.py         only_trainer      release     1
+end   while the outs are written       train     folio/folio.gpt/huggingface.py  save              .          25
+end   while the outs are written       train     folio/folio/files.py        replacing         .          40
+end   while telling MLflow             train     folio/folio.tracking/store.py     Store._upload     .          60
+end   just before the stage exits      train     folio/folio/run.py         only_trainer      release     1
 end   just before the stage exits      train     threading.py          _shutdown         .           3
 next  inside the evaluate stage        evaluate  stages/evaluate.py    run               .          15
-next  inside the evaluate stage        evaluate  folio/loss.py         token_losses      .          40
-next  inside the evaluate stage        evaluate  folio/tracking.py     Store.complete    .           4
+next  inside the evaluate stage        evaluate  folio/folio.gpt/validation.py         token_losses      .          40
+next  inside the evaluate stage        evaluate  folio/folio.tracking/store.py     Store.complete    .           4
 next  inside the evaluate stage        evaluate  shutil.py             _rmtree_safe_fd   .          30
 """  # noqa: E501
 PLAIN = "at a random time"

@@ -21,9 +21,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from folio import device, huggingface
-from folio.model import GPT, ModelParams
-from folio.sampling import generate_batch
+from folio import device
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+from folio.inference.generation import generate_batch
 
 ROWS, PROMPT = 50_257, 8  # of the vocabulary; tokens
 Way = Callable[[torch.Tensor, int], torch.Tensor]  # prompts [B, T], tokens -> ids [B, tokens]

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.recipe import build
-from folio import device, head
+from folio import device
+from folio.gpt import cross_entropy
 
 TOKENS, ROUNDS = 1024, 7
 
@@ -39,7 +40,7 @@ def head_alone(rows: int, width: int) -> dict[str, float]:
         torch.autograd.grad(F.cross_entropy(F.linear(x, weight), y), [x, weight])
 
     def parts():
-        torch.autograd.grad(head.linear_cross_entropy(x, weight, None, y), [x, weight])
+        torch.autograd.grad(cross_entropy.linear_cross_entropy(x, weight, None, y), [x, weight])
 
     return in_turn({"whole": whole, "in parts": parts})
 

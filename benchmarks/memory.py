@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from benchmarks.recipe import build
-from folio import variants
+from folio.sweeps import variants
 from folio.errors import one_line_errors
 from stages.train import Trainer
 

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from folio import files, shakespeare
+from folio import files
+from folio.corpus import shakespeare
 
 ROOT = Path(__file__).parent.parent
 PARAMS = """

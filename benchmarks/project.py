@@ -29,7 +29,9 @@ import yaml
 from mlflow.entities import Run, ViewType
 from safetensors.torch import load_file
 
-from folio import params, registry, variants
+from folio import params
+from folio.sweeps import variants
+from folio.tracking import registry
 
 ROOT = Path(__file__).parent.parent
 INJECTED = Path(__file__).with_name("injected.py")

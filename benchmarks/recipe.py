@@ -17,8 +17,10 @@ from pathlib import Path
 
 import yaml
 
-from folio import device, params, pretrained, tokens
-from folio.model import ModelParams
+from folio import device, params
+from folio.tokens import token_files
+from folio.training import pretrained
+from folio.gpt.model import ModelParams
 from folio.runtime import RuntimeParams
 from stages.train import Trainer, TrainParams
 
@@ -44,7 +46,10 @@ def build(variant: dict) -> tuple[Trainer, RuntimeParams]:
         )
     where = device.resolve_device(runtime.device)
     precision = device.resolve_precision(train.precision, where)
-    data, start = tokens.read(Path("data/prepared")), pretrained.find(train.init_from, Path.cwd())
+    data, start = (
+        token_files.read(Path("data/prepared")),
+        pretrained.find(train.init_from, Path.cwd()),
+    )
     return Trainer(model, train, data, where, precision, start), runtime
 
 

@@ -24,10 +24,13 @@ import numpy as np
 import torch
 import yaml
 
-from folio import device, optim, params, tokenizer, tokens, variants, vocabulary
+from folio import device, params
+from folio.sweeps import variants
+from folio.tokens import batches, tokenizer, vocabulary
+from folio.training import optimizers
 from folio.errors import one_line_errors
-from folio.model import GPT, ModelParams
-from folio.step import Step
+from folio.gpt.model import GPT, ModelParams
+from folio.training.step import Step
 
 RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 OCCUR = 11_234  # different tokens in tinyshakespeare's training part
@@ -45,25 +48,25 @@ class Work:
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Random x, y [B, T]."""
         ids = torch.randint(
-            tokenizer.VOCABULARY, (self.batch_size, self.size.block_size + 1), device=self.where
+            tokenizer.VOCAB_SIZE, (self.batch_size, self.size.block_size + 1), device=self.where
         )
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def rows(self, tie: bool) -> int:
         """Of Folio's token embedding: the unseen tokens share one, or each has its own."""
-        return OCCUR + 1 if tie else tokenizer.VOCABULARY
+        return OCCUR + 1 if tie else tokenizer.VOCAB_SIZE
 
 
 def folio(work: Work, tie: bool = False, **how: bool) -> Callable[[], object]:
-    device.keep_memory()
-    size = tokenizer.VOCABULARY
+    device.tune_malloc()
+    size = tokenizer.VOCAB_SIZE
     ids = np.arange(OCCUR if tie else size, dtype=np.uint16)
-    known = vocabulary.tokens_that_occur(ids, size) if tie else vocabulary.every_token(size)
+    known = vocabulary.tied_vocabulary(ids, size) if tie else vocabulary.full_vocabulary(size)
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
-    optimizer = optim.adamw(model, WEIGHT_DECAY, BETAS)
+    optimizer = optimizers.adamw(model, WEIGHT_DECAY, BETAS)
     step = Step(model, optimizer, work.where, work.precision, CLIP, **how)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
-    batches = tokens.Batches(
+    batches = batches.Batches(
         known.rows_of(text), work.size.block_size, work.batch_size, 0, work.where
     )
     numbers = iter(range(1 << 30))

@@ -45,7 +45,7 @@ def sample(
 
     Example: python -m folio sample "My lord" --model models:/folio@champion
     """
-    from folio.sample import write
+    from folio.cli.sample import write
 
     text = sys.stdin.read() if prompt == "-" else prompt
     write(text, model, _address(), tokens, temperature, top_k, top_p, seed, device)
@@ -62,7 +62,7 @@ def compare(
 
     Example: python -m folio compare 2x4x128-9e1c07 seed-30m
     """
-    from folio.compare import table
+    from folio.cli.compare import table
 
     table(_store(), runs or [], best)
 
@@ -79,11 +79,12 @@ def promote(
 
     Example: python -m folio promote
     """
-    from folio import records
-    from folio.promote import promote
+    from folio.cli.promote import promote
+    from folio.run import RECORD, TRAINING, read_record
+    from folio.tracking import queries
 
-    store, name = _store(), run or records.read(records.TRAINING / records.FILE).id
-    if not run and store.statuses().get(name, "DELETED") == "DELETED":
+    store, name = _store(), run or read_record(TRAINING / RECORD).id
+    if not run and queries.statuses(store).get(name, "DELETED") == "DELETED":
         raise UserError(
             "MLflow lacks the run of models/gpt2, or it was deleted there; give another"
         )
@@ -99,7 +100,7 @@ def serve(
 
     Example: python -m folio serve
     """
-    from folio.serve import serve
+    from folio.cli.serve import serve
 
     serve(_address(), model, port)
 
@@ -113,7 +114,7 @@ def doctor() -> None:
 
     Example: python -m folio doctor
     """
-    from folio.doctor import examine
+    from folio.cli.doctor import examine
 
     try:
         sections = _sections()
@@ -134,10 +135,10 @@ def sync() -> None:
     """
     # A training gives up on an answer of MLflow's after ten seconds; whoever runs this has time.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
-    from folio import tracking
-    from folio.sync import run
+    from folio.run import project_root
+    from folio.tracking.sync import run
 
-    told = run(_address(), tracking.project_root())
+    told = run(_address(), project_root())
     print("\n".join(told or ["MLflow has every run"]))
 
 
@@ -150,7 +151,7 @@ def variant(
 
     Example: python -m folio variant seed-30m
     """
-    from folio.variants import train
+    from folio.sweeps.variants import train
 
     train(name, queue)
 
@@ -188,7 +189,8 @@ def sweep_params(
 
     Example: python -m folio sweep --random 20 train.learning_rate=1e-4..1e-2 model.dropout=0..0.3
     """
-    from folio import device, params, sweep, sweep_report, variants
+    from folio import device, params
+    from folio.sweeps import report, sweep, variants
 
     sections = _sections()
     (runtime,) = params.load(runtime=sections["runtime"])
@@ -205,7 +207,7 @@ def sweep_params(
             return
         threads = sweep.threads(jobs, device.resolve_device(runtime.device))
         failed = sweep.run(plan, jobs, threads)
-    path = sweep_report.write(plan, runtime.tracking_uri)
+    path = report.write(plan, runtime.tracking_uri)
     print(f"\n{path.read_text()}\n{path} has this, with its picture beside it")
     if failed:
         raise UserError(sweep.failure(plan, failed))
@@ -213,7 +215,7 @@ def sweep_params(
 
 def _sections() -> dict[str, type]:
     """Those of params.yaml, each with its dataclass."""
-    from folio.model import ModelParams
+    from folio.gpt.model import ModelParams
     from folio.runtime import RuntimeParams
     from stages.evaluate import EvaluateParams
     from stages.prepare import PrepareParams
@@ -239,7 +241,7 @@ def _address() -> str | None:
 
 def _store():
     """The store, to read what is there."""
-    from folio.tracking import Store
+    from folio.tracking.store import Store
 
     return Store.existing(_address())
 
@@ -250,12 +252,12 @@ def _mlflow_in_a_line() -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        tracking = sys.modules.get("folio.tracking")  # not imported for this alone
-        if tracking is None or not isinstance(problem, tracking.Refused):
+        tracking = sys.modules.get("folio.tracking.store")  # not imported for this alone
+        if tracking is None or not isinstance(problem, tracking.STORE_ERRORS):
             raise
         if isinstance(problem, OSError):  # a full disk, say
             raise
-        raise UserError(f"MLflow refused: {tracking.reason(problem)}") from None
+        raise UserError(f"MLflow refused: {tracking.first_line(problem)}") from None
 
 
 if __name__ == "__main__":

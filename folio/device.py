@@ -1,9 +1,14 @@
-"""Where the arithmetic runs and in which precision, and the seeds."""
+"""The device and precision to compute in, CUDA graphs, determinism and seeds."""
 
 import contextlib
 import ctypes
+import functools
+import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -40,7 +45,17 @@ def resolve_precision(name: Precision, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
-def record(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch.compile works here: Triton (part of PyTorch's CUDA builds for Linux), a C
+    compiler and Python's headers, which Triton calls, are installed."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    found = any(shutil.which(compiler) for compiler in compilers if compiler)
+    return importlib.util.find_spec("triton") is not None and found and headers.exists()
+
+
+def capture(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
     """Work on a GPU's tensors as one CUDA graph, which is called with others of the same shapes.
 
     Launching operators one by one takes a small model longer than computing them. To record it,
@@ -91,7 +106,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Let the C library keep what is freed: PyTorch takes it again, on a CPU, at the next step.
 
     glibc gives large blocks back to the system, which clears each page anew when it is touched: a

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from folio import stopping
+from folio import signals
 
 # What the disk may refuse, and the way out.
 _WAYS_OUT = {
@@ -31,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
     other exception is a bug and keeps its traceback.
     """
     try:
-        with stopping.listening(say):
+        with signals.handled(say):
             yield
     except UserError as problem:
         _leave(str(problem), 1)
@@ -41,7 +41,7 @@ def one_line_errors() -> Iterator[None]:
         where = f" while writing {problem.filename}" if problem.filename else ""
         way_out = f"{_WAYS_OUT[problem.errno]}, then run the same command again"
         _leave(f"{problem.strerror}{where}: {way_out}", 1)
-    except stopping.Stopped as notice:
+    except signals.Stopped as notice:
         say(str(notice))
         sys.stdout.flush()
         os._exit(notice.status)  # PyTorch and MLflow take seconds to take leave

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -34,6 +35,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill leaves no part of it under its name."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
 
 def read(path: Path, most: int | None = None) -> bytes:

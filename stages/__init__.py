@@ -1,3 +1,3 @@
-# Before a stage imports PyTorch: what Ctrl-C does, and which dvc runs it.
+# Before a stage imports PyTorch: how Ctrl-C ends it, and which dvc runs it.
 import folio as folio
-from folio import stopping as stopping
+from folio import signals as signals

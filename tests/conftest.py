@@ -18,9 +18,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from folio import tracking
+from folio.tracking import store
 from folio.__main__ import app as commands
-from folio.model import GPT, ModelParams
+from folio.gpt.model import GPT, ModelParams
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
@@ -168,7 +168,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
 def open_store(folder: Path) -> None:
     """Make the store of a project's folder, or mend that of one that is a copy."""
     with inside(folder):
-        tracking.Store(None, mend=True)
+        store.Store(None, mend=True)
 
 
 @pytest.fixture(scope="session")
@@ -240,7 +240,7 @@ def enter_copy(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(project, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
-    tracking.Store(None, mend=True)
+    store.Store(None, mend=True)
     return folder
 
 

@@ -64,7 +64,7 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 handed_back = page_faults()
-device.keep_memory()
+device.tune_malloc()
 for _ in range(5):  # by and by the free blocks become large enough for an aligned one
     page_faults()
 assert page_faults() < handed_back / 10

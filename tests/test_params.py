@@ -12,7 +12,7 @@ import pytest
 
 from folio import params
 from folio.errors import UserError
-from folio.model import ModelParams
+from folio.gpt.model import ModelParams
 from folio.runtime import RuntimeParams
 from stages.evaluate import EvaluateParams
 from stages.prepare import PrepareParams

@@ -1,0 +1,13 @@
+"""The section `prepare` of params.yaml."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareParams:
+    corpus: str  # tinyshakespeare, shakespeare, or a file or folder of .txt files under data/raw
+    validation_fraction: Annotated[float, "> 0, < 1"]  # of an own text's characters, at its end;
+    # the named corpora always validate on the last tenth of tinyshakespeare
+    report_batch_size: Annotated[int, ">= 1"]  # windows a batch, in the report's batches_per_epoch
+    report_block_size: Annotated[int, ">= 1"]  # tokens a window, in the report's batches_per_epoch

@@ -1,0 +1,74 @@
+"""Sends a training run to MLflow while it trains, from a thread that training never waits for."""
+
+import dataclasses
+import sys
+import threading
+from typing import Any, Self
+
+from folio import signals
+from folio.run import Record, Run
+from folio.signals import Stopped
+from folio.tracking import store
+from folio.tracking.writer import RunWriter
+
+
+class RunLogger:
+    """An asynchronous MLflow logger.
+
+    A failure of the store, or on the way to it, is reported once and does no harm: the points stay
+    in the history and are sent with the next ones. Leaving the block waits until everything is
+    sent, or MLflow has failed.
+    """
+
+    def __init__(self, uri: str | None, record: Record):
+        self._uri = uri
+        self._news = threading.Event()
+        self._latest: tuple[Run, str, str | None] = (Run(record=record), "RUNNING", None)
+        self._closing = False
+        self._failed = False  # the last attempt to send
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._news.set()
+        return self
+
+    def send(self, history: list[dict[str, Any]]) -> None:
+        """Send the rows of a history that are not in the store yet."""
+        run = dataclasses.replace(self._latest[0], history=list(history))
+        self._update(run, "RUNNING")
+
+    def finish(self, run: Run) -> None:
+        """Send the complete run, and mark it finished."""
+        self._update(run, "FINISHED")
+
+    def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
+        stopped = isinstance(problem, Stopped)
+        if problem:
+            self._update(self._latest[0], "KILLED" if stopped else "FAILED", str(problem))
+        self._closing = True  # after the last update: the thread reads them in this order
+        self._news.set()
+        self._thread.join(signals.seconds_left() if stopped else None)
+        if self._failed or self._thread.is_alive():
+            print(store.INCOMPLETE, file=sys.stderr)
+
+    def _update(self, run: Run, status: str, stopped: str | None = None) -> None:
+        self._latest = (run, status, stopped)
+        self._news.set()
+
+    def _work(self) -> None:
+        writer, sent, closing = None, 0, False  # sent: rows that are in the store
+        while not closing:
+            self._news.wait()
+            self._news.clear()
+            closing = self._closing  # read before the latest run: a later update sets news again
+            run, status, stopped = self._latest
+            try:
+                writer = writer or RunWriter(store.Store(self._uri))
+                rest = dataclasses.replace(run, history=run.history[sent:])
+                writer.send(rest, status, stopped)
+                sent, self._failed = len(run.history), False
+            except Exception as problem:  # whatever a store, a network or a disk can raise
+                if not self._failed:
+                    store.warn(problem)
+                self._failed = True

@@ -1,0 +1,41 @@
+"""The best weights so far, and when to stop because no better ones come."""
+
+import math
+from typing import Any
+
+import torch
+
+
+class EarlyStopping:
+    """Keeps the weights of the lowest validation loss in memory, on the model's device."""
+
+    def __init__(self, patience: int | None):
+        """patience: evaluations without improvement after which to stop; None: never."""
+        self.patience = patience
+        self.best_loss, self.best_step = math.inf, 0  # nats/token
+        self.best_weights: dict[str, torch.Tensor] = {}
+        self.evals_since_best = 0
+
+    @property
+    def triggered(self) -> bool:
+        return self.patience is not None and self.evals_since_best >= self.patience
+
+    def update(self, loss: float, step: int, model: torch.nn.Module) -> None:
+        """Take the validation loss of a model after `step` updates into account."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.evals_since_best = loss, step, 0
+            self.best_weights = {
+                name: weight.clone() for name, weight in model.state_dict().items()
+            }
+        else:
+            self.evals_since_best += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything except the weights."""
+        names = ("best_loss", "best_step", "evals_since_best")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any], best_weights: dict[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.best_weights = best_weights

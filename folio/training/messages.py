@@ -1,0 +1,61 @@
+"""What a training prints."""
+
+from typing import Any
+
+from folio import device
+from folio.gpt.model import parameter_counts
+from folio.training import pretrained
+from folio.training.outputs import parameters_written
+from folio.training.trainer import Trainer
+
+
+def introduction(trainer: Trainer) -> str:
+    """Data, machine and model, before the first step."""
+    p, data = trainer.params, trainer.data
+    counts = parameter_counts(trainer.model)
+    width = max(map(len, counts))
+    lines = [
+        f"{data.meta['corpus']}: {len(data.train):,} training tokens,"
+        f" {len(data.val):,} validation tokens",
+        f"on {device.describe(trainer.device)} in {trainer.precision};"
+        f" {trainer.tokens_per_step:,} tokens per step, at most {p.steps:,} steps",
+        "parameters",
+        *(f"  {part:<{width}} {count:>12,}" for part, count in counts.items()),
+    ]
+    if trainer.vocabulary.rows < len(trainer.vocabulary.row):
+        written = parameters_written(trainer.model, trainer.vocabulary)
+        lines.append(
+            f"  ({trainer.vocabulary.rows:,} embedding rows are trained; with one for each of the"
+            f" {len(trainer.vocabulary.row):,} tokens, models/gpt2 has {written:,} parameters)"
+        )
+    if trainer.pretrained:
+        lines.append(f"starting from {pretrained.FOLDER / trainer.pretrained.path.name}")
+    if trainer.steps_done:
+        lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
+    return "\n".join(lines)
+
+
+def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
+    """One evaluation in a line."""
+    mark = "  best so far" if trainer.early_stopping.best_step == trainer.steps_done else ""
+    train_loss = metrics.get("train_loss")
+    training = f"training loss {train_loss:.3f}" if train_loss is not None else "before training   "
+    return (
+        f"step {trainer.steps_done:>6,}  {training}"
+        f"  validation loss {metrics['val_loss']:.3f}{mark}"
+    )
+
+
+def fine_tuning_result(trainer: Trainer) -> str:
+    """What the training made of the weights that it started from."""
+    name, before = trainer.params.init_from, trainer.history.rows[0]["val_loss"]
+    best = trainer.early_stopping
+    if best.best_step == 0:
+        return (
+            f"no evaluation was better than {before:.3f}, the validation loss of {name} before"
+            " training: models/gpt2 is that model, unchanged; try a lower train.learning_rate"
+        )
+    return (
+        f"validation loss {before:.3f} before training,"
+        f" {best.best_loss:.3f} at step {best.best_step:,}"
+    )

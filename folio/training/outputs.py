@@ -1,0 +1,111 @@
+"""What a training writes: the record when it starts, models/gpt2 and models/training at its end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from folio import device, files, params
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, parameter_counts
+from folio.run import (
+    HISTORY,
+    RECORD,
+    TRAINING,
+    Record,
+    new_id,
+    now_ms,
+    read_record,
+    run_name,
+    write_history,
+    write_record,
+)
+from folio.tokens.vocabulary import Vocabulary
+from folio.training.trainer import Trainer
+
+
+def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str]) -> Record:
+    """The record of this training, written to its folder; a resumed training keeps its id.
+
+    tags: more tags, such as the git commit.
+    """
+    path = folder / RECORD
+    known = read_record(path) if path.exists() else None
+    size, key = trainer.model.params, folder.name
+    settings = params.flatten(model=size, train=trainer.params) | _facts(trainer, root)
+    record = Record(
+        id=known.id if known else new_id(),
+        started=known.started if known else now_ms(),
+        name=run_name(f"{size.n_layer}x{size.n_head}x{size.n_embd}-{key[:6]}"),
+        params={name: str(value) for name, value in settings.items()},
+        tags=tags
+        | {"train_key": key, "data_digest": trainer.data.digest}
+        | {"held_out_digest": trainer.data.meta["val_sha256"]}
+        | {"precision": trainer.precision, "device": device.describe(trainer.device)}
+        | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {}),
+    )
+    write_record(record, path)  # before MLflow gets it: after a kill there is still one run
+    return record
+
+
+def write(trainer: Trainer, record: Record, root: Path) -> None:
+    """Write the best weights to root/models/gpt2, and everything else to root/models/training."""
+    trainer.model.load_state_dict(trainer.early_stopping.best_weights)
+    huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row)
+    out, rows = root / TRAINING, trainer.history.rows
+    ids = {"folio_id": record.id, "train_key": record.tags["train_key"]}
+    texts = {
+        "history.csv": _csv(rows, ["step", "train_loss", "learning_rate"]),
+        "val_loss.csv": _csv(rows, ["step", "val_loss"]),
+        "metrics.json": json.dumps(metrics(trainer), indent=2) + "\n",
+        "run.json": json.dumps(ids, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        files.write_text(out / name, text)
+    write_history(rows, out / HISTORY)
+    weights = files.sha256(root / "models/gpt2/model.safetensors")
+    tags = record.tags | {"weights_sha256": weights}
+    write_record(replace(record, ended=rows[-1]["time"], tags=tags), out / RECORD)
+
+
+def metrics(trainer: Trainer) -> dict[str, float]:
+    """The training in figures."""
+    rows = trainer.history.rows
+    evaluations = [row for row in rows if "val_loss" in row]
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    tokens = trainer.steps_done * trainer.tokens_per_step
+    return {
+        "best_val_loss": trainer.early_stopping.best_loss,
+        "best_step": trainer.early_stopping.best_step,
+        "last_val_loss": evaluations[-1]["val_loss"],
+        "last_train_loss": evaluations[-1]["train_loss"],
+        "steps": trainer.steps_done,
+        "epochs": tokens / len(trainer.data.train),
+        "median_tokens_per_second": median(speeds or [0.0]),
+        "parameters": parameters_written(trainer.model, trainer.vocabulary),
+    } | ({"initial_val_loss": rows[0]["val_loss"]} if trainer.pretrained else {})
+
+
+def parameters_written(model: GPT, vocabulary: Vocabulary) -> int:
+    """Parameters of the model in models/gpt2, where each token has an embedding row of its own."""
+    trained = sum(p.numel() for p in model.parameters())
+    return trained + (len(vocabulary.row) - vocabulary.rows) * model.params.n_embd
+
+
+def _facts(trainer: Trainer, root: Path) -> dict[str, Any]:
+    """The corpus statistics and the model's size, as params of the run."""
+    file, meta = root / "data/diagnostics.json", trainer.data.meta
+    found = {"corpus": meta["corpus"], "sha256": meta["text_sha256"]}
+    found |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    counts = parameter_counts(trainer.model)
+    return {f"data.{key}": value for key, value in found.items()} | {
+        f"parameters.{part}": count for part, count in counts.items()
+    }
+
+
+def _csv(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """The rows that have all the columns, for DVC's plots, which read no JSON lines and draw an
+    empty cell as 0."""
+    cells = [[row[column] for column in columns] for row in rows if set(columns) <= row.keys()]
+    return "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])

@@ -1,0 +1,15 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+
+def learning_rate(step: int, peak: float, floor: float, warmup_steps: int, steps: int) -> float:
+    """The learning rate of update number `step`, counted from 0.
+
+    Linear warm-up, then a cosine decay to `floor`: the update after the warm-up has the peak rate,
+    and the last one, number steps - 1, the floor (Loshchilov and Hutter 2017, SGDR, eq. 5).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,217 @@
+"""One optimizer step: forward and backward in the chosen precision, clipping, update.
+
+The host never waits for the device here. What a step measures is accumulated on the device, and the
+device itself skips an update that is not finite; the host reads the sums when a row of the history
+is due.
+
+In half precision a copy of the model computes, synchronised from the fp32 master weights after each
+update, so no update is too small to count (Micikevicius et al. 2018, section 3.1). On a GPU the
+whole step is one CUDA graph.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from folio.device import DTYPES, can_compile, capture, deterministic
+from folio.gpt.model import GPT
+
+# In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after this
+# many updates in a row and halves after an overflow. An overflow at the minimum scale is an error.
+_INITIAL_SCALE, _MIN_SCALE, _DOUBLE_AFTER = 2.0**16, 2.0**-10, 2000
+_PROBLEMS = (None, "loss", "gradient")
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient is infinite or NaN. The weights are as they were before."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Sums over the steps since the last reset, up to one that was not finite."""
+
+    loss: float  # sum of the steps' losses, nats
+    norm: float  # sum of the finite gradient norms, before clipping
+    norms: int  # number of finite gradient norms
+    steps: int  # number of steps, including those that fp16 skipped
+    problem: str | None  # what was not finite in the step after them, which ended the training
+
+
+class TrainStep:
+    """`step(batches, learning_rate)` makes one update from one or more micro-batches.
+
+    The gradient is that of the mean loss over all micro-batches, so accumulation is equivalent to
+    one large batch. An update whose gradient overflows in fp16 is skipped. After a loss or gradient
+    that is not finite otherwise, no update is made any more.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: str,
+        grad_clip: float,
+        compiled: bool = False,
+        exact: bool = True,
+    ):
+        """Any optimizer will do. One that reads grad_scale and found_inf, as PyTorch's fused ones
+        do, unscales and skips on the device; for the others the step does both, and the host waits.
+
+        compiled: torch.compile the model where that is possible: on a GPU in half precision.
+        exact: compute the same bits whenever the same step is repeated.
+        """
+        self.model, self.optimizer = model, optimizer
+        self.device, self.grad_clip = device, grad_clip
+        self.exact = exact and device.type == "cuda"  # on a CPU they always are the same
+        self.fp16 = precision == "fp16"
+        self.optimizer_skips = _reads_found_inf(optimizer, device)
+        self.scale = torch.tensor(_INITIAL_SCALE if self.fp16 else 1.0, device=device)
+        self.updates = torch.zeros((), device=device)  # since the scale changed
+        self.stats = torch.zeros(5, device=device)  # StepStats' fields; the index of the problem
+        half = precision != "fp32"
+        self.compute_model = _copy(model, DTYPES[precision]) if half else model
+        self.check_and_scale = _check_and_scale
+        self.compiled = compiled and half and device.type == "cuda" and can_compile()
+        if self.compiled:
+            self.compute_model.compile(fullgraph=True, dynamic=False)
+            self.check_and_scale = torch.compile(_check_and_scale, fullgraph=True, dynamic=False)
+        # A graph can be captured of an optimizer that reads the learning rate and found_inf from
+        # the device. Gradient checkpointing cannot be captured: it saves the generator's state.
+        capturable = optimizer.defaults.get("capturable", False)
+        self.captures = capturable and self.optimizer_skips and not model.gradient_checkpointing
+        self._learning_rates = [
+            torch.zeros((), device=device) if capturable else None for _ in optimizer.param_groups
+        ]
+        self._graph = None
+
+    def __call__(
+        self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
+    ) -> None:
+        """Make one update. batches: (x, y) of each micro-batch, [B, T]. `read` returns the stats.
+
+        A parameter group's rate is learning_rate times its `lr_scale` (1 where it has none).
+        """
+        for group, buffer in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            rate = learning_rate * group.get("lr_scale", 1.0)
+            group["lr"] = rate if buffer is None else buffer.fill_(rate)
+        inputs = [t.to(self.device, non_blocking=True) for batch in batches for t in batch]
+        if self.captures and self._graph is None:
+            before = self.stats.clone()
+            self.stats[4] = 1  # as after a step that was not finite: capturing changes no weight
+            with deterministic(self.exact):
+                self._graph = capture(self._step, *inputs)
+            self.stats.copy_(before)
+        if self._graph:
+            self._graph(*inputs)
+        else:
+            with deterministic(self.exact):
+                self._step(*inputs)
+
+    def _step(self, *inputs: torch.Tensor) -> None:
+        loss, batches = torch.zeros((), device=self.device), len(inputs) // 2
+        for number, (x, y) in enumerate(zip(inputs[::2], inputs[1::2], strict=True)):
+            batch_loss = self.compute_model.loss(x, y, self.scale / batches)
+            batch_loss.backward()
+            loss += batch_loss.detach() / batches
+            if self.compute_model is not self.model:
+                self._move_gradients(first=number == 0)
+        self._update(loss)
+        if self.compute_model is self.model:
+            self.model.zero_grad(set_to_none=True)
+        else:
+            self._sync_from_master()
+
+    @torch.no_grad()
+    def _move_gradients(self, first: bool) -> None:
+        """Add the compute model's gradients to the master weights' gradients, in fp32."""
+        pairs = zip(self.model.parameters(), self.compute_model.parameters(), strict=True)
+        pairs = [(p, copied) for p, copied in pairs if copied.grad is not None]
+        for p, _ in pairs:
+            p.grad = torch.empty_like(p) if p.grad is None else p.grad
+        master, computed = [p.grad for p, _ in pairs], [copied.grad for _, copied in pairs]
+        torch._foreach_copy_(master, computed) if first else torch._foreach_add_(master, computed)
+        self.compute_model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _sync_from_master(self) -> None:
+        """Copy the master weights to the compute model."""
+        torch._foreach_copy_([*self.compute_model.parameters()], [*self.model.parameters()])
+
+    @torch.no_grad()
+    def _update(self, loss: torch.Tensor) -> None:
+        """Unscale, clip and update, unless something is not finite; add to the stats."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        state = (self.stats, self.scale, self.updates)
+        divisor, skip = self.check_and_scale(loss, norm, *state, self.grad_clip, self.fp16)
+        if self.optimizer_skips:
+            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, skip
+            self.optimizer.step()
+        elif not skip:
+            torch._foreach_div_(gradients, divisor)
+            self.optimizer.step()
+
+    def read(self) -> StepStats:
+        """Wait for the device, and return the sums since `reset`."""
+        loss, norm, norms, steps, problem = self.stats.tolist()
+        return StepStats(loss, norm, int(norms), int(steps), _PROBLEMS[int(problem)])
+
+    def reset(self) -> None:
+        self.stats.zero_()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the next step depends on, and the sums that no row of the history has yet."""
+        return {"scale": self.scale, "updates": self.updates, "stats": self.stats[:4]}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """To be called after the model's and the optimizer's."""
+        self.reset()
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+        self._graph = None  # it refers to the optimizer's previous tensors
+        if self.compute_model is not self.model:
+            self._sync_from_master()
+
+
+def _reads_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether the optimizer divides gradients by grad_scale and skips the update at found_inf.
+
+    PyTorch marks such optimizers by the attribute, for its GradScaler; on MPS they still do not.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and device.type != "mps"
+
+
+def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
+    """Return the divisor of the gradients, and 1.0 if the update must be skipped, else 0.0.
+
+    All arguments but the last two are tensors on the device, and scalars but for stats. Updates
+    stats and, in fp16, scale. norm is the norm of the gradients, which are still multiplied by
+    scale.
+    """
+    divisor = scale * (norm / scale / grad_clip).clamp(min=1)
+    finite = norm.isfinite()
+    fatal = ~finite & (scale <= (_MIN_SCALE if fp16 else 1.0))
+    problem = (2 * fatal).masked_fill(~loss.isfinite(), 1)
+    stats[4] = torch.where(stats[4] > 0, stats[4], problem)
+    running = stats[4] == 0
+    one = torch.ones_like(loss)
+    new = torch.stack([loss, norm / scale, one, one])
+    counted = torch.stack([running, running & finite, running & finite, running])
+    stats[:4] += new.masked_fill(~counted, 0)
+    if fp16:
+        full = updates + 1 == _DOUBLE_AFTER
+        rescaled = torch.where(finite, torch.where(full, 2 * scale, scale), scale / 2)
+        scale.copy_(torch.where(running, rescaled, scale))
+        updates.copy_(torch.where(running, (updates + 1) * (finite & ~full), updates))
+    return divisor, (~(running & finite)).float()
+
+
+def _copy(model: GPT, dtype: torch.dtype) -> GPT:
+    """The model with its parameters, not its constants, in another precision."""
+    copied = cast(GPT, copy.deepcopy(model))
+    for p in copied.parameters():
+        p.data = p.data.to(dtype)
+    return copied

@@ -1,0 +1,207 @@
+"""The training state: model, optimizer, batches, history, best weights; saved and resumed whole."""
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from folio import device
+from folio.errors import UserError
+from folio.gpt.model import GPT, ModelParams
+from folio.gpt.validation import token_losses
+from folio.tokens import vocabulary
+from folio.tokens.batches import Batches
+from folio.tokens.token_files import TokenData
+from folio.training import checkpoint, optimizer_state, schedule
+from folio.training.checkpoint import Checkpoint
+from folio.training.early_stopping import EarlyStopping
+from folio.training.history import History
+from folio.training.optimizers import adamw
+from folio.training.params import TrainParams
+from folio.training.pretrained import PretrainedWeights
+from folio.training.step import NonFiniteError, StepStats, TrainStep
+
+# With train.compile auto, trainings of at least this many operations (6 per parameter and token)
+# are compiled: compiling takes some 20 s and then saves an eighth of each step. An H200 computes
+# as many in three minutes.
+_LONG = 6e16
+
+LOWER_RATE = "lower train.learning_rate or train.grad_clip, or set train.precision to fp32"
+
+
+class Trainer:
+    def __init__(
+        self,
+        model_params: ModelParams,
+        params: TrainParams,
+        data: TokenData,
+        where: torch.device,
+        precision: str,
+        pretrained: PretrainedWeights | None,  # None: random weights
+    ):
+        device.seed(params.seed)
+        size = data.meta["vocabulary"]
+        self.params, self.data, self.device, self.precision = params, data, where, precision
+        self.pretrained = pretrained
+        self.vocabulary = (
+            vocabulary.tied_vocabulary(data.train, size)
+            if params.tie_unseen_tokens
+            else vocabulary.full_vocabulary(size)
+        )
+        self.model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
+        self.model.gradient_checkpointing = params.gradient_checkpointing
+        if pretrained:
+            self.model.load_state_dict(pretrained.weights(model_params, size))
+        betas = (params.beta1, params.beta2)
+        self.optimizer = adamw(self.model, params.weight_decay, betas)
+        self._step = TrainStep(
+            *(self.model, self.optimizer, where, precision, params.grad_clip),
+            compiled=self._wants_compile(),
+            exact=params.deterministic,
+        )
+        train = self.vocabulary.rows_of(data.train)
+        block_size, batch_size = model_params.block_size, params.batch_size
+        self._batches = Batches(train, block_size, batch_size, params.seed, where)
+        self._val = self.vocabulary.rows_of(data.val)
+        self.steps_done = 0  # optimizer updates
+        self.history = History()
+        self.early_stopping = EarlyStopping(params.patience)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.params.batch_size * self.params.accumulation * self.model.params.block_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last row of the history is there."""
+        return self.history.last_step >= self.params.steps or self.early_stopping.triggered
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        return (
+            self.steps_done % self.params.eval_interval == 0 or self.steps_done == self.params.steps
+        )
+
+    def row_is_due(self, log_interval: int) -> bool:
+        """Whether the history is to have a row of this step, and does not have it yet."""
+        is_log_point = self.steps_done % log_interval == 0 or self.evaluation_is_due
+        return is_log_point and self.steps_done > self.history.last_step
+
+    def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The micro-batches (x, y), [B, T], of update number `step`, counted from 0."""
+        first = step * self.params.accumulation
+        return [self._batches[first + i] for i in range(self.params.accumulation)]
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update number `step`, counted from 0."""
+        p = self.params
+        return schedule.learning_rate(
+            step, p.learning_rate, p.min_learning_rate, p.warmup_steps, p.steps
+        )
+
+    def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> None:
+        """Forward, backward, clip, update. Does not wait for the device, which may fall behind."""
+        device.seed_step(self.params.seed, self.steps_done, self.device)
+        self._step(batches, learning_rate)
+        self.steps_done += 1
+
+    def read(self) -> dict[str, float]:
+        """Wait for the device, and return the metrics of the steps since the last row.
+
+        Raises NonFiniteError after a step whose loss or gradient was not finite; then the weights
+        and `steps_done` are those of the last finite step.
+        """
+        stats = self._wait()
+        return {
+            "train_loss": stats.loss / stats.steps,
+            "learning_rate": self.learning_rate(self.steps_done - 1),
+            "grad_norm": stats.norm / max(1, stats.norms),
+        }
+
+    def validate(self) -> float:
+        """The validation loss in nats/token. Raises UserError if it is not finite."""
+        loss = float(token_losses(self.model, self._val).mean())
+        if not math.isfinite(loss):
+            hint = LOWER_RATE if self.steps_done else "choose another train.init_from"
+            raise UserError(f"step {self.steps_done}: the validation loss is not finite; {hint}")
+        return loss
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append the row of this step to the history, and start to sum up the next one."""
+        self.history.add(self.steps_done, metrics)
+        self._step.reset()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, then the history, which MLflow may be sent from then on."""
+        tensors, optimizer = optimizer_state.save(self.optimizer)
+        best = self.early_stopping
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": tensors,
+            "step": self._step.state_dict(),
+            "best": best.best_weights if best.best_step != self.steps_done else {},
+        }
+        named = {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
+        state = {
+            "optimizer": optimizer,
+            "history": self.history.rows,
+            "early_stopping": best.state_dict(),
+            "machine": self._machine,
+        }
+        checkpoint.save(folder, Checkpoint(self.steps_done, named, state))
+        self.history.save(folder)
+
+    def save_last_finite(self, folder: Path) -> None:
+        """`save`, whether or not the steps since the last row were finite."""
+        with contextlib.suppress(NonFiniteError):
+            self._wait()
+        self.save(folder)
+
+    def resume(self, folder: Path) -> None:
+        """Continue from the newest undamaged checkpoint, where there is one."""
+        found = checkpoint.load_latest(folder)
+        if not found:
+            return
+        state: dict[str, Any] = found.state
+        try:
+            self.model.load_state_dict(found.part("model"))
+        except RuntimeError:
+            raise UserError(
+                f"the checkpoint of step {found.step} is of another model (the code has changed):"
+                " remove .checkpoints to start over"
+            ) from None
+        optimizer_state.restore(self.optimizer, found.part("optimizer"), state["optimizer"])
+        self._step.load_state_dict(found.part("step"))
+        self.steps_done = found.step
+        self.history.restore(state["history"], found.step, folder)
+        best_step = state["early_stopping"]["best_step"]
+        weights = found.part("best" if best_step != found.step else "model")
+        self.early_stopping.load_state_dict(state["early_stopping"], weights)
+        if state["machine"] != self._machine:
+            print(
+                f"the checkpoint was made {state['machine']}, and this run is {self._machine}:"
+                " the weights will not be bit for bit those of a single machine"
+            )
+
+    def _wait(self) -> StepStats:
+        stats = self._step.read()
+        self.steps_done = self.history.last_step + stats.steps
+        if stats.problem:
+            raise NonFiniteError(f"the {stats.problem} is not finite")
+        return stats
+
+    def _wants_compile(self) -> bool:
+        """Whether the model is to be compiled, where that is possible."""
+        if self.params.compile != "auto":
+            return self.params.compile == "always"
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return 6 * parameters * self.tokens_per_step * self.params.steps > _LONG
+
+    @property
+    def _machine(self) -> str:
+        """Device, precision and software, on which the bits of the result depend."""
+        where = f"on {device.describe(self.device)} in {self.precision}"
+        compiled = ", compiled" if self._step.compiled else ""
+        return f"{where} with PyTorch {torch.__version__}{compiled}"

@@ -1,0 +1,213 @@
+"""GPT-2: its size, its start, its arithmetic."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from folio.gpt.model import GPT, Cache, ModelParams, parameter_counts
+
+TINY = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
+ROWS = 97
+
+
+def gpt(rows=ROWS, multiplicity=None, **changes):
+    torch.manual_seed(1)
+    return GPT(dataclasses.replace(TINY, **changes), rows, multiplicity)
+
+
+@torch.no_grad()
+def shake(model):
+    """Give all parameters, biases and norms too, values at which they make a difference."""
+    for p in model.parameters():
+        p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def ids(batch=3, tokens=TINY.block_size, rows=ROWS):
+    return torch.randint(rows, (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+# --- size and start
+
+
+def test_gpt2_small_has_124_439_808_parameters_and_the_parts_add_up():
+    params = ModelParams(n_layer=12, n_head=12, n_embd=768, block_size=1_024, dropout=0.0)
+    with torch.device("meta"):
+        model = GPT(params, 50_257)
+    report = parameter_counts(model)
+    assert report.pop("total") == sum(report.values()) == 124_439_808
+    assert report == {
+        "token embedding and head": 50_257 * 768,
+        "position embedding": 1_024 * 768,
+        "attention": 12 * (4 * 768 * 768 + 4 * 768),
+        "MLP": 12 * (8 * 768 * 768 + 5 * 768),
+        "layer norms": 25 * 2 * 768,
+    }
+
+
+def test_weights_start_as_openai_started_them():
+    model = gpt(rows=1_000, n_layer=4, n_embd=192, block_size=256)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 4) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+
+
+def test_the_first_loss_is_about_that_of_a_guess_among_all_tokens():
+    model, x, y = gpt(50_257, n_embd=64), ids(8, rows=50_257), ids(8, rows=50_257).flip(0)
+    assert model.loss(x, y).item() == pytest.approx(math.log(50_257), abs=0.1)
+
+
+def test_the_seed_decides_the_weights():
+    assert torch.equal(gpt().transformer.wpe.weight, gpt().transformer.wpe.weight)
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "n_head", "way_out"), [(100, 6, "take 102"), (193, 12, "take 192"), (2, 4, "take 4")]
+)
+def test_a_width_that_heads_cannot_share_names_the_nearest_that_they_can(n_embd, n_head, way_out):
+    with pytest.raises(ValueError, match=f"n_embd: {n_embd} is not divisible by n_head") as error:
+        dataclasses.replace(TINY, n_embd=n_embd, n_head=n_head)
+    assert str(error.value).endswith(way_out)
+
+
+# --- arithmetic
+
+
+def test_future_tokens_do_not_change_past_logits():
+    model, x = shake(gpt()).eval(), ids()
+    before = model(x)
+    for t in range(1, TINY.block_size):
+        changed = x.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % ROWS
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-5)
+        assert ((after[:, t] - before[:, t]).abs().amax(-1) > 1e-2).all()
+
+
+def test_every_past_token_changes_the_logits():
+    model, x = shake(gpt()).eval(), ids()
+    before = model(x)[:, -1]
+    for t in range(TINY.block_size):
+        changed = x.clone()
+        changed[:, t] = (changed[:, t] + 1) % ROWS
+        assert ((model(changed)[:, -1] - before).abs().amax(-1) > 1e-3).all()
+
+
+def test_filling_a_cache_changes_no_logits():
+    model, x = shake(gpt()).eval(), ids()
+    cache = Cache(model, len(x))
+    with torch.inference_mode():
+        assert torch.equal(model.hidden(x, cache), model.hidden(x))
+    assert cache.length == TINY.block_size
+
+
+def test_more_tokens_than_the_context_holds_is_a_bug_of_the_caller():
+    with pytest.raises(AssertionError, match="more tokens than the context holds"):
+        gpt()(ids(tokens=TINY.block_size + 1))
+
+
+def test_filling_a_cache_twice_is_a_bug_of_the_caller():
+    model = gpt()
+    cache = Cache(model, 1)
+    with torch.no_grad():
+        model.hidden(ids(1, 2), cache)
+        with pytest.raises(AssertionError, match="is the decoder's"):
+            model.hidden(ids(1, 1), cache)
+
+
+def test_the_loss_is_the_mean_of_the_token_losses_and_both_are_those_of_the_logits():
+    model, x, y = shake(gpt()).eval(), ids(), ids().flip(0)
+    losses = model.token_losses(x, y)
+    assert losses.shape == y.shape and not losses.requires_grad
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert model.loss(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
+def test_the_loss_is_the_mean_of_the_token_losses_with_a_shared_row_too():
+    multiplicity = np.array([1] * (ROWS - 1) + [900])
+    model, x, y = shake(gpt(multiplicity=multiplicity)).eval(), ids(), ids().flip(0)
+    y[:, ::4] = ROWS - 1
+    losses = model.token_losses(x, y)
+    assert model.loss(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert (losses[:, ::4] > math.log(900)).all()  # one of 900 equals is no likelier than 1/900
+
+
+@pytest.mark.parametrize("multiplicity", [None, np.array([1] * (ROWS - 1) + [900])])
+def test_bf16_changes_the_loss_and_its_gradient_by_its_rounding_alone(multiplicity):
+    model, x, y = gpt(multiplicity=multiplicity), ids(), ids().flip(0)
+    exact = model.loss(x, y)
+    exact.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    rounded = model.loss(x, y)
+    rounded.backward()
+    assert rounded.dtype == torch.float32
+    assert rounded.item() != exact.item()
+    assert rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+    both = [torch.cat([g.flatten() for g in d.values()]) for d in (expected, gradients(model))]
+    assert F.cosine_similarity(*both, dim=0) > 0.997
+
+
+# --- dropout and gradient checkpointing
+
+
+@pytest.mark.parametrize("place", ["embeddings", "attention", "after attention", "after MLP"])
+def test_dropout_acts_in_training_and_never_in_eval(place):
+    plain, model = shake(gpt()), gpt(dropout=0.5)
+    for name, p in plain.named_parameters():
+        silent = {"after attention": "mlp.c_proj", "after MLP": "attn.c_proj"}.get(place, "none")
+        if silent in name:  # so that there is nothing to drop
+            p.detach().zero_()
+    model.load_state_dict(plain.state_dict())
+    if place != "embeddings":
+        model.transformer.drop.p = 0.0
+    for block in model.transformer.h:
+        if place != "attention":
+            block.attn.dropout = 0.0
+        if not place.startswith("after"):
+            block.drop.p = 0.0
+    x = ids()
+    assert (model.train()(x) - model(x)).abs().max() > 1e-2
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+def test_gradient_checkpointing_changes_the_memory_and_neither_loss_nor_gradient():
+    kept = {}
+
+    def train(gradient_checkpointing):
+        model = gpt(dropout=0.2, n_layer=4)
+        model.gradient_checkpointing = gradient_checkpointing
+        kept[gradient_checkpointing] = 0
+
+        def keep(tensor):
+            kept[gradient_checkpointing] += tensor.numel()
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(ids(), ids().flip(0))
+        loss.backward()
+        return loss, gradients(model)
+
+    (expected_loss, expected), (loss, found) = train(False), train(True)
+    assert torch.equal(loss, expected_loss)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+    assert kept[True] < kept[False] / 4

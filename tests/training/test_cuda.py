@@ -1,0 +1,194 @@
+"""What only a GPU does, graphs and kernels and compiled blocks, gives what plain code gives."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from folio import device
+from folio.gpt import cross_entropy
+from folio.inference import generation
+from folio.training import checkpoint, optimizers
+from folio.gpt.model import GPT, ModelParams
+from folio.training.step import Step
+from folio.tokens.token_files import Batches
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+CUDA = torch.device("cuda")
+PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.1)
+ROWS = 997
+
+
+def gpt():
+    torch.manual_seed(1)
+    return GPT(PARAMS, ROWS).to(CUDA)
+
+
+def steps(model, precision, compiled=False):
+    return Step(model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CUDA, precision, 1.0, compiled)
+
+
+def batches(number, count=2):
+    """The micro-batches of a step."""
+    g = torch.Generator().manual_seed(number)
+    ids = torch.randint(ROWS, (count, 4, PARAMS.block_size + 1), generator=g)
+    return [(part[:, :-1], part[:, 1:]) for part in ids]
+
+
+def advance(step, first, last):
+    for number in range(first, last):
+        device.seed_step(7, number, CUDA)
+        step(batches(number), rate=1e-3 * (1 + number))
+
+
+def state(step):
+    return checkpoint.capture(step.model, step.optimizer, step)
+
+
+def assert_equal(step, other):
+    assert step.read() == other.read()
+    ours, theirs = state(step), state(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+WAYS = [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True), ("fp32", False)]
+
+
+@pytest.mark.parametrize(("precision", "compiled"), WAYS)
+def test_a_recorded_step_is_the_step_dropout_and_all(precision, compiled):
+    recorded, plain = (steps(gpt(), precision, compiled) for _ in range(2))
+    plain.records = False
+    for step in (recorded, plain):
+        advance(step, 0, 5)
+    assert recorded.records and recorded.read().steps == 5
+    assert_equal(recorded, plain)
+
+
+@pytest.mark.parametrize(("precision", "compiled"), WAYS)
+def test_a_training_that_goes_on_in_a_new_graph_is_the_one_that_never_stopped(precision, compiled):
+    whole, first = (steps(gpt(), precision, compiled) for _ in range(2))
+    advance(whole, 0, 8)
+    advance(first, 0, 5)
+    tensors = {name: t.cpu().clone() for name, t in state(first).items()}
+    for second in (steps(gpt(), precision, compiled), whole):  # whole goes back to what it was
+        kept = checkpoint.Checkpoint(5, tensors, {})
+        if second is whole:
+            expected = copy.deepcopy(state(whole))
+        checkpoint.restore(kept, second.model, second.optimizer, second)
+        advance(second, 5, 8)
+        if second is whole:
+            assert all(torch.equal(expected[name], t) for name, t in state(whole).items())
+        else:
+            assert_equal(second, whole)
+
+
+@pytest.mark.parametrize(("precision", "compiled"), WAYS)
+def test_a_recorded_step_that_is_not_finite_changes_nothing(precision, compiled):
+    step = steps(gpt(), precision, compiled)
+    advance(step, 0, 2)
+    with torch.no_grad():
+        step.model.transformer.ln_f.weight[0] = float("nan")
+    step.load_state_dict({name: t.clone() for name, t in step.state_dict().items()})
+    before = {name: t.clone() for name, t in state(step).items()}
+    advance(step, 2, 4)
+    assert step.read().problem == "loss" and step.read().steps == 2
+    for name, tensor in state(step).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_blocks_compute_what_the_plain_ones_do(precision):
+    torch.manual_seed(1)
+    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0), ROWS)
+    compiled, plain = (steps(copy.deepcopy(model).to(CUDA), precision, c) for c in (True, False))
+    for step in (compiled, plain):
+        advance(step, 0, 1)
+    assert compiled.read().loss == pytest.approx(plain.read().loss, rel=1e-3)
+    assert compiled.read().norm == pytest.approx(plain.read().norm, rel=2e-2)
+
+
+def test_a_step_is_compiled_as_one_graph():
+    counted = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counted.clear()
+    advance(steps(gpt(), "bf16", compiled=True), 0, 2)
+    assert counted["stats"]["unique_graphs"] == 2  # the other is what judges the gradient
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("size", [50_257, 4_096, 4_097, 997, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_softmax_kernel_gives_cross_entropy_and_its_gradient(size, dtype, bias):
+    n, g = 300, torch.Generator().manual_seed(size)
+    x, weight = torch.randn(n, 64, generator=g), torch.randn(size, 64, generator=g)
+    y = torch.randint(size, (n,), generator=g)
+    bias = torch.randn(size, generator=g) if bias else None
+    x, weight, y = x.to(CUDA, dtype), weight.to(CUDA, dtype), y.to(CUDA)
+    bias = bias if bias is None else bias.to(CUDA)
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    logits = F.linear(*exact, bias if bias is None else bias.double())
+    expected = F.cross_entropy(logits, y)
+    ours = [t.clone().requires_grad_() for t in (x, weight)]
+    loss = cross_entropy.linear_cross_entropy(*ours, bias, y)
+    precise = dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5 if precise else 1e-2)
+    gradients = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, exact)
+    for found, right in zip(*gradients, strict=True):
+        apart = (found.double() - right).norm() / right.norm()
+        assert apart < (1e-5 if precise else 2e-2)
+
+
+@pytest.mark.parametrize("block_size", [8, 13])
+def test_batches_on_a_gpu_are_those_on_a_cpu(block_size):
+    text = np.random.default_rng(0).integers(1 << 16, size=1_000, dtype=np.uint16)
+    here, there = Batches(text, block_size, 4, 5), Batches(text, block_size, 4, 5, CUDA)
+    for index in (0, 1, 40, 1_000):
+        for cpu, gpu in zip(here[index], there[index], strict=True):
+            assert gpu.is_cuda and torch.equal(cpu, gpu.cpu())
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_recorded_generation_is_the_uncached_one_beyond_the_context_too(prompts):
+    model = gpt().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    ids = torch.randint(ROWS, (prompts, 5), device=CUDA)
+    found = torch.stack([*generation.generate_batch(model, ids, 60, 0.0)], 1)
+    text = ids
+    with torch.no_grad():
+        for _ in range(60):
+            text = torch.cat(
+                [text, model(text[:, -PARAMS.block_size :])[:, -1].argmax(-1)[:, None]], 1
+            )
+    assert torch.equal(found, text[:, 5:])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_exact_step_gives_the_same_bits_at_a_long_context_too(precision):
+    torch.manual_seed(1)
+    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=128, block_size=1024, dropout=0.0), ROWS)
+    ids = torch.randint(ROWS, (4, 1025), device=CUDA)
+    once, again = (steps(copy.deepcopy(model).to(CUDA), precision) for _ in range(2))
+    for step in (once, again):
+        for _ in range(3):
+            step([(ids[:, :-1], ids[:, 1:])], rate=1e-3)
+    assert_equal(once, again)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_checkpointing_changes_no_step_with_its_graph_or_without(compiled):
+    found = []
+    for checkpointing in (False, True):
+        model = gpt()
+        model.gradient_checkpointing = checkpointing
+        step = steps(model, "bf16", compiled)
+        assert step.records != checkpointing
+        advance(step, 0, 4)
+        found.append(step.read())
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-3 if not compiled else 2e-2)
+    assert found[1].norm == pytest.approx(found[0].norm, rel=2e-2 if not compiled else 1e-1)
