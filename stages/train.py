@@ -95,7 +95,7 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
         trainer.save_last_finite(folder)
         logger.send(trainer.history.rows)
         raise signals.Stopped(
-            f"step {trainer.steps_done:,} is saved, and the same command resumes from there"
+            f"step {trainer.steps_done:,} is saved; run the same command again to resume from it"
         ) from None
 
 

@@ -1,8 +1,8 @@
-"""A tiny project of one's own: the real code and params.yaml, a short text, a model of a few KB."""
+"""Fixtures: a tiny project with the real code and params.yaml, a short text and a tiny model."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 
 import contextlib
 import importlib
@@ -18,9 +18,9 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from folio.tracking import store
-from folio.__main__ import app as commands
+from folio.cli.main import app as commands
 from folio.gpt.model import GPT, ModelParams
+from folio.tracking.store import Store
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
@@ -50,12 +50,12 @@ VERSES = "".join(
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """More than cores: a third of the time, the tests wait for processes of theirs."""
+    """More workers than cores: a third of the time, tests wait for processes that they started."""
     return (os.cpu_count() or 1) + 2
 
 
-# What takes longest, first: what begins last should be short. The page and the notebook can begin
-# while the others wait for the first run that they share.
+# The longest files first, so that a short one runs last. The page and the notebook can start while
+# the others wait for the first run, which they share.
 LONGEST = ("sync", "app", "notebook", "cli", "sweep", "pipeline", "team", "resume", "init_from")
 LONGEST += ("docs", "tracking", "train", "bad_input", "fuzz", "prepare")
 
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def set_params(folder: Path, settings: dict) -> None:
-    """Lay {"train.steps": 6, ...} over a folder's params.yaml; a value of ... takes the key out."""
+    """Apply {"train.steps": 6, ...} to a folder's params.yaml; the value ... removes the key."""
     file = folder / "params.yaml"
     tree = yaml.safe_load(file.read_text())
     for name, value in settings.items():
@@ -79,9 +79,9 @@ def set_params(folder: Path, settings: dict) -> None:
 
 
 def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
-    """For a process of a test's own: this interpreter first on the PATH, no settings from outside.
+    """The environment of a test's process: this interpreter first on PATH, no outside settings.
 
-    first_on_path: folders that go before what PYTHONPATH has.
+    first_on_path: folders to put at the front of PYTHONPATH.
     """
     clean = {
         name: value
@@ -98,7 +98,7 @@ def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
 
 
 def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
-    """Run a command in a project's folder, with more variables in its environment."""
+    """Run a command in a project's folder. more: environment variables."""
     return subprocess.run(
         command,
         cwd=folder,
@@ -110,7 +110,7 @@ def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess
 
 
 def succeed(folder: Path, *command: str, **more: str) -> str:
-    """Run a command that must succeed; all that it says."""
+    """Run a command that must succeed; return everything that it printed."""
     done = run(folder, *command, **more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -118,8 +118,8 @@ def succeed(folder: Path, *command: str, **more: str) -> str:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Be in a project's folder, for what runs in this process, where PyTorch and MLflow are
-    imported already. MLflow holds on to a store that it has opened, though it be taken away."""
+    """Run the block in a project's folder, in this process, where PyTorch and MLflow are imported
+    already. MLflow keeps a store open even after its file is removed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
@@ -134,7 +134,7 @@ def run_stages(folder: Path, *stages: str) -> None:
 
 
 def folio(folder: Path, *words: str) -> str:
-    """What `python -m folio` says on stdout. Raises UserError as it does."""
+    """Run `python -m folio` in this process; return its stdout. Raises UserError as it does."""
     with inside(folder):
         done = CliRunner().invoke(commands, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -142,7 +142,7 @@ def folio(folder: Path, *words: str) -> str:
 
 
 def commit(folder: Path, message: str = "start") -> None:
-    """All that is in a folder, in a git repository of its own."""
+    """Commit everything in a folder to a git repository there."""
     for command in (
         ["git", "init", "-q"],
         ["git", "config", "user.email", "test@example.org"],
@@ -154,7 +154,7 @@ def commit(folder: Path, message: str = "start") -> None:
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that all workers share, for them to copy: the first who wants it makes it."""
+    """A folder that all workers share and copy; the first worker that needs it makes it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with filelock.FileLock(f"{folder}.lock"):
@@ -166,20 +166,20 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
 
 
 def open_store(folder: Path) -> None:
-    """Make the store of a project's folder, or mend that of one that is a copy."""
+    """Create the store of a project, or repair that of a copied project."""
     with inside(folder):
-        store.Store(None, mend=True)
+        Store(None, repair=True)
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An mlflow.db without runs, to be copied and opened: to make one takes five seconds."""
+    """An mlflow.db without runs, to be copied and opened: creating one takes five seconds."""
     return shared(tmp_path_factory, "store", open_store) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
 def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
-    """make_project(settings) is a new folder with the code, tiny params and a short text.
+    """make_project(settings) returns a new folder with the code, tiny params and a short text.
 
     It has an empty MLflow store, unless store is False.
     """
@@ -207,7 +207,7 @@ def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
-    """make_trained(settings) is a committed project after its first `dvc repro`, and an edit.
+    """make_trained(settings) returns a committed project after `dvc repro`, with params edited.
 
     It has the MLflow store of that run, unless store is False.
     """
@@ -236,19 +236,19 @@ def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
 
 
 def enter_copy(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a project for a test to change, as `folder`, where the test's process is then."""
+    """Copy a project to `folder` for a test to change, and change to that folder."""
     shutil.copytree(project, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
-    store.Store(None, mend=True)
+    Store(None, repair=True)
     return folder
 
 
-NO_FILES = ("folder", "pipe", "link to itself", "link to a device")
+NOT_FILES = ("folder", "pipe", "link to itself", "link to a device")
 
 
 def replace_by(path: Path, kind: str) -> None:
-    """Put one of NO_FILES in the place of a file."""
+    """Replace a file by one of NOT_FILES."""
     path.unlink()
     if kind == "folder":
         path.mkdir()
@@ -263,7 +263,7 @@ CONTEXT, ROWS = 12, 40  # of `model`
 
 @pytest.fixture(scope="session")
 def model() -> GPT:
-    """A model of a few numbers, none of them as they are at the start."""
+    """A model of a few parameters, none of which has its initial value."""
     torch.manual_seed(1)
     model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=CONTEXT, dropout=0.1), ROWS)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The state of any optimizer as tensors and JSON, and back.
 
-`Optimizer.state_dict` may hold tensors of any shape and type, numbers, None, and nested dicts, lists
-and tuples of these, in the state of a parameter or in a parameter group.
+`Optimizer.state_dict` may have tensors of any shape and type, numbers, None, and nested dicts,
+lists and tuples of these.
 """
 
 from typing import Any

@@ -8,6 +8,13 @@ import inspect
 
 import torch
 
+from folio.training.params import TrainParams
+
+
+def build(model: torch.nn.Module, p: TrainParams) -> torch.optim.Optimizer:
+    """The optimizer that the section `train` of params.yaml describes."""
+    return adamw(model, p.weight_decay, (p.beta1, p.beta2))
+
 
 def adamw(
     model: torch.nn.Module, weight_decay: float, betas: tuple[float, float]

@@ -10,8 +10,8 @@ whole step is one CUDA graph.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -81,11 +81,12 @@ class TrainStep:
         # A graph can be captured of an optimizer that reads the learning rate and found_inf from
         # the device. Gradient checkpointing cannot be captured: it saves the generator's state.
         capturable = optimizer.defaults.get("capturable", False)
-        self.captures = capturable and self.optimizer_skips and not model.gradient_checkpointing
+        checkpointing = getattr(model, "gradient_checkpointing", False)
+        self.captures = capturable and self.optimizer_skips and not checkpointing
         self._learning_rates = [
             torch.zeros((), device=device) if capturable else None for _ in optimizer.param_groups
         ]
-        self._graph = None
+        self._graph: Callable[..., None] | None = None
 
     def __call__(
         self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
@@ -127,11 +128,13 @@ class TrainStep:
     @torch.no_grad()
     def _move_gradients(self, first: bool) -> None:
         """Add the compute model's gradients to the master weights' gradients, in fp32."""
+        master, computed = [], []
         pairs = zip(self.model.parameters(), self.compute_model.parameters(), strict=True)
-        pairs = [(p, copied) for p, copied in pairs if copied.grad is not None]
-        for p, _ in pairs:
-            p.grad = torch.empty_like(p) if p.grad is None else p.grad
-        master, computed = [p.grad for p, _ in pairs], [copied.grad for _, copied in pairs]
+        for p, copied in pairs:
+            if copied.grad is not None:
+                p.grad = torch.empty_like(p) if p.grad is None else p.grad
+                master.append(p.grad)
+                computed.append(copied.grad)
         torch._foreach_copy_(master, computed) if first else torch._foreach_add_(master, computed)
         self.compute_model.zero_grad(set_to_none=True)
 
@@ -148,7 +151,8 @@ class TrainStep:
         state = (self.stats, self.scale, self.updates)
         divisor, skip = self.check_and_scale(loss, norm, *state, self.grad_clip, self.fp16)
         if self.optimizer_skips:
-            self.optimizer.grad_scale, self.optimizer.found_inf = divisor, skip
+            setattr(self.optimizer, "grad_scale", divisor)  # noqa: B010 (for mypy)
+            setattr(self.optimizer, "found_inf", skip)  # noqa: B010
             self.optimizer.step()
         elif not skip:
             torch._foreach_div_(gradients, divisor)
@@ -211,7 +215,7 @@ def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
 
 def _copy(model: GPT, dtype: torch.dtype) -> GPT:
     """The model with its parameters, not its constants, in another precision."""
-    copied = cast(GPT, copy.deepcopy(model))
+    copied = copy.deepcopy(model)
     for p in copied.parameters():
         p.data = p.data.to(dtype)
     return copied

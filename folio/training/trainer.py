@@ -14,11 +14,10 @@ from folio.gpt.validation import token_losses
 from folio.tokens import vocabulary
 from folio.tokens.batches import Batches
 from folio.tokens.token_files import TokenData
-from folio.training import checkpoint, optimizer_state, schedule
+from folio.training import checkpoint, optimizer_state, optimizers, schedule
 from folio.training.checkpoint import Checkpoint
 from folio.training.early_stopping import EarlyStopping
 from folio.training.history import History
-from folio.training.optimizers import adamw
 from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
 from folio.training.step import NonFiniteError, StepStats, TrainStep
@@ -54,8 +53,7 @@ class Trainer:
         self.model.gradient_checkpointing = params.gradient_checkpointing
         if pretrained:
             self.model.load_state_dict(pretrained.weights(model_params, size))
-        betas = (params.beta1, params.beta2)
-        self.optimizer = adamw(self.model, params.weight_decay, betas)
+        self.optimizer = optimizers.build(self.model, params)
         self._step = TrainStep(
             *(self.model, self.optimizer, where, precision, params.grad_clip),
             compiled=self._wants_compile(),

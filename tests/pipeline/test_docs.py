@@ -1,7 +1,7 @@
-"""The commands in the pages, run as they are: a page's blocks in turn, in a tiny project.
+"""The commands in the documentation run as written: a page's blocks in turn, in a tiny project.
 
-The line before a block leaves it out when it is `<!-- not run: why -->`; a line
-`<!-- not run on this page: why -->` leaves out all of a page's.
+A block is skipped when the line before it is `<!-- not run: why -->`; a line
+`<!-- not run on this page: why -->` skips all blocks of a page.
 """
 
 import os
@@ -20,7 +20,7 @@ BLOCK = re.compile(
     r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-WHOLE = re.compile(r"^<!-- not run on this page:(.*?)-->$", re.MULTILINE | re.DOTALL)
+WHOLE_PAGE = re.compile(r"^<!-- not run on this page:(.*?)-->$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -36,7 +36,7 @@ def blocks(page: Path) -> list[Block]:
     content = (ROOT / page).read_text(encoding="utf-8")
     found = list(BLOCK.finditer(content))
     assert len(found) == len(re.findall(r"^```(?:sh|python)\b", content, re.MULTILINE)), page
-    whole = WHOLE.search(content)
+    whole = WHOLE_PAGE.search(content)
     return [
         Block(
             page,
@@ -58,8 +58,8 @@ def project(make_trained, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_pages_commands_run_as_they_are_written(page, project, tmp_path):
-    fonts = matplotlib.get_cachedir()  # else a new home finds the system's fonts anew
+def test_page_commands_run_as_written(page, project, tmp_path):
+    fonts = matplotlib.get_cachedir()  # a new home would search the system's fonts again
     commands = {"sh": ["bash", "-euc"], "python": [sys.executable, "-c"]}
     for block in blocks(page):
         if block.reason is None:
@@ -71,12 +71,12 @@ def test_a_pages_commands_run_as_they_are_written(page, project, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_block_that_is_not_run_says_why(page):
+def test_block_that_is_not_run_has_a_reason(page):
     for block in blocks(page):
         assert block.reason is None or len(block.reason.split()) >= 3, f"{page}, {block.line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_pages_links_lead_to_files_that_are_there(page):
+def test_page_links_lead_to_existing_files(page):
     for link in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         assert Path(os.path.normpath(ROOT / page.parent / link)).exists(), f"{page}: {link}"

@@ -1,4 +1,4 @@
-"""A training that starts from a GPT-2 folder instead of from random weights."""
+"""Training that starts from a GPT-2 folder instead of random weights."""
 
 import json
 import shutil
@@ -26,21 +26,27 @@ from conftest import (
 from torch.nn import functional as F
 
 from folio import params, signals
-from folio.gpt import huggingface
-from folio.tokens import token_files
-from folio.tracking import store
-from folio.training import pretrained
 from folio.errors import one_line_errors
+from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
-from folio.run import Record
+from folio.run import Record, Run
 from folio.runtime import RuntimeParams
+from folio.tokens import token_files
+from folio.tracking import queries
+from folio.tracking.store import Store
+from folio.tracking.writer import RunWriter
+from folio.training import pretrained
+from folio.training.key import train_key
+from folio.training.outputs import metrics as training_metrics
+from folio.training.params import TrainParams
+from folio.training.trainer import Trainer
 from stages import train
 
 SETTINGS = {"train.init_from": "theirs", "train.tie_unseen_tokens": False, "model.block_size": 16}
 
 
 def write_folder(folder: Path, seed: int = 1, low: bool = False, **sizes: int) -> None:
-    """What transformers writes; low: with logits as far below 0 as those of OpenAI's GPT-2."""
+    """Write a folder with transformers; low: with logits far below 0, like OpenAI's GPT-2."""
     torch.manual_seed(seed)
     known = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 50_257}
     model = transformers.GPT2LMHeadModel(
@@ -55,7 +61,7 @@ def write_folder(folder: Path, seed: int = 1, low: bool = False, **sizes: int) -
 
 @pytest.fixture(scope="module")
 def prepared(make_project) -> Path:
-    """A project that starts from data/pretrained/theirs, in which prepare has run."""
+    """A project with init_from data/pretrained/theirs, in which prepare has run."""
     folder = make_project(SETTINGS)
     run_stages(folder, "prepare")
     write_folder(folder / "data/pretrained/theirs")
@@ -64,7 +70,7 @@ def prepared(make_project) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(prepared) -> tuple[Path, str]:
-    """A copy of it in which train was killed, and has run again; and what it said then."""
+    """A copy in which train was killed and resumed; and the stdout of the second run."""
     folder = prepared.with_name("trained")
     shutil.copytree(prepared, folder)
     open_store(folder)
@@ -87,15 +93,11 @@ def project(prepared, tmp_path, monkeypatch) -> Path:
     return enter_copy(prepared, tmp_path / "project", monkeypatch)
 
 
-def trainer(folder: Path) -> train.Trainer:
-    model, settings = params.load(
-        folder / "params.yaml", model=ModelParams, train=train.TrainParams
-    )
-    data, start = (
-        token_files.read(folder / "data/prepared"),
-        pretrained.find(settings.init_from, folder),
-    )
-    return train.Trainer(model, settings, data, torch.device("cpu"), "fp32", start)
+def trainer(folder: Path) -> Trainer:
+    model, settings = params.load(folder / "params.yaml", model=ModelParams, train=TrainParams)
+    data = token_files.read(folder / "data/prepared")
+    weights = pretrained.find(settings.init_from, folder)
+    return Trainer(model, settings, data, torch.device("cpu"), "fp32", weights)
 
 
 def history(folder: Path) -> list[dict]:
@@ -103,13 +105,13 @@ def history(folder: Path) -> list[dict]:
 
 
 def figures(rows: list[dict]) -> list[list]:
-    """What is the same in each run, of a history's rows."""
+    """The rows of a history without what depends on the clock."""
     keys = ("step", "train_loss", "learning_rate", "grad_norm", "val_loss")
     return [[row.get(key) for key in keys] for row in rows]
 
 
 def fails(capsys: pytest.CaptureFixture) -> str:
-    """Run train where it must stop with one line; return that."""
+    """Run train, which must fail with one line; return it."""
     capsys.readouterr()
     with pytest.raises(SystemExit), one_line_errors():
         train.main()
@@ -122,7 +124,7 @@ def fails(capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["plain", "low logits"])
-def test_the_loss_before_training_is_the_one_that_transformers_finds(project, low):
+def test_loss_before_training_is_that_of_transformers(project, low):
     folder = project / "data/pretrained/theirs"
     write_folder(folder, low=low)
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
@@ -135,26 +137,25 @@ def test_the_loss_before_training_is_the_one_that_transformers_finds(project, lo
             total += float(F.cross_entropy(logits, window[0, 1:], reduction="sum"))
             highest.append(float(logits.max()))
     assert (max(highest) < -50) == low
-    assert trainer(project).evaluate() == pytest.approx(total / (len(val) - 1), abs=1e-5)
+    assert trainer(project).validate() == pytest.approx(total / (len(val) - 1), abs=1e-5)
 
 
-def test_the_history_begins_with_the_loss_before_training(trained):
+def test_history_starts_with_loss_before_training(trained):
     folder, said = trained
     first, second, *_ = history(folder)
     assert first.keys() == {"step", "time", "val_loss"} and second["step"] == 1
     assert first["step"] == 0
     metrics = json.loads((folder / "models/training/metrics.json").read_text())
-    assert metrics["initial_val_loss"] == first["val_loss"] == trainer(folder).evaluate()
+    assert metrics["initial_val_loss"] == first["val_loss"] == trainer(folder).validate()
     assert metrics["best_val_loss"] < first["val_loss"]
-    drawn = (folder / "models/training/held_out.csv").read_text().splitlines()
+    drawn = (folder / "models/training/val_loss.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in drawn] == ["step", "0", "2", "4", "6"]
-    assert (folder / "models/training/loss.png").stat().st_size > 5_000
-    assert "from the weights of data/pretrained/theirs" in said
+    assert "starting from data/pretrained/theirs" in said
     before, best = f"{first['val_loss']:.3f}", f"{metrics['best_val_loss']:.3f}"
-    assert f"held-out loss {before} before training, {best} at step 6" in said
+    assert f"validation loss {before} before training, {best} at step 6" in said
 
 
-def test_mlflow_has_the_loss_before_training_and_knows_the_weights(trained):
+def test_mlflow_has_loss_before_training_and_hash_of_weights(trained):
     folder, _ = trained
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     [kept] = client.search_runs([client.get_experiment_by_name("folio").experiment_id])
@@ -168,22 +169,26 @@ def test_mlflow_has_the_loss_before_training_and_knows_the_weights(trained):
     assert kept.data.tags["init_sha256"] == start.sha256
 
 
-def test_a_training_from_random_weights_has_no_row_of_step_0(project):
+def test_history_from_random_weights_has_no_step_0(project):
     set_params(project, {"train.init_from": "random"})
     one = trainer(project)
-    one.train(project / "checkpoints", runtime(), Untracked())
-    assert one.history[0]["step"] == 1 and "initial_val_loss" not in one.metrics()
+    train.train(one, runtime(), project / "checkpoints", NoLogger())
+    assert one.history.rows[0]["step"] == 1 and "initial_val_loss" not in training_metrics(one)
 
 
-def test_where_no_step_does_better_the_first_weights_are_kept_and_it_is_said(project, capsys):
+def test_initial_weights_are_kept_when_no_step_improves_on_them(project, capsys):
     set_params(project, {"train.learning_rate": 5.0, "train.min_learning_rate": 5.0})
     train.main()
     metrics = json.loads((project / "models/training/metrics.json").read_text())
     assert metrics["best_step"] == 0
     assert metrics["best_val_loss"] == metrics["initial_val_loss"] < metrics["last_val_loss"]
     said = capsys.readouterr().out
-    assert f"step      0  before training      held-out {metrics['best_val_loss']:.3f}" in said
-    assert f"no evaluation was better than {metrics['best_val_loss']:.3f}, that of theirs" in said
+    assert (
+        f"step      0  before training     validation loss {metrics['best_val_loss']:.3f}" in said
+    )
+    assert (
+        f"no evaluation was better than {metrics['best_val_loss']:.3f}, the validation loss" in said
+    )
     kept = huggingface.load(project / "models/gpt2").state_dict()
     theirs = huggingface.load(project / "data/pretrained/theirs").state_dict()
     for name, weight in kept.items():
@@ -191,12 +196,14 @@ def test_where_no_step_does_better_the_first_weights_are_kept_and_it_is_said(pro
     assert len(kept["transformer.wpe.weight"]) == 16
 
 
-def test_weights_that_are_not_finite_are_one_line_before_any_step(project, capsys):
+def test_non_finite_weights_fail_in_one_line_before_any_step(project, capsys):
     path = project / "data/pretrained/theirs/model.safetensors"
     weights = safetensors.torch.load_file(path)
     weights["transformer.ln_f.bias"][0] = float("nan")
     safetensors.torch.save_file(weights, path)
-    assert "step 0: the held-out loss is not finite; take another train.init_from" in fails(capsys)
+    assert "step 0: the validation loss is not finite; choose another train.init_from" in fails(
+        capsys
+    )
 
 
 # --- which folder
@@ -211,13 +218,16 @@ def test_weights_that_are_not_finite_are_one_line_before_any_step(project, capsy
         ({"n_positions": 8}, "set model.block_size to at most 8"),
         (
             {"n_layer": 3, "n_head": 1, "n_embd": 24, "n_positions": 8},
-            "data/pretrained/theirs holds a model of another size: set model.n_layer to 3,"
+            "data/pretrained/theirs has a model of another size: set model.n_layer to 3,"
             " model.n_head to 1, model.n_embd to 24, model.block_size to at most 8",
         ),
-        ({"vocab_size": 50_304}, "has 50,304 tokens, and the text is in GPT-2's 50,257: take a"),
+        (
+            {"vocab_size": 50_304},
+            "has 50,304 tokens, and the text is encoded with GPT-2's 50,257: choose a",
+        ),
     ],
 )
-def test_a_model_that_does_not_fit_is_one_line_that_says_what_to_set(project, sizes, words, capsys):
+def test_folder_of_another_size_fails_in_one_line_with_what_to_set(project, sizes, words, capsys):
     write_folder(project / "data/pretrained/theirs", **sizes)
     assert words in fails(capsys)
 
@@ -225,44 +235,47 @@ def test_a_model_that_does_not_fit_is_one_line_that_says_what_to_set(project, si
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"train.init_from": "thiers"}, "'thiers' is no GPT-2 folder in data/pretrained; did you"),
+        (
+            {"train.init_from": "thiers"},
+            "'thiers' is not a GPT-2 folder in data/pretrained; did you",
+        ),
         ({"train.init_from": "data/pretrained/theirs"}, "did you mean theirs?; put one there"),
         ({"train.init_from": "../pretrained/theirs"}, "did you mean theirs?; put one there"),
         ({"train.init_from": "/"}, "put one there (docs/fine-tuning.md) and give its name, or"),
-        ({"train.init_from": ""}, "'' is no GPT-2 folder"),
-        ({"train.init_from": "\x1b[31m\0" * 10_000}, "is no GPT-2 folder in data/pretrained;"),
-        ({"train.init_from": None}, "train.init_from: None will not do; it takes a string"),
+        ({"train.init_from": ""}, "'' is not a GPT-2 folder"),
+        ({"train.init_from": "\x1b[31m\0" * 10_000}, "is not a GPT-2 folder in data/pretrained;"),
+        ({"train.init_from": None}, "train.init_from: None is not valid; expected a string"),
         ({"train.tie_unseen_tokens": True}, "train.tie_unseen_tokens: set it to false with init"),
     ],
 )
-def test_a_name_or_setting_that_will_not_do_is_one_line(project, settings, words, capsys):
+def test_invalid_name_or_setting_fails_in_one_line(project, settings, words, capsys):
     set_params(project, settings)
     line = fails(capsys)
     assert words in line and line.isprintable() and len(line) < 500
 
 
-def test_a_folder_of_pickled_weights_is_one_line(project, capsys):
+def test_pickled_weights_fail_in_one_line(project, capsys):
     folder = project / "data/pretrained/theirs"
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pickled weights are not read" in fails(capsys)
+    assert "Folio does not read pickled weights" in fails(capsys)
 
 
-def test_a_folder_of_other_weights_is_another_training(project):
+def test_key_changes_with_weights_of_the_folder(project):
     one = trainer(project)
-    key = train.train_key(one.model.params, one.p, "data", one.start)
+    key = train_key(one.model.params, one.params, "data", one.pretrained)
     (project / "data/pretrained/theirs/README.md").write_text("about it")
     same = trainer(project)
-    assert train.train_key(same.model.params, same.p, "data", same.start) == key
+    assert train_key(same.model.params, same.params, "data", same.pretrained) == key
     write_folder(project / "data/pretrained/theirs", seed=2)
     other = trainer(project)
-    assert train.train_key(other.model.params, other.p, "data", other.start) != key
+    assert train_key(other.model.params, other.params, "data", other.pretrained) != key
 
 
-# --- stopped and gone on
+# --- stopped and resumed
 
 
-class Untracked:
-    def follow(self, history):
+class NoLogger:
+    def send(self, history):
         pass
 
 
@@ -273,48 +286,56 @@ def runtime() -> RuntimeParams:
 
 @pytest.mark.parametrize(
     ("call", "method", "rate"),
-    [(1, "evaluate", 0.1), (1, "advance", 0.1), (4, "advance", 0.1), (4, "advance", 5.0)],
-    ids=["before the first row", "before the first step", "later", "where no step does better"],
+    [
+        (1, "validate", 0.1),
+        (1, "step", 0.1),
+        (4, "step", 0.1),
+        (4, "step", 5.0),
+        (3, "validate", 0.1),
+    ],
+    ids=["before the first row", "before the first step", "later", "no improvement", "evaluation"],
 )
-def test_a_stopped_training_ends_as_if_it_had_not_been(project, monkeypatch, rate, call, method):
+def test_stopped_training_resumes_bit_for_bit(project, monkeypatch, rate, call, method):
     set_params(project, {"train.learning_rate": rate, "train.min_learning_rate": rate})
-    undisturbed = trainer(project)
-    undisturbed.train(project / "one", runtime(), Untracked())
+    uninterrupted = trainer(project)
+    train.train(uninterrupted, runtime(), project / "one", NoLogger())
     stopped, calls = trainer(project), []
     sound = getattr(stopped, method)
 
-    def stopping_at_a_call():
+    def stopping_at_a_call(*arguments):
         calls.append(method)
         if len(calls) == call:
             raise signals.Stopped("SIGTERM")
-        return sound()
+        return sound(*arguments)
 
     monkeypatch.setattr(stopped, method, stopping_at_a_call)
     with pytest.raises(signals.Stopped):
-        stopped.train(project / "two", runtime(), Untracked())
+        train.train(stopped, runtime(), project / "two", NoLogger())
     resumed = trainer(project)
     resumed.resume(project / "two")
-    assert resumed.step == (call - 1 if method == "advance" else 0)
-    resumed.train(project / "two", runtime(), Untracked())
-    assert figures(undisturbed.history) == figures(resumed.history)
-    assert [row["step"] for row in resumed.history] == [*range(7)]
-    assert undisturbed.best == resumed.best and (resumed.best[1] == 0) == (rate == 5.0)
-    for name, weight in undisturbed.best_weights.items():
-        assert torch.equal(weight, resumed.best_weights[name]), name
+    assert resumed.steps_done == (call - 1 if method == "step" else 2 * (call - 1))
+    train.train(resumed, runtime(), project / "two", NoLogger())
+    assert figures(uninterrupted.history.rows) == figures(resumed.history.rows)
+    assert [row["step"] for row in resumed.history.rows] == [*range(7)]
+    best, resumed_best = uninterrupted.early_stopping, resumed.early_stopping
+    assert best.state_dict() == resumed_best.state_dict()
+    assert (resumed_best.best_step == 0) == (rate == 5.0)
+    for name, weight in best.best_weights.items():
+        assert torch.equal(weight, resumed_best.best_weights[name]), name
     for weight, other in zip(
-        undisturbed.model.parameters(), resumed.model.parameters(), strict=True
+        uninterrupted.model.parameters(), resumed.model.parameters(), strict=True
     ):
         assert torch.equal(weight, other)
 
 
-def test_a_killed_training_leaves_the_same_files_and_mlflow_has_each_point_once(project, trained):
+def test_killed_training_leaves_same_files_and_each_point_once(project, trained):
     folder, said = trained
-    assert "going on from the checkpoint of step" in said
-    undisturbed = trainer(project)
-    undisturbed.train(project / "checkpoints", runtime(), Untracked())
-    assert figures(undisturbed.history) == figures(history(folder))
+    assert "resuming from the checkpoint of step" in said
+    uninterrupted = trainer(project)
+    train.train(uninterrupted, runtime(), project / "checkpoints", NoLogger())
+    assert figures(uninterrupted.history.rows) == figures(history(folder))
     for name, weight in huggingface.load(folder / "models/gpt2").state_dict().items():
-        assert torch.equal(weight, undisturbed.best_weights[name]), name
+        assert torch.equal(weight, uninterrupted.early_stopping.best_weights[name]), name
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     [kept] = client.search_runs([client.get_experiment_by_name("folio").experiment_id])
     for key, steps in (("val_loss", [0, 2, 4, 6]), ("train_loss", [1, 2, 3, 4, 5, 6])):
@@ -322,34 +343,35 @@ def test_a_killed_training_leaves_the_same_files_and_mlflow_has_each_point_once(
         assert sorted(point.step for point in points) == steps
 
 
-def test_a_training_goes_on_only_while_its_folder_is_there(project, capsys):
+def test_training_does_not_resume_without_its_folder(project, capsys):
     trainer(project).save(project / ".checkpoints/key")
     shutil.rmtree(project / "data/pretrained/theirs")
-    assert "'theirs' is no GPT-2 folder in data/pretrained" in fails(capsys)
+    assert "'theirs' is not a GPT-2 folder in data/pretrained" in fails(capsys)
 
 
-def test_a_training_stopped_before_its_first_step_is_sent_by_sync(project):
-    store, row = store.Store(None), {"step": 0, "time": 1, "val_loss": 9.5}
+def test_sync_sends_training_stopped_before_its_first_step(project):
+    store, row = Store(None), {"step": 0, "time": 1, "val_loss": 9.5}
     params = {"data.corpus": "verses"}
     record = Record(id="one", name="one", started=1, ended=2, params=params, tags={})
-    store.send(store.Run(record=record), "KILLED")
-    assert store.lacks(record, [row])
-    store.send(store.Run(record=record, history=[row]), "KILLED")
-    assert not store.lacks(record, [row])
+    writer = RunWriter(store)
+    writer.send(Run(record=record), "KILLED")
+    assert queries.is_outdated(store, record, [row])
+    writer.send(Run(record=record, history=[row]), "KILLED")
+    assert not queries.is_outdated(store, record, [row])
 
 
 # --- DVC
 
 
 def dvc(folder: Path, *command: str) -> tuple[list[str], str]:
-    """The stages that it runs, and all that it says."""
+    """Run dvc; return the stages that it ran, and its stdout."""
     done = run(folder, "dvc", *command)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     return [line.split("'")[1] for line in lines if line.startswith("Running stage")], done.stdout
 
 
-def test_dvc_trains_again_when_the_folder_in_use_changes_and_for_no_other(project):
+def test_dvc_retrains_only_when_the_folder_in_use_changes(project):
     theirs, dry = project / "data/pretrained/theirs", ("repro", "--dry", "train")
     succeed(project, "git", "init", "-q")
     succeed(project, "dvc", "add", "data/pretrained/theirs")
@@ -357,8 +379,7 @@ def test_dvc_trains_again_when_the_folder_in_use_changes_and_for_no_other(projec
     # An experiment in a clone of its own, which has what git and DVC keep and nothing else.
     ran, said = dvc(project, "exp", "run", "--temp", "--name", "tuned")
     assert (
-        ran == ["prepare", "train", "evaluate"]
-        and "from the weights of data/pretrained/theirs" in said
+        ran == ["prepare", "train", "evaluate"] and "starting from data/pretrained/theirs" in said
     )
     dvc(project, "exp", "apply", "tuned")
     write_folder(project / "data/pretrained/another")

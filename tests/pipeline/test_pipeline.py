@@ -1,4 +1,4 @@
-"""The whole pipeline in a real DVC repository of its own, with a real MLflow store."""
+"""The whole pipeline in a real DVC repository with a real MLflow store."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def store(repo: Path) -> mlflow.MlflowClient:
 
 
 def runs_of(store: mlflow.MlflowClient, key: str) -> tuple[list, list]:
-    """(variants, their nested evaluations) that carry a train_key."""
+    """The training runs with a train_key, and the evaluation runs nested under them."""
     experiment = store.get_experiment_by_name("folio")
     found = store.search_runs([experiment.experiment_id], f"tags.train_key = '{key}'")
     nested = [r for r in found if "mlflow.parentRunId" in r.data.tags]
@@ -39,7 +39,7 @@ def written(repo: Path, file: str) -> dict:
     return json.loads((repo / "models" / file).read_text())
 
 
-def test_repro_leaves_a_model_that_transformers_opens_and_samples_from(repo):
+def test_repro_writes_a_model_that_transformers_opens(repo):
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(repo / "models/gpt2")
@@ -49,7 +49,7 @@ def test_repro_leaves_a_model_that_transformers_opens_and_samples_from(repo):
     assert tokenizer.decode(out[0]).startswith("The sea")
 
 
-def test_transformers_finds_the_same_held_out_loss(repo):
+def test_validation_loss_is_that_of_transformers(repo):
     import numpy as np
     from transformers import GPT2LMHeadModel
 
@@ -71,7 +71,7 @@ def test_transformers_finds_the_same_held_out_loss(repo):
     )
 
 
-def test_every_figure_of_the_issue_is_in_the_metrics_files(repo):
+def test_metrics_files_have_every_figure(repo):
     figures = written(repo, "evaluation/metrics.json")
     assert {
         "val_loss",
@@ -92,11 +92,11 @@ def test_every_figure_of_the_issue_is_in_the_metrics_files(repo):
         "batches_per_epoch",
         "unseen_val_share",
     ]
-    for picture in ("training/loss", "evaluation/loss_by_position", "evaluation/loss_by_rarity"):
-        assert (repo / f"models/{picture}.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("loss", "loss_by_position", "loss_by_rarity"):
+        assert (repo / f"models/evaluation/{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
+def test_mlflow_has_the_complete_run(repo, store):
     variants, nested = runs_of(store, written(repo, "training/run.json")["train_key"])
     [variant] = variants
     assert variant.data.tags["folio_id"] == written(repo, "training/run.json")["folio_id"]
@@ -113,6 +113,8 @@ def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
     assert variant.data.tags["data_digest"].startswith(dataset.dataset.digest)
     folders = {item.path for item in store.list_artifacts(variant.info.run_id)}
     assert folders == {"data", "training"}
+    training = {item.path for item in store.list_artifacts(variant.info.run_id, "training")}
+    assert {"training/loss.png", "training/history.jsonl"} <= training
     [model] = store.search_logged_models([variant.info.experiment_id])
     weights = files.sha256(repo / "models/gpt2/model.safetensors")
     assert (model.source_run_id, model.status) == (variant.info.run_id, "READY")
@@ -124,7 +126,7 @@ def test_mlflow_holds_the_run_with_all_that_belongs_to_it(repo, store):
     assert child.data.params["evaluate.sample_tokens"] == "4"
 
 
-def test_mlflow_holds_each_row_of_the_history_once(repo, store):
+def test_mlflow_has_each_row_of_the_history_once(repo, store):
     [[variant], _] = runs_of(store, written(repo, "training/run.json")["train_key"])
     run_id = variant.info.run_id
     history = (repo / "models/training/history.jsonl").read_text().splitlines()
@@ -138,7 +140,7 @@ def test_mlflow_holds_each_row_of_the_history_once(repo, store):
     assert Counter(evaluated) == Counter([2, 4, 6])
 
 
-def test_dvc_draws_both_losses_from_every_number_and_from_nothing_else(repo):
+def test_dvc_plots_both_losses(repo):
     shown = json.loads(run(repo, "dvc", "plots", "show", "--json").stdout)
     [drawn] = shown["data"]["loss"]
     values = drawn["content"]["data"]["values"]
@@ -149,14 +151,14 @@ def test_dvc_draws_both_losses_from_every_number_and_from_nothing_else(repo):
     assert steps == {"train_loss": [1, 2, 3, 4, 5, 6], "val_loss": [2, 4, 6]}
 
 
-def test_a_second_repro_does_nothing(repo):
+def test_repro_twice_does_nothing(repo):
     before = (repo / "dvc.lock").read_bytes()
     done = run(repo, "dvc", "repro")
     assert "Running stage" not in done.stdout
     assert (repo / "dvc.lock").read_bytes() == before
 
 
-def test_runtime_params_rerun_nothing_and_evaluate_params_evaluate_alone(repo):
+def test_runtime_params_rerun_nothing_and_evaluate_params_rerun_evaluate(repo):
     set_params(repo, {"runtime.log_interval": 5, "runtime.progress": False})
     assert "Running stage" not in run(repo, "dvc", "repro").stdout
     set_params(repo, {"evaluate.sample_tokens": 5})
@@ -167,7 +169,35 @@ def test_runtime_params_rerun_nothing_and_evaluate_params_evaluate_alone(repo):
     run(repo, "dvc", "checkout")
 
 
-def test_an_edited_text_reruns_prepare_and_what_follows(repo):
+COMMENTS = {  # a source file, and the stages that a changed comment in it reruns
+    "folio/tracking/ui.py": [],
+    "folio/tracking/writer.py": [],
+    "folio/cli/compare.py": [],
+    "folio/app/html.py": [],
+    "folio/sweeps/sweep.py": [],
+    "folio/errors.py": [],
+    "folio/signals.py": [],
+    "folio/plots.py": ["prepare", "evaluate"],
+    "folio/corpus/statistics.py": ["prepare"],
+    "folio/inference/generation.py": ["evaluate"],
+    "folio/gpt/model.py": ["train", "evaluate"],
+    "folio/tokens/batches.py": ["prepare", "train", "evaluate"],
+    "folio/training/step.py": ["train"],
+    "folio/device.py": ["train", "evaluate"],
+}
+
+
+def test_changed_comment_reruns_only_the_stages_that_use_the_file(repo):
+    assert not (set(COMMENTS) - {name for name in COMMENTS if (repo / name).exists()})
+    for name, expected in COMMENTS.items():
+        original = (repo / name).read_text()
+        (repo / name).write_text(original + "\n# another comment\n")
+        status = json.loads(run(repo, "dvc", "status", "--json").stdout)
+        (repo / name).write_text(original)
+        assert sorted(status) == sorted(expected), name
+
+
+def test_edited_text_reruns_prepare(repo):
     text = repo / "data/raw/verses.txt"
     original = text.read_text()
     text.write_text(original.replace("star", "moon"))
@@ -184,7 +214,7 @@ def trainers(repo: Path) -> list[psutil.Process]:
     ]
 
 
-def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(repo, store):
+def test_killed_dvc_leaves_no_trainer_and_the_next_one_resumes(repo, store):
     set_params(repo, {"train.seed": 3, "train.steps": 3000, "train.eval_interval": 100})
 
     def importing() -> list[psutil.Process]:
@@ -204,7 +234,7 @@ def test_a_killed_dvc_leaves_no_trainer_and_the_next_one_goes_on_with_its_work(r
         trainer.wait(60)
         assert not [place for place in checkpoints() if "3000" in place.name]  # the last step
     again = run(repo, "dvc", "repro")
-    assert again.returncode == 0 and "going on from the checkpoint of step" in again.stdout
+    assert again.returncode == 0 and "resuming from the checkpoint of step" in again.stdout
     [variant], _ = runs_of(store, written(repo, "training/run.json")["train_key"])
     assert variant.info.status == "FINISHED"
     assert not list(repo.glob(".checkpoints/*/*"))

@@ -1,14 +1,11 @@
 """A checkpoint is the complete state, written whole or not at all, and checked when it is read."""
 
 import contextlib
-import itertools
 import json
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +13,12 @@ import pytest
 import torch
 
 from folio import device
-from folio.run import lock_for_training, lock_if_idle
-from folio.tokens import batches
-from folio.training import checkpoint, optimizers
-from folio.training.checkpoint import Checkpoint
 from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
-from folio.training.step import Step
+from folio.tokens import batches
+from folio.training import checkpoint, optimizer_state, optimizers
+from folio.training.checkpoint import Checkpoint
+from folio.training.step import TrainStep
 
 ROOT = Path(__file__).parent.parent.parent
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.2)
@@ -30,13 +26,13 @@ ROWS = 50
 
 
 class Training:
-    """What stages/train.py does with a checkpoint, and no more."""
+    """What Trainer does with checkpoints, around a tiny model."""
 
     def __init__(self, seed, precision="fp32", params=PARAMS):
         device.seed(seed)
         self.model = GPT(params, ROWS)
         self.optimizer = optimizers.adamw(self.model, 0.1, (0.9, 0.95))
-        self.take_step = Step(
+        self.take_step = TrainStep(
             self.model, self.optimizer, torch.device("cpu"), precision, grad_clip=1.0
         )
         text = np.random.default_rng(1).integers(ROWS, size=400).astype(np.uint16)
@@ -44,26 +40,36 @@ class Training:
         self.step = 0
 
     def train(self, until):
-        """The losses of the steps up to a number of them."""
+        """Train until step `until`; return the losses."""
         losses = []
         while self.step < until:
             device.seed_step(1, self.step, torch.device("cpu"))
-            self.take_step([self.batches[self.step]], rate=1e-2)
+            self.take_step([self.batches[self.step]], learning_rate=1e-2)
             losses.append(self.take_step.read().loss)
             self.take_step.reset()
             self.step += 1
         return losses
 
     def save(self, folder):
-        checkpoint.save(folder, Checkpoint(self.step, self.tensors(), {}))
+        _, rest = optimizer_state.save(self.optimizer)
+        checkpoint.save(folder, Checkpoint(self.step, self.tensors(), {"optimizer": rest}))
 
     def resume(self, folder):
         found = checkpoint.load_latest(folder)
-        checkpoint.restore(found, self.model, self.optimizer, self.take_step)
+        self.model.load_state_dict(found.part("model"))
+        rest = found.state["optimizer"]
+        optimizer_state.restore(self.optimizer, found.part("optimizer"), rest)
+        self.take_step.load_state_dict(found.part("step"))
         self.step = found.step
 
     def tensors(self):
-        return checkpoint.capture(self.model, self.optimizer, self.take_step)
+        optimizer, _ = optimizer_state.save(self.optimizer)
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "step": self.take_step.state_dict(),
+        }
+        return {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
 def assert_equal(tensors, others):
@@ -74,7 +80,7 @@ def assert_equal(tensors, others):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The checkpoints of steps 2 and 3, each of a tensor that holds the step."""
+    """A folder with checkpoints of steps 2 and 3."""
     for step in (1, 2, 3):
         write(tmp_path / "key", step)
     return tmp_path / "key"
@@ -91,7 +97,7 @@ def contents(folder):
 
 @contextlib.contextmanager
 def full_disk(limit):
-    """Files may hold no more than limit bytes."""
+    """Limit the size of files to `limit` bytes within the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -104,7 +110,7 @@ def full_disk(limit):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, precision):
+def test_resumed_training_equals_uninterrupted_one(tmp_path, precision):
     straight = Training(seed=1, precision=precision)
     expected = straight.train(until=8)
     stopped = Training(seed=1, precision=precision)
@@ -118,17 +124,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, pr
     assert_equal(resumed.tensors(), straight.tensors())
 
 
-def test_losses_that_are_not_logged_yet_are_a_part_of_the_state(tmp_path):
+def test_state_has_losses_that_are_not_logged_yet(tmp_path):
     stopped, resumed = Training(seed=1), Training(seed=1)
     device.seed_step(1, 0, torch.device("cpu"))
-    stopped.take_step([stopped.batches[0]], rate=1e-2)
+    stopped.take_step([stopped.batches[0]], learning_rate=1e-2)
     stopped.save(tmp_path / "key")
     resumed.resume(tmp_path / "key")
     assert resumed.take_step.read() == stopped.take_step.read()
     assert resumed.take_step.read().steps == 1
 
 
-def test_to_save_changes_nothing(tmp_path):
+def test_save_changes_no_training(tmp_path):
     saving, other = Training(seed=1), Training(seed=1)
     losses = []
     for step in (1, 2, 3):
@@ -137,7 +143,7 @@ def test_to_save_changes_nothing(tmp_path):
     assert other.train(until=3) == losses
 
 
-def test_what_is_not_a_tensor_comes_back_as_json_has_it(tmp_path):
+def test_load_returns_state_as_json_has_it(tmp_path):
     state = {"history": [{"step": 1, "val_loss": 0.1 + 0.2}], "best": (1.5, 1), "none": None}
     tensors = {"a": torch.eye(3), "b": torch.tensor(2.5), "bytes": torch.arange(9).byte()}
     tensors["half"] = torch.ones(2, 3, dtype=torch.bfloat16).T
@@ -149,27 +155,7 @@ def test_what_is_not_a_tensor_comes_back_as_json_has_it(tmp_path):
     assert all(found.tensors[name].dtype == t.dtype for name, t in tensors.items())
 
 
-def test_the_weights_can_be_put_back_alone(tmp_path):
-    training = Training(seed=1)
-    training.train(until=2)
-    training.save(tmp_path / "key")
-    model = Training(seed=2).model
-    checkpoint.restore_model(checkpoint.load(tmp_path / "key", 2), model)
-    assert_equal(model.state_dict(), training.model.state_dict())
-
-
-@pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_layer": 3}, {"n_embd": 32}])
-def test_another_models_checkpoint_is_one_line_with_the_way_out(tmp_path, change):
-    training = Training(seed=1)
-    training.train(until=1)
-    training.save(tmp_path / "key")
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.2} | change
-    with pytest.raises(UserError, match=r"remove \.checkpoints to start anew") as error:
-        Training(seed=1, params=ModelParams(**sizes)).resume(tmp_path / "key")
-    assert "\n" not in str(error.value)
-
-
-def test_nothing_is_pickled(tmp_path):
+def test_save_pickles_nothing(tmp_path):
     training = Training(seed=1)
     training.train(until=1)
     training.save(tmp_path / "key")
@@ -207,7 +193,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, damage, capsys):
+def test_damaged_checkpoint_is_reported_and_skipped(folder, damage, capsys):
     damage(folder / "step-00000003")
     found = checkpoint.load_latest(folder)
     assert found.step == 2 and found.tensors["model.w"].eq(2).all()
@@ -217,32 +203,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(folder, dam
         checkpoint.load(folder, 3)
 
 
-def test_a_checkpoint_under_another_ones_name_is_named_and_passed_over(folder, capsys):
+def test_renamed_checkpoint_is_reported_and_skipped(folder, capsys):
     (folder / "step-00000003").rename(folder / "step-00000009")
     assert checkpoint.load_latest(folder).step == 2
-    assert "step-00000009 is damaged: it is of step 3; passing it over" in capsys.readouterr().err
+    assert "step-00000009 is damaged: it is of step 3; skipping it" in capsys.readouterr().err
 
 
-def test_an_undamaged_one_is_used_without_a_word(folder, capsys):
+def test_undamaged_checkpoint_is_used_silently(folder, capsys):
     assert checkpoint.load_latest(folder).step == 3
     assert capsys.readouterr().err == ""
 
 
-def test_all_damaged_is_one_line_with_the_way_out(folder, capsys):
+def test_load_latest_fails_in_one_line_when_all_are_damaged(folder, capsys):
     for step in (2, 3):
         flip(folder / f"step-{step:08d}" / "state.safetensors", 0.5)
-    with pytest.raises(UserError, match="is damaged: remove it to start anew") as error:
+    with pytest.raises(UserError, match="is damaged: remove it to start over") as error:
         checkpoint.load_latest(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_none_at_all_is_no_problem(tmp_path):
+def test_load_latest_is_none_without_checkpoints(tmp_path):
     assert checkpoint.load_latest(tmp_path / "nowhere") is None
     assert checkpoint.steps(tmp_path / "nowhere") == []
 
 
-def test_one_that_is_not_there_is_a_user_error(folder):
+def test_load_of_missing_step_is_a_user_error(folder):
     with pytest.raises(UserError, match="step-00000009 is damaged"):
         checkpoint.load(folder, 9)
 
@@ -250,7 +236,7 @@ def test_one_that_is_not_there_is_a_user_error(folder):
 # --- interruptions
 
 
-def test_a_full_disk_leaves_the_checkpoints_that_were_there(folder):
+def test_save_on_full_disk_leaves_previous_checkpoints(folder):
     before = contents(folder)
     with full_disk(300), pytest.raises(OSError, match="File too large"):
         write(folder, 4)
@@ -258,13 +244,12 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(folder):
     assert checkpoint.steps(folder) == [2, 3]
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoints_that_were_there(folder):
+def test_kill_during_save_leaves_previous_checkpoints(folder):
     before = contents(folder)
     script = f"""
 import resource, signal, sys
 import torch
 from pathlib import Path
-from folio.tokens import batches
 from folio.training import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills it at the 50,001st byte
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -287,7 +272,7 @@ checkpoint.save(Path({str(folder)!r}), checkpoint.Checkpoint(4, tensors, {{}}))
 # --- which are kept
 
 
-def test_the_newest_two_are_kept(tmp_path):
+def test_save_keeps_the_newest_two(tmp_path):
     kept = []
     for step in (10, 20, 30, 40):
         write(tmp_path / "key", step)
@@ -295,25 +280,24 @@ def test_the_newest_two_are_kept(tmp_path):
     assert kept == [[10], [10, 20], [20, 30], [30, 40]]
 
 
-def test_after_going_back_what_was_ahead_is_removed(folder):
+def test_save_removes_checkpoints_of_later_steps(folder):
     flip(folder / "step-00000003" / "state.safetensors", 0.5)
     write(folder, 2)
     assert checkpoint.steps(folder) == [2]
 
 
-def test_saving_a_step_again_replaces_it(folder):
+def test_save_replaces_checkpoint_of_same_step(folder):
     write(folder, 3, numbers=7)
     assert len(checkpoint.load(folder, 3).tensors["model.w"]) == 7
     assert checkpoint.steps(folder) == [2, 3]
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_of_a_checkpoint(folder, call):
+def test_kill_during_removal_leaves_no_partial_checkpoint(folder, call):
     script = f"""
 import itertools, os, shutil, signal
 from pathlib import Path
 import torch
-from folio.tokens import batches
 from folio.training import checkpoint
 calls, sound = itertools.count(1), os.unlink
 def unlink(*arguments, **options):  # shutil.rmtree removes files by it
@@ -332,73 +316,3 @@ for step in (4, 5):
         checkpoint.load(folder, step)
     write(folder, 6)
     assert not list(folder.glob("*.tmp"))
-
-
-# --- one trainer a folder
-
-
-HOLD = """
-from pathlib import Path
-from folio.run import lock_for_training, lock_if_idle
-from folio.tokens import batches
-with lock_for_training(Path({!r})):
-    print("held", flush=True)
-    input()
-"""
-
-
-@pytest.fixture
-def other(tmp_path):
-    """Another process that trains the variant tmp_path/key."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(str(tmp_path / "key"))],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"held\n"
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_trainer_says_so_and_waits_until_the_first_has_left(tmp_path, other, capsys):
-    threading.Timer(1.0, other.kill).start()
-    with lock_for_training(tmp_path / "other"):
-        assert capsys.readouterr().err == ""
-    with lock_for_training(tmp_path / "key"):
-        assert other.wait(5) == -signal.SIGKILL
-    assert "another process is training this variant (key): waiting" in capsys.readouterr().err
-
-
-def test_the_checkpoints_of_a_trainer_at_work_are_not_removed(tmp_path, other):
-    with lock_if_idle(tmp_path / "key") as idle:
-        assert not idle
-    other.kill()
-    other.wait()
-    with lock_if_idle(tmp_path / "key") as idle:
-        assert idle
-    checkpoint.remove(tmp_path / "key")
-    assert not (tmp_path / "key").exists()
-
-
-def test_a_removal_that_is_killed_leaves_the_record_by_which_it_goes_on(folder, monkeypatch):
-    (folder / "record.json").write_text("{}")
-    sound, calls = shutil.rmtree, itertools.count(1)
-
-    def killed(*arguments, **options):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        sound(*arguments, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.remove(folder)
-    assert (folder / "record.json").exists() and list(folder.glob("step-*"))
-    checkpoint.remove(folder)
-    assert not folder.exists()
-
-
-def test_the_lock_is_not_in_the_folder_that_is_removed(tmp_path):
-    with lock_for_training(tmp_path / "key"):
-        assert list((tmp_path / "key").iterdir()) == []

@@ -1,4 +1,4 @@
-"""What only a GPU does, graphs and kernels and compiled blocks, gives what plain code gives."""
+"""What runs only on a GPU: CUDA graphs, the Triton kernel and compiled blocks match plain code."""
 
 import copy
 
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from folio import device
 from folio.gpt import cross_entropy
-from folio.inference import generation
-from folio.training import checkpoint, optimizers
 from folio.gpt.model import GPT, ModelParams
-from folio.training.step import Step
-from folio.tokens.token_files import Batches
+from folio.inference import generation
+from folio.tokens.batches import Batches
+from folio.training import optimizer_state, optimizers
+from folio.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -28,7 +28,9 @@ def gpt():
 
 
 def steps(model, precision, compiled=False):
-    return Step(model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CUDA, precision, 1.0, compiled)
+    return TrainStep(
+        model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CUDA, precision, 1.0, compiled
+    )
 
 
 def batches(number, count=2):
@@ -41,11 +43,25 @@ def batches(number, count=2):
 def advance(step, first, last):
     for number in range(first, last):
         device.seed_step(7, number, CUDA)
-        step(batches(number), rate=1e-3 * (1 + number))
+        step(batches(number), learning_rate=1e-3 * (1 + number))
 
 
 def state(step):
-    return checkpoint.capture(step.model, step.optimizer, step)
+    """The tensors that the next step depends on."""
+    optimizer, _ = optimizer_state.save(step.optimizer)
+    parts = {"model": step.model.state_dict(), "optimizer": optimizer, "step": step.state_dict()}
+    return {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
+
+
+def restore(step, tensors, rest):
+    """Put back what `state` returned; rest: the second value of optimizer_state.save."""
+    parts = {"model": {}, "optimizer": {}, "step": {}}
+    for name, tensor in tensors.items():
+        part, _, own_name = name.partition(".")
+        parts[part][own_name] = tensor
+    step.model.load_state_dict(parts["model"])
+    optimizer_state.restore(step.optimizer, parts["optimizer"], rest)
+    step.load_state_dict(parts["step"])
 
 
 def assert_equal(step, other):
@@ -59,26 +75,26 @@ WAYS = [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True), ("fp32
 
 
 @pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_a_recorded_step_is_the_step_dropout_and_all(precision, compiled):
-    recorded, plain = (steps(gpt(), precision, compiled) for _ in range(2))
-    plain.records = False
-    for step in (recorded, plain):
+def test_captured_step_equals_plain_step(precision, compiled):
+    captured, plain = (steps(gpt(), precision, compiled) for _ in range(2))
+    plain.captures = False
+    for step in (captured, plain):
         advance(step, 0, 5)
-    assert recorded.records and recorded.read().steps == 5
-    assert_equal(recorded, plain)
+    assert captured.captures and captured.read().steps == 5
+    assert_equal(captured, plain)
 
 
 @pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_a_training_that_goes_on_in_a_new_graph_is_the_one_that_never_stopped(precision, compiled):
+def test_resumed_step_with_new_graph_equals_uninterrupted_one(precision, compiled):
     whole, first = (steps(gpt(), precision, compiled) for _ in range(2))
     advance(whole, 0, 8)
     advance(first, 0, 5)
     tensors = {name: t.cpu().clone() for name, t in state(first).items()}
-    for second in (steps(gpt(), precision, compiled), whole):  # whole goes back to what it was
-        kept = checkpoint.Checkpoint(5, tensors, {})
+    _, rest = optimizer_state.save(first.optimizer)
+    for second in (steps(gpt(), precision, compiled), whole):  # a used graph is replaced
         if second is whole:
             expected = copy.deepcopy(state(whole))
-        checkpoint.restore(kept, second.model, second.optimizer, second)
+        restore(second, tensors, rest)
         advance(second, 5, 8)
         if second is whole:
             assert all(torch.equal(expected[name], t) for name, t in state(whole).items())
@@ -87,7 +103,7 @@ def test_a_training_that_goes_on_in_a_new_graph_is_the_one_that_never_stopped(pr
 
 
 @pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_a_recorded_step_that_is_not_finite_changes_nothing(precision, compiled):
+def test_captured_step_that_is_not_finite_changes_nothing(precision, compiled):
     step = steps(gpt(), precision, compiled)
     advance(step, 0, 2)
     with torch.no_grad():
@@ -101,7 +117,7 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing(precision, compiled)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_compiled_blocks_compute_what_the_plain_ones_do(precision):
+def test_compiled_step_agrees_with_plain_step(precision):
     torch.manual_seed(1)
     model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0), ROWS)
     compiled, plain = (steps(copy.deepcopy(model).to(CUDA), precision, c) for c in (True, False))
@@ -111,18 +127,18 @@ def test_compiled_blocks_compute_what_the_plain_ones_do(precision):
     assert compiled.read().norm == pytest.approx(plain.read().norm, rel=2e-2)
 
 
-def test_a_step_is_compiled_as_one_graph():
+def test_step_is_compiled_as_one_graph():
     counted = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counted.clear()
     advance(steps(gpt(), "bf16", compiled=True), 0, 2)
-    assert counted["stats"]["unique_graphs"] == 2  # the other is what judges the gradient
+    assert counted["stats"]["unique_graphs"] == 2  # the other is check_and_scale
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("size", [50_257, 4_096, 4_097, 997, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_softmax_kernel_gives_cross_entropy_and_its_gradient(size, dtype, bias):
+def test_cross_entropy_kernel_agrees_with_pytorch(size, dtype, bias):
     n, g = 300, torch.Generator().manual_seed(size)
     x, weight = torch.randn(n, 64, generator=g), torch.randn(size, 64, generator=g)
     y = torch.randint(size, (n,), generator=g)
@@ -143,7 +159,7 @@ def test_the_softmax_kernel_gives_cross_entropy_and_its_gradient(size, dtype, bi
 
 
 @pytest.mark.parametrize("block_size", [8, 13])
-def test_batches_on_a_gpu_are_those_on_a_cpu(block_size):
+def test_batches_on_gpu_equal_those_on_cpu(block_size):
     text = np.random.default_rng(0).integers(1 << 16, size=1_000, dtype=np.uint16)
     here, there = Batches(text, block_size, 4, 5), Batches(text, block_size, 4, 5, CUDA)
     for index in (0, 1, 40, 1_000):
@@ -152,7 +168,7 @@ def test_batches_on_a_gpu_are_those_on_a_cpu(block_size):
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_recorded_generation_is_the_uncached_one_beyond_the_context_too(prompts):
+def test_captured_generation_equals_uncached_one_beyond_context(prompts):
     model = gpt().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -169,25 +185,25 @@ def test_recorded_generation_is_the_uncached_one_beyond_the_context_too(prompts)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_an_exact_step_gives_the_same_bits_at_a_long_context_too(precision):
+def test_deterministic_step_repeats_its_bits_at_long_context(precision):
     torch.manual_seed(1)
     model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=128, block_size=1024, dropout=0.0), ROWS)
     ids = torch.randint(ROWS, (4, 1025), device=CUDA)
     once, again = (steps(copy.deepcopy(model).to(CUDA), precision) for _ in range(2))
     for step in (once, again):
         for _ in range(3):
-            step([(ids[:, :-1], ids[:, 1:])], rate=1e-3)
+            step([(ids[:, :-1], ids[:, 1:])], learning_rate=1e-3)
     assert_equal(once, again)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_checkpointing_changes_no_step_with_its_graph_or_without(compiled):
+def test_gradient_checkpointing_changes_no_step(compiled):
     found = []
     for checkpointing in (False, True):
         model = gpt()
         model.gradient_checkpointing = checkpointing
         step = steps(model, "bf16", compiled)
-        assert step.records != checkpointing
+        assert step.captures != checkpointing
         advance(step, 0, 4)
         found.append(step.read())
     assert found[1].loss == pytest.approx(found[0].loss, rel=1e-3 if not compiled else 2e-2)

@@ -1,58 +1,19 @@
-"""The learning rate update by update, and who decays."""
+"""Which parameters decay, and what importing an optimizer costs."""
 
-import math
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from folio.gpt import huggingface
-from folio.tokens import tokenizer
-from folio.training import optimizers, schedule
 from folio.gpt.model import GPT, ModelParams
+from folio.tokens import tokenizer
+from folio.training import optimizers
 
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.0)
 
 
-def rates(peak=1.0, floor=0.1, warmup_steps=4, steps=13):
-    return [schedule.learning_rate(n, peak, floor, warmup_steps, steps) for n in range(steps)]
-
-
-def test_the_warm_up_is_linear_and_its_last_update_has_the_peak():
-    assert rates()[:4] == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_after_the_warm_up_it_is_a_cosine():
-    found = rates()
-    assert found[4] == 1.0
-    assert found[6] == pytest.approx(0.55 + 0.45 * math.sqrt(0.5))
-    assert found[8] == pytest.approx(0.55)  # half-way
-    assert found[10] == pytest.approx(0.55 - 0.45 * math.sqrt(0.5))
-    assert found[4:] == sorted(found[4:], reverse=True)
-
-
-@pytest.mark.parametrize("steps", [13, 600, 100_000])
-def test_the_last_update_has_the_floor_exactly(steps):
-    assert schedule.learning_rate(steps - 1, 2e-3, 1e-4, 4, steps) == 1e-4
-    assert schedule.learning_rate(steps - 2, 2e-3, 1e-4, 4, steps) > 1e-4
-
-
-def test_beyond_the_last_update_the_floor_holds():
-    assert schedule.learning_rate(13, 1.0, 0.1, 4, 13) == 0.1
-    assert schedule.learning_rate(1_000_000, 1.0, 0.1, 4, 13) == 0.1
-
-
-def test_without_a_warm_up_it_starts_at_the_peak():
-    assert rates(warmup_steps=0)[0] == 1.0
-    assert rates(warmup_steps=0, steps=1) == [1.0]
-
-
-def test_a_warm_up_longer_than_the_training_never_reaches_the_peak():
-    assert rates(warmup_steps=8, steps=4) == [0.125, 0.25, 0.375, 0.5]
-
-
-def test_matrices_decay_and_biases_and_norms_do_not():
+def test_adamw_decays_matrices_but_not_biases_and_norms():
     torch.manual_seed(1)
     model = GPT(PARAMS, 50)
     decaying, others = optimizers.adamw(model, 0.3, (0.8, 0.9)).param_groups
@@ -66,14 +27,14 @@ def test_matrices_decay_and_biases_and_norms_do_not():
     assert all(names[p].endswith("bias") or ".ln_" in names[p] for p in others["params"])
 
 
-def test_every_parameter_is_in_exactly_one_group():
+def test_adamw_has_every_parameter_in_one_group():
     model = GPT(PARAMS, 50)
     optimizer = optimizers.adamw(model, 0.1, (0.9, 0.95))
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
-def test_without_a_gradient_decay_alone_moves_a_matrix():
+def test_adamw_only_decays_where_gradient_is_zero():
     torch.manual_seed(1)
     model = GPT(PARAMS, 50)
     optimizer = optimizers.adamw(model, 0.5, (0.9, 0.95))
@@ -88,17 +49,17 @@ def test_without_a_gradient_decay_alone_moves_a_matrix():
         torch.testing.assert_close(p.detach(), factor * before[name])
 
 
-def test_neither_a_step_nor_a_model_that_is_opened_waits_for_pytorch_s_compiler(tmp_path):
+def test_step_and_load_do_not_import_the_compiler(tmp_path):
     huggingface.save(GPT(PARAMS, tokenizer.VOCAB_SIZE), tmp_path / "model")
     code = f"""
 import sys, torch
 from pathlib import Path
 from folio.gpt import huggingface
-from folio.training import optimizers, schedule, step
+from folio.training import optimizers, step
 model = huggingface.load(Path({str(tmp_path / "model")!r})).train()
 optimizer = optimizers.adamw(model, 0.1, (0.9, 0.95))
 x = torch.zeros(1, 4, dtype=torch.long)
-take_step = step.Step(model, optimizer, torch.device("cpu"), "fp32", 1.0)
+take_step = step.TrainStep(model, optimizer, torch.device("cpu"), "fp32", 1.0)
 take_step([(x, x)], 1e-3)
 assert take_step.read().steps == 1
 optimizer.load_state_dict(optimizer.state_dict())

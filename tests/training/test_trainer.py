@@ -1,0 +1,166 @@
+"""The trainer: what it computes, saves and resumes, without DVC and MLflow."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from folio import device, params
+from folio.errors import UserError
+from folio.gpt.model import ModelParams
+from folio.run import HISTORY, read_history, write_history
+from folio.tokens.token_files import TokenData
+from folio.training.params import TrainParams
+from folio.training.step import NonFiniteError
+from folio.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def settings(section, cls):
+    """A section of params.yaml under TINY."""
+    [loaded] = params.load(ROOT / "params.yaml", **{section: cls})
+    tiny = {name.partition(".")[2]: v for name, v in TINY.items() if name.startswith(section)}
+    return replace(loaded, **tiny)
+
+
+MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
+
+
+def make_trainer(model=MODEL, train=TRAIN, precision="fp32"):
+    ids = np.random.default_rng(1).integers(97, size=700).astype(np.uint16)
+    data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest")
+    return Trainer(model, train, data, CPU, precision, None)
+
+
+def advance(trainer, steps):
+    """Train, with a row after each step."""
+    for _ in range(steps):
+        step = trainer.steps_done
+        trainer.step(trainer.batches(step), trainer.learning_rate(step))
+        trainer.log(trainer.read())
+
+
+def metrics(trainer):
+    return [{k: v for k, v in row.items() if k != "time"} for row in trainer.history.rows]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trainer_resumes_bit_for_bit(tmp_path, precision):
+    uninterrupted, stopped = make_trainer(precision=precision), make_trainer(precision=precision)
+    advance(uninterrupted, 6)
+    advance(stopped, 3)
+    stopped.save(tmp_path)
+    resumed = make_trainer(train=replace(TRAIN, seed=TRAIN.seed), precision=precision)
+    resumed.resume(tmp_path)
+    assert resumed.steps_done == 3
+    advance(resumed, 3)
+    assert metrics(resumed) == metrics(uninterrupted)
+    for name, weight in uninterrupted.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_trainer_resumes_best_weights(tmp_path):
+    trainer = make_trainer()
+    advance(trainer, 1)
+    trainer.early_stopping.update(5.0, 1, trainer.model)
+    best = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    for saved_at in (1, 3):  # the best weights are the model's own, then older ones
+        trainer.save(tmp_path)
+        resumed = make_trainer()
+        resumed.resume(tmp_path)
+        assert resumed.steps_done == saved_at
+        assert resumed.early_stopping.state_dict() == trainer.early_stopping.state_dict()
+        for name, weight in best.items():
+            assert torch.equal(weight, resumed.early_stopping.best_weights[name]), name
+        advance(trainer, 2)
+        trainer.early_stopping.update(6.0, 3, trainer.model)
+
+
+def test_trainer_does_not_resume_without_a_checkpoint(tmp_path):
+    trainer = make_trainer()
+    trainer.resume(tmp_path / "nothing")
+    assert trainer.steps_done == 0 and trainer.history.rows == []
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 3}, {"n_embd": 32}])
+def test_trainer_refuses_checkpoint_of_another_model_in_one_line(tmp_path, change):
+    make_trainer().save(tmp_path)
+    other = make_trainer(model=replace(MODEL, **change))
+    with pytest.raises(UserError, match=r"remove \.checkpoints to start over") as error:
+        other.resume(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_trainer_reports_checkpoint_of_another_machine(tmp_path, monkeypatch, capsys):
+    make_trainer().save(tmp_path)
+    make_trainer().resume(tmp_path)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(device, "describe", lambda _: "NVIDIA H200")
+    make_trainer().resume(tmp_path)
+    message = capsys.readouterr().out
+    assert "the checkpoint was made on cpu, " in message and "is on NVIDIA H200" in message
+    assert "will not be bit for bit" in message
+
+
+def test_trainer_compiles_long_trainings_by_itself():
+    def wants(compile, steps=TRAIN.steps):
+        trainer = make_trainer()
+        trainer.params = replace(trainer.params, compile=compile, steps=steps)
+        return trainer._wants_compile()
+
+    assert [wants("auto"), wants("always"), wants("never")] == [False, True, False]
+    assert [wants("auto", 10**12), wants("never", 10**12)] == [True, False]
+
+
+def test_row_is_due_at_log_points_and_evaluations_once():
+    trainer = make_trainer(train=replace(TRAIN, steps=11, eval_interval=4))
+    due = []
+    for step in range(1, 12):
+        trainer.steps_done = step
+        if trainer.row_is_due(log_interval=3):
+            due.append(step)
+            trainer.log({})
+        assert not trainer.row_is_due(log_interval=3)
+    assert due == [3, 4, 6, 8, 9, 11] and trainer.finished
+
+
+def test_read_fails_at_the_last_finite_step():
+    trainer = make_trainer()
+    advance(trainer, 2)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    sound = trainer.model.loss
+    trainer.model.loss = lambda *batch: sound(*batch) * torch.nan
+    trainer.step(trainer.batches(2), 1e-3)
+    trainer.step(trainer.batches(3), 1e-3)
+    with pytest.raises(NonFiniteError, match="the loss is not finite"):
+        trainer.read()
+    assert trainer.steps_done == 2
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_save_last_finite_leaves_out_what_is_not_finite(tmp_path):
+    trainer = make_trainer()
+    advance(trainer, 2)
+    trainer.model.loss = lambda *batch: torch.tensor(torch.nan, requires_grad=True)
+    trainer.step(trainer.batches(2), 1e-3)
+    trainer.save_last_finite(tmp_path)
+    resumed = make_trainer()
+    resumed.resume(tmp_path)
+    assert resumed.steps_done == 2
+
+
+def test_history_keeps_rows_that_mlflow_has_when_steps_are_repeated(tmp_path):
+    sent = [{"step": step, "time": step, "train_loss": 1.0} for step in (1, 2, 3)]
+    make_trainer().save(tmp_path)  # at step 0: the checkpoints after it were damaged
+    write_history(sent, tmp_path / HISTORY)
+    for _ in range(2):  # and the resumed training is killed at once
+        trainer = make_trainer()
+        trainer.resume(tmp_path)
+        trainer.save(tmp_path)
+    advance(trainer, 2)
+    assert trainer.history.rows == sent[:2]
+    trainer.save(tmp_path)
+    assert read_history(tmp_path / HISTORY) == sent
