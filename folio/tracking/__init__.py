@@ -1,10 +1,10 @@
-"""All that knows MLflow. The settings below have to be there before MLflow is imported."""
+"""Everything that uses MLflow. The settings below must be made before MLflow is imported."""
 
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# MLflow's own settings retry for minutes when a server is down. One attempt is enough here, since
-# whatever is missing is sent later; and a retry after a lost answer would create a run twice.
+# By default, MLflow retries for minutes when a server is down. One attempt is enough here, because
+# whatever is missing is sent later. A retry after a lost response would create a run twice.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,8 +1,8 @@
-"""What DVC keeps of the stages that ran, read as plain files.
+"""The results of earlier stage executions, read directly from DVC's lock files and cache.
 
-DVC's commands bring back one revision at a time, and nothing of the run cache; so the lock files
-(dvc.lock here and in every commit and experiment, and the run cache's entries) are read directly,
-and files copied out of the cache by their md5.
+DVC's commands restore one revision at a time, and nothing from the run cache. Therefore this module
+reads the lock files itself (dvc.lock in the workspace, in every commit and in every experiment, and
+the entries of the run cache) and copies files from the cache by their MD5.
 """
 
 import json
@@ -19,44 +19,45 @@ import yaml
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage that ran: what it read and what it wrote, as path -> md5."""
+    """An execution of a stage: its dependencies and outputs, as path -> MD5."""
 
     deps: dict[str, str]
     outs: dict[str, str]
 
 
 class DvcCache:
+    """The cache of the DVC project at `root`. It is empty if there is no DVC project."""
+
     def __init__(self, root: Path):
-        """Of the DVC project at root; where there is none, it keeps nothing."""
         dvc = [sys.executable, "-m", "dvc", "cache", "dir"]
-        found = subprocess.run(dvc, cwd=root, capture_output=True, text=True)
+        process = subprocess.run(dvc, cwd=root, capture_output=True, text=True)
         self._root = root
-        self._folder = root / (found.stdout.strip() or ".dvc/cache")
+        self._folder = root / (process.stdout.strip() or ".dvc/cache")
 
     def entries(self) -> list[Entry]:
-        """Every stage that ran here or came from elsewhere by git, each once."""
-        stages = [*self._runs()]
+        """Every distinct execution of a stage, whether it ran here or was fetched with git."""
+        stages = [*self._run_cache()]
         for lock in self._locks():
             stages += (lock.get("stages") or {}).values()
-        found = {}
+        distinct = {}
         for stage in stages:
             entry = Entry(_hashes(stage.get("deps", [])), _hashes(stage.get("outs", [])))
-            found[json.dumps([entry.deps, entry.outs], sort_keys=True)] = entry
-        return list(found.values())
+            distinct[json.dumps([entry.deps, entry.outs], sort_keys=True)] = entry
+        return list(distinct.values())
 
     def outs(self, commit: str) -> dict[str, str]:
-        """What the pipeline wrote by a commit, as path -> md5."""
+        """The outputs of all stages in a commit, as path -> MD5."""
         stages = _parse(self._git("show", f"{commit}:./dvc.lock")).get("stages") or {}
         hashes = [_hashes(stage.get("outs", [])) for stage in stages.values()]
         return {path: md5 for outs in hashes for path, md5 in outs.items()}
 
     def read(self, md5: str) -> bytes | None:
-        """The content of a file, or None where the cache does not have it."""
+        """The content of a file, or None if it is not in the cache."""
         path = self._path(md5)
         return path.read_bytes() if path.is_file() else None
 
     def copy(self, outs: dict[str, str], folder: Path) -> bool:
-        """Put outs into a folder, by their paths; False where the cache lacks one of them."""
+        """Copy outputs to their paths under a folder. Returns False if the cache misses a file."""
         for path, md5 in outs.items():
             files = {path: md5}
             if md5.endswith(".dir"):
@@ -75,15 +76,15 @@ class DvcCache:
         return self._folder / "files/md5" / md5[:2] / md5[2:]
 
     def _locks(self) -> Iterator[dict[str, Any]]:
-        """dvc.lock as it is here, and as it was in every commit of every branch and experiment."""
-        here = self._root / "dvc.lock"
-        if here.exists():
-            yield _parse(here.read_text(encoding="utf-8", errors="replace"))
+        """dvc.lock in the workspace and in the commits of all branches and experiments, parsed."""
+        workspace = self._root / "dvc.lock"
+        if workspace.exists():
+            yield _parse(workspace.read_text(encoding="utf-8", errors="replace"))
         log = ["log", "--all", "--full-history", "--format=%H", "--", "dvc.lock"]
         for commit in self._git(*log).split():
             yield _parse(self._git("show", f"{commit}:./dvc.lock"))
 
-    def _runs(self) -> Iterator[dict[str, Any]]:
+    def _run_cache(self) -> Iterator[dict[str, Any]]:
         for file in self._folder.glob("runs/??/*/*"):
             yield _parse(file.read_text(encoding="utf-8", errors="replace"))
 
@@ -93,7 +94,7 @@ class DvcCache:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """A lock file's content; {} where it is damaged or of a deletion."""
+    """The content of a lock file, or {} if it is damaged or was deleted by the commit."""
     try:
         tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError:

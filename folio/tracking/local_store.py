@@ -1,15 +1,15 @@
-"""The SQLite store at the project's root: created whole, and repaired after the project moved."""
+"""The SQLite store at the project's root: atomic creation, and repair after the project moved."""
 
 import contextlib
 import sqlite3
 from pathlib import Path
 
-import mlflow
+from mlflow import MlflowClient
 
 from folio.run import project_root
 from folio.tracking import ui
 
-# Where a local store keeps the URIs of artifacts: (table, column).
+# The columns of a local store that contain artifact URIs: (table, column).
 _ARTIFACT_URIS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -29,26 +29,27 @@ def path_of(uri: str) -> Path | None:
 
 
 def artifact_location(path: Path) -> str:
-    """The URI of the folder beside a SQLite store that holds its artifacts."""
+    """The URI of the artifact folder, which is beside the SQLite store."""
     return (path.parent / "mlruns").as_uri()
 
 
 def create(path: Path, experiment: str) -> None:
-    """Create a store with an experiment in it, whole or not at all.
+    """Create a store that contains the experiment, atomically.
 
-    A process killed while MLflow creates the tables would leave a store that stays broken.
+    If a process were killed while MLflow creates the tables, the store would stay broken.
     """
-    for leftover in path.parent.glob(f"{path.name}.new*"):  # of a kill, perhaps with a journal
+    # A killed process may have left an incomplete store and its journal.
+    for leftover in path.parent.glob(f"{path.name}.new*"):
         leftover.unlink()
     new = path.with_name(f"{path.name}.new")
-    client = mlflow.MlflowClient(f"sqlite:///{new}")
+    client = MlflowClient(f"sqlite:///{new}")
     client.create_experiment(experiment, artifact_location(path), ui.tags())
-    if not path.exists():  # else `mlflow ui` has created one in the meantime
+    if not path.exists():  # otherwise `mlflow ui` has just created one
         new.replace(path)
 
 
 def relocate_artifacts(path: Path, old: str, new: str) -> None:
-    """Replace the prefix `old` of every artifact URI in a SQLite store by `new`."""
+    """Replace the prefix `old` of all artifact URIs in a SQLite store with `new`."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
         for table, column in _ARTIFACT_URIS:

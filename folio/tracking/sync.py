@@ -1,8 +1,8 @@
-"""Write to MLflow the runs that it does not have: `python -m folio sync`, in the project's root.
+"""Sending the runs that are missing in MLflow: `python -m folio sync`, in the project's root.
 
-Sends every training and evaluation that DVC has (in the workspace, commits, experiments and the run
-cache), then interrupted trainings as far as they got, and updates the artifact URIs of a local
-store whose project was moved. Idempotent: a second sync changes nothing.
+Sends every training and evaluation in the workspace and in DVC's cache (of all commits, experiments
+and the run cache), then the last state of interrupted trainings. Updates the artifact URIs in a
+local store whose project was moved. Idempotent: a second sync changes nothing.
 """
 
 import tempfile
@@ -32,16 +32,18 @@ from folio.tracking.store import STORE_ERRORS, Store, first_line
 from folio.tracking.writer import RunWriter
 
 PREPARED = "data/prepared"
+_FETCH = "`dvc fetch --all-commits`"
 KINDS = {TRAINING: read_training, EVALUATION: read_evaluation}
 
-# Copies a run's files into a folder and returns where they are; None where some are missing.
+# Copies a run's files into a folder and returns their root, or None if the cache misses some.
 Restore = Callable[[Path], Path | None]
 
 
 def run(uri: str | None, root: Path) -> list[str]:
-    """Bring the store at the URI up to date. Returns a line for each thing that was done.
+    """Bring the MLflow store up to date with the project at `root`.
 
-    Raises UserError where MLflow fails.
+    Returns a message for each run that was sent or that is incomplete in the cache. Raises
+    UserError if MLflow fails.
     """
     messages: list[str] = []
     try:
@@ -49,13 +51,13 @@ def run(uri: str | None, root: Path) -> list[str]:
         writer = RunWriter(store)
         without_model = dict.fromkeys(registry.runs_without_model(store), "WITHOUT MODEL")
         statuses = queries.statuses(store) | without_model
-        for kind, read in KINDS.items():  # trainings first: evaluations are nested under them
+        for kind, read in KINDS.items():  # trainings first, as the parents of evaluations
             for record, restore in _runs(root, kind, messages):
                 if statuses.get(record.id) not in ("FINISHED", "DELETED"):
                     messages.append(_send(writer, statuses, record, read, restore))
         messages += [_send_unfinished(store, writer, folder) for folder in _unfinished(root)]
     except STORE_ERRORS as problem:
-        raise UserError(f"MLflow failed: {first_line(problem)}; run this again later") from None
+        raise UserError(f"MLflow failed: {first_line(problem)}; sync again later") from None
     return [line for line in messages if line]
 
 
@@ -66,26 +68,27 @@ def _send(
     read: Callable[[Path], Run],
     restore: Restore,
 ) -> str:
+    """Send a run, mark it as finished in `statuses`, and return a message; "" if it is skipped."""
     if record.parent and statuses.get(record.parent, "DELETED") == "DELETED":
-        return ""  # the user deleted the training, or it is reported as missing
+        return ""  # the user deleted the training, or another message reports it
     with tempfile.TemporaryDirectory(prefix="folio-") as folder:
         root = restore(Path(folder))
         if root is None:
-            return f"not in DVC's cache: {record.name} (`dvc fetch --all-commits` may restore it)"
+            return f"not in DVC's cache: some files of {record.name} ({_FETCH} may restore them)"
         try:
             writer.send(read(root), "FINISHED")
-        except UserError as problem:  # a damaged file: the other runs are still sent
+        except UserError as problem:  # a damaged file; the other runs are sent nevertheless
             return str(problem)
     statuses[record.id] = "FINISHED"
     return f"sent {record.name}"
 
 
 def _runs(root: Path, kind: Path, messages: list[str]) -> Iterator[tuple[Record, Restore]]:
-    """The runs of a kind in the workspace and in DVC's cache, each with a way to get its files.
+    """The runs of a kind in DVC's cache and in the workspace, and the functions to restore them.
 
-    Adds a message where lock files name some that the cache does not have.
+    kind: TRAINING or EVALUATION. Adds a message if the cache misses records that lock files list.
     """
-    path, seen, lost = kind / RECORD, set(), set()
+    path, seen, missing = kind / RECORD, set(), set()
     cache = DvcCache(root)
     entries = cache.entries()
     prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
@@ -96,18 +99,18 @@ def _runs(root: Path, kind: Path, messages: list[str]) -> Iterator[tuple[Record,
         try:
             record = parse_record(cache.read(md5) or b"", path)
         except UserError:
-            lost.add(md5)
+            missing.add(md5)
             continue
         outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
         yield record, _from(cache, outs)
         seen.add(record.id)
-    if lost:
+    if missing:
         messages.append(
-            f"not in DVC's cache: {len(lost)} x {path} that lock files name"
-            " (`dvc fetch --all-commits` may restore them)"
+            f"not in DVC's cache: {len(missing)} x {path}, listed in lock files"
+            f" ({_FETCH} may restore them)"
         )
     if (root / path).exists() and (record := read_record(root / path)).id not in seen:
-        yield record, lambda _: root  # from a stage that ran without DVC
+        yield record, lambda _: root  # the stage ran without DVC
 
 
 def _from(cache: DvcCache, outs: dict[str, str]) -> Restore:
@@ -115,14 +118,15 @@ def _from(cache: DvcCache, outs: dict[str, str]) -> Restore:
 
 
 def _unfinished(root: Path) -> list[Path]:
-    """The working folders of trainings that have not ended."""
+    """The folders of unfinished trainings."""
     return sorted(path.parent for path in (root / UNFINISHED).glob(f"*/{RECORD}"))
 
 
 def _send_unfinished(store: Store, writer: RunWriter, folder: Path) -> str:
+    """Send an interrupted training, and return a message; "" if there is nothing to send."""
     with lock_if_idle(folder) as idle:
         if not idle or not (folder / RECORD).exists():
-            return ""  # its trainer sends it, or has sent it and evaluate removed the folder
+            return ""  # its trainer sends it, or evaluate has just removed the folder
         record, path = read_record(folder / RECORD), folder / HISTORY
         history = read_history(path) if path.exists() else []
         if not queries.is_outdated(store, record, history):

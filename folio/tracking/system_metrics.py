@@ -1,8 +1,9 @@
-"""CPU, memory, disk, network and GPU usage, measured by MLflow's own monitors."""
+"""CPU, memory, disk, network and GPU usage, measured by MLflow's monitors."""
 
 import contextlib
 import time
 
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -10,21 +11,22 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 
 class SystemMetrics:
-    INTERVAL = 5.0  # seconds between two readings, at least
+    INTERVAL = 5.0  # minimum number of seconds between two readings
 
     def __init__(self) -> None:
-        self._monitors = []
+        self._monitors: list[BaseMetricsMonitor] = []
         for monitor in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
             with contextlib.suppress(Exception):  # not available on this machine
                 self._monitors.append(monitor())
         self._last_reading = time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """The metrics under the names that MLflow's UI expects; {} before the interval is over."""
+        """The metrics, under the names that MLflow's UI expects. Returns {} if the last reading was
+        less than INTERVAL ago."""
         if time.monotonic() - self._last_reading < self.INTERVAL:
             return {}
         self._last_reading = time.monotonic()
-        metrics = {}
+        metrics: dict[str, float] = {}
         for monitor in self._monitors:
             with contextlib.suppress(Exception):
                 monitor.collect_metrics()

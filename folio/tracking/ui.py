@@ -1,8 +1,10 @@
-"""How MLflow's page arranges the runs: the columns of its table, and the charts beside it.
+"""The layout of MLflow's UI: the columns of its table of runs, and the charts beside it.
 
-The page keeps what its Share button makes as a tag of the experiment, in JSON, and shows it to
-whoever comes with `?viewStateShareKey=NAME`. MLflow has no other way to say it, and documents
-none: the names are those of MLflow 3's page.
+To add a chart, add a line to _CHARTS.
+
+MLflow's UI has a Share button, which stores the current layout as JSON in a tag of the experiment.
+A URL with `?viewStateShareKey=NAME` shows that layout. This module writes such a tag. The format is
+undocumented; the keys are those of the UI of MLflow 3.
 """
 
 import json
@@ -25,39 +27,42 @@ _COLUMNS = (
     "params.`train.steps`",
     "tags.`dvc_experiment`",
 )
-_LEVERS = ("model.n_layer", "model.n_embd", "train.learning_rate", "train.weight_decay")
+_PARALLEL_PARAMS = ("model.n_layer", "model.n_embd", "train.learning_rate", "train.weight_decay")
 
-# Sections, and their charts: (kind, title, metrics).
+# The charts of each section: (kind, title, metrics).
 _CHARTS = {
     "Loss": (
-        ("LINE", "Held-out loss, nats a token", ["val_loss"]),
-        ("LINE", "Training loss, nats a token", ["train_loss"]),
-        ("BAR", "Best held-out loss", ["best_val_loss"]),
-        ("PARALLEL", "What the held-out loss depends on", ["best_val_loss"]),
+        ("LINE", "Validation loss, nats/token", ["val_loss"]),
+        ("LINE", "Training loss, nats/token", ["train_loss"]),
+        ("BAR", "Best validation loss, nats/token", ["best_val_loss"]),
+        ("PARALLEL", "Best validation loss by parameters", ["best_val_loss"]),
     ),
     "Training": (
         ("LINE", "Learning rate", ["learning_rate"]),
-        ("LINE", "Norm of the gradient", ["grad_norm"]),
-        ("LINE", "Tokens a second", ["tokens_per_second"]),
+        ("LINE", "Gradient norm", ["grad_norm"]),
+        ("LINE", "Tokens/s", ["tokens_per_second"]),
     ),
 }
 
 
 def tags() -> dict[str, str]:
-    """The experiment's tags: what it is, what counts, and the arrangement."""
+    """The experiment's tags: its kind, primary metric, description and layout."""
     return {
-        "mlflow.experimentKind": "custom_model_development",  # else the page is one for chats
+        # Without this, MLflow may show the UI for chat applications.
+        "mlflow.experimentKind": "custom_model_development",
         "mlflow.experiment.primaryMetric.name": "best_val_loss",
         "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
         "mlflow.note.content": (
-            "One run a trained variant. best_val_loss, nats a token of held-out text, is what"
-            " counts; losses compare where held_out_digest is the same."
+            "Each run is one trained variant. Variants are ranked by best_val_loss, the lowest"
+            " validation loss in nats/token. Losses are comparable only between runs with the same"
+            " held_out_digest, the digest of the validation text."
         ),
-        TAG: json.dumps(_state(), separators=(",", ":")),
+        TAG: json.dumps(_layout(), separators=(",", ":")),
     }
 
 
-def _state() -> dict[str, Any]:
+def _layout() -> dict[str, Any]:
+    """The layout, as the Share button would store it."""
     charts = [
         _chart(kind, f"{section}{number}", section, title, metrics)
         for section, rows in _CHARTS.items()
@@ -69,7 +74,7 @@ def _state() -> dict[str, Any]:
         for name in _CHARTS
     ]
     return {
-        "searchFilter": "attributes.run_name != 'evaluate'",  # nested in the trainings' runs
+        "searchFilter": "attributes.run_name != 'evaluate'",  # nested under the training runs
         "orderByKey": "metrics.`best_val_loss`",
         "orderByAsc": True,
         "selectedColumns": _COLUMNS,
@@ -82,6 +87,7 @@ def _state() -> dict[str, Any]:
 
 
 def _chart(kind: str, uuid: str, section: str, title: str, metrics: list[str]) -> dict[str, Any]:
+    """One chart. kind: LINE (by step), BAR or PARALLEL (parallel coordinates)."""
     chart = {
         "type": kind,
         "uuid": uuid,
@@ -103,5 +109,9 @@ def _chart(kind: str, uuid: str, section: str, title: str, metrics: list[str]) -
             "yAxisKey": "metric",
         }
     if kind == "PARALLEL":
-        return chart | {"selectedMetrics": metrics, "selectedParams": _LEVERS, "showAllRuns": False}
+        return chart | {
+            "selectedMetrics": metrics,
+            "selectedParams": _PARALLEL_PARAMS,
+            "showAllRuns": False,
+        }
     return chart

@@ -1,4 +1,4 @@
-"""Writing runs to an MLflow store. Everything may be sent again without being there twice."""
+"""Writing runs to an MLflow store, idempotently."""
 
 from pathlib import Path
 from typing import Any
@@ -11,39 +11,39 @@ from folio.tracking import registry
 from folio.tracking.queries import find, run_id, status_of
 from folio.tracking.store import Store, exclusive
 
-_BATCH = 1000  # metrics in one log_batch call, at most
-_MAX_PARAM = 6000  # characters of a param's value
+_MAX_BATCH = 1000  # metrics in one call of log_batch
+_MAX_PARAM = 6000  # characters in the value of a param
 
 
 class RunWriter:
-    """Sends runs to a store; its methods raise STORE_ERRORS.
+    """Sends runs to a store. Its methods raise STORE_ERRORS.
 
-    Sending is idempotent: a run is found by its folio_id, the store drops exact repeats of a point,
-    and an artifact of the same size is not uploaded again.
+    Sending is idempotent: runs are identified by their folio_id, the store ignores exact repeats of
+    a point, and an artifact of the same size is not uploaded again.
     """
 
     def __init__(self, store: Store):
         self._store, self._client = store, store.client
-        self._opened: dict[str, str] = {}  # folio_id -> run id, once params and tags are sent
+        self._opened: dict[
+            str, str
+        ] = {}  # folio_id -> MLflow's run id, once params and tags are sent
 
     def send(self, run: Run, status: str, stopped: str | None = None) -> None:
-        """Bring the store up to date with the run; its status is changed last.
+        """Bring the store up to date with the run. Its status is changed last.
 
-        stopped: why the run ended early, where it did.
+        stopped: why the run ended early, if it did. Raises UserError if the run's parent is not in
+        the store.
         """
         record = run.record
         with exclusive():
             id = self._opened.get(record.id) or self._open(record)
             self._opened[record.id] = id
             points = _points(run.history)
-            for i in range(0, len(points), _BATCH):
-                self._client.log_batch(id, metrics=points[i : i + _BATCH])
+            for i in range(0, len(points), _MAX_BATCH):
+                self._client.log_batch(id, metrics=points[i : i + _MAX_BATCH])
             self._log_summary(id, run)
             if record.parent:
-                parent = run_id(self._store, record.parent)
-                self._log_summary(parent, run)
-                for path, folder in run.parent_files:
-                    self._upload(parent, path, folder)
+                self._update_parent(run, record.parent)
             for path, folder in run.files:
                 self._upload(id, path, folder)
             if run.model:
@@ -54,7 +54,7 @@ class RunWriter:
                 self._client.set_terminated(id, status, record.ended or now_ms())
 
     def complete(self, run: Run) -> None:
-        """Send a finished run, unless the store has all of it or the user deleted it."""
+        """Send a finished run, unless the store has all of it or the user deleted it there."""
         found, parent = find(self._store, run.record.id), run.record.parent
         above = find(self._store, parent) if parent else None
         if any(there and status_of(there) == "DELETED" for there in (found, above)):
@@ -62,10 +62,17 @@ class RunWriter:
         if found is None or found.info.status != "FINISHED":
             self.send(run, "FINISHED")
         elif parent:
-            self._log_summary(run_id(self._store, parent), run)
+            self._update_parent(run, parent)
+
+    def _update_parent(self, run: Run, folio_id: str) -> None:
+        """Log a run's summary and its parent_files to the parent run too."""
+        id = run_id(self._store, folio_id)
+        self._log_summary(id, run)
+        for path, folder in run.parent_files:
+            self._upload(id, path, folder)
 
     def _open(self, record: Record) -> str:
-        """The id of the record's run, created or reopened, with its params and tags."""
+        """Create or reopen the record's run, log its params and tags, and return MLflow's id."""
         tags = record.tags | {"folio_id": record.id}
         if record.parent:
             tags["mlflow.parentRunId"] = run_id(self._store, record.parent)
@@ -74,7 +81,7 @@ class RunWriter:
         if found is None:
             experiment = self._store.experiment_id
             found = self._client.create_run(experiment, record.started, tags, record.name)
-        else:  # a resumed training
+        else:  # a resumed or repeated run
             if status_of(found) == "DELETED":
                 self._client.restore_run(found.info.run_id)
             params = {key: params[key] for key in params.keys() - found.data.params.keys()}
@@ -92,22 +99,23 @@ class RunWriter:
         return id
 
     def _log_summary(self, id: str, run: Run) -> None:
-        """Log the metrics that sum a run up, except those that the store has."""
+        """Log a run's summary, except the metrics that are already in the store."""
         logged = self._client.get_run(id).data.metrics
         when, step = run.record.ended or run.record.started, int(run.summary.get("steps", 0))
         new = {name: value for name, value in run.summary.items() if logged.get(name) != value}
         self._client.log_batch(id, [Metric(*point, when, step) for point in new.items()])
 
     def _upload(self, id: str, path: Path, folder: str) -> None:
-        """Upload a file, or the files in a folder, to `folder` of the run's artifacts.
+        """Upload a file, or the files in a folder, to `folder` of a run's artifacts.
 
-        Leaves out the record, whose content is the run itself, and files that a kill left half
-        written.
+        Omits the record, whose content is the run itself, hidden files, which a killed process may
+        have left incomplete, and files that do not exist: runs of an earlier Folio have no
+        models/evaluation/loss.png.
         """
         top = path if path.is_dir() else path.parent
-        files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+        files = [f for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
         files = [f for f in files if f.name != RECORD and not f.name.startswith(".")]
-        sizes: dict[str, dict[str, int]] = {}  # of the artifacts in the store, by folder
+        sizes: dict[str, dict[str, int | None]] = {}  # of the artifacts in the store, by folder
         for file in files:
             place = (Path(folder) / file.relative_to(top)).parent.as_posix()
             if place not in sizes:
@@ -118,6 +126,7 @@ class RunWriter:
 
 
 def _points(history: list[dict[str, Any]]) -> list[Metric]:
+    """The metrics in the rows of a history."""
     return [
         Metric(key, value, row["time"], row["step"])
         for row in history
@@ -127,6 +136,7 @@ def _points(history: list[dict[str, Any]]) -> list[Metric]:
 
 
 def _dataset(record: Record) -> DatasetInput:
+    """The training's dataset, as MLflow's UI shows it: the corpus and its digest."""
     name, digest = record.params["data.corpus"], record.tags["data_digest"][:32]
     source = CodeDatasetSource({"mlflow.source.name": "stages/prepare.py"}).to_json()
     return DatasetInput(
@@ -135,7 +145,7 @@ def _dataset(record: Record) -> DatasetInput:
 
 
 def _description(run: Run) -> dict[str, str]:
-    """The note that MLflow's UI shows on a finished training run."""
+    """The note that MLflow's UI shows on the page of a finished training run."""
     if "best_val_loss" not in run.summary:
         return {}
     p, summary = run.record.params, run.summary

@@ -1,4 +1,4 @@
-"""`python -m folio sync` brings to MLflow whatever it lacks, from what DVC keeps."""
+"""`python -m folio sync` sends to MLflow the runs that are missing there."""
 
 import contextlib
 import json
@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -22,58 +22,75 @@ def sync(folder: Path) -> str:
     return succeed(folder, "python", "-m", "folio", "sync")
 
 
-def content(address: str) -> dict[str, tuple]:
-    """All that a store has of each run, by its folio_id: status, params, points, files, model."""
-    client, found = mlflow.MlflowClient(address), {}
+@dataclass
+class StoredRun:
+    """Everything that a store has of a run."""
+
+    status: str
+    name: str
+    started: int
+    ended: int
+    params: dict[str, str]
+    points: dict[str, list[tuple[int, int, float]]]  # metric -> (step, time, value)
+    artifacts: dict[str, int]  # path -> size
+    model: tuple[str, dict[str, str]] | None  # status, tags
+
+
+def content(uri: str) -> dict[str, StoredRun]:
+    """The runs of a store, by folio_id."""
+    client, found = mlflow.MlflowClient(uri), {}
     experiment = client.get_experiment_by_name("folio").experiment_id
     models = {
         model.source_run_id: (model.status, model.tags)
         for model in client.search_logged_models([experiment])
     }
-    for kept in client.search_runs([experiment]):
-        points = {
-            key: sorted(
-                (p.step, p.timestamp, p.value)
-                for p in client.get_metric_history(kept.info.run_id, key)
-            )
-            for key in kept.data.metrics
-        }
-        artifacts, folders = {}, [None]
-        while folders:
-            for item in client.list_artifacts(kept.info.run_id, folders.pop()):
-                if item.is_dir:
-                    folders.append(item.path)
-                else:
-                    artifacts[item.path] = item.file_size
-        times = (kept.info.start_time, kept.info.end_time)
-        found[kept.data.tags["folio_id"]] = (
-            kept.info.status,
-            kept.info.run_name,
-            times,
-            kept.data.params,
-            points,
-            artifacts,
-            models.get(kept.info.run_id),
+    for tracked in client.search_runs([experiment]):
+        found[tracked.data.tags["folio_id"]] = StoredRun(
+            status=tracked.info.status,
+            name=tracked.info.run_name,
+            started=tracked.info.start_time,
+            ended=tracked.info.end_time,
+            params=tracked.data.params,
+            points={
+                key: sorted(
+                    (p.step, p.timestamp, p.value)
+                    for p in client.get_metric_history(tracked.info.run_id, key)
+                )
+                for key in tracked.data.metrics
+            },
+            artifacts=artifacts(client, tracked.info.run_id),
+            model=models.get(tracked.info.run_id),
         )
     return found
 
 
+def artifacts(client: mlflow.MlflowClient, run_id: str) -> dict[str, int]:
+    """The sizes of a run's artifacts, by path."""
+    sizes, folders = {}, [None]
+    while folders:
+        for item in client.list_artifacts(run_id, folders.pop()):
+            if item.is_dir:
+                folders.append(item.path)
+            else:
+                sizes[item.path] = item.file_size
+    return sizes
+
+
 def store(folder: Path) -> str:
-    """The address of a project's store, as it is now: MLflow holds on to files it has opened."""
-    now = folder / f"mlflow.db.{time.monotonic_ns()}"
-    shutil.copy(folder / "mlflow.db", now)
-    return f"sqlite:///{now}"
+    """The URI of a copy of a project's store, because MLflow keeps files open."""
+    copy = folder / f"mlflow.db.{time.monotonic_ns()}"
+    shutil.copy(folder / "mlflow.db", copy)
+    return f"sqlite:///{copy}"
 
 
-def forget(folder: Path) -> None:
-    """Take a project's store away."""
+def remove_store(folder: Path) -> None:
     (folder / "mlflow.db").unlink()
     shutil.rmtree(folder / "mlruns")
 
 
 @pytest.fixture(scope="module")
 def repo(make_trained) -> Path:
-    """A repository with two variants: one committed and pushed, one in the run cache alone."""
+    """A repository with two variants: one committed and pushed, one only in the run cache."""
     folder = make_trained()
     remote = folder.with_name(f"{folder.name}-remote")
     succeed(folder, "dvc", "remote", "add", "--default", "remote", str(remote))
@@ -86,65 +103,68 @@ def repo(make_trained) -> Path:
     return folder
 
 
-def test_a_clone_finds_every_point_and_artifact_after_a_pull_and_a_sync(repo, tmp_path):
+def test_sync_restores_every_point_and_artifact_in_a_clone(repo, tmp_path):
     clone = tmp_path / "clone"
     succeed(tmp_path, "git", "clone", "-q", str(repo), str(clone))
     succeed(clone, "dvc", "pull")
-    told = sync(clone)
-    assert told.count("sent ") == 2, told
+    output = sync(clone)
+    assert output.count("sent ") == 2, output
     pulled, original = content(store(clone)), content(store(repo))
     assert len(pulled) == 2 and len(original) == 4
-    for folio_id, kept in pulled.items():
-        assert kept == original[folio_id]
+    for folio_id, sent in pulled.items():
+        assert sent == original[folio_id]
+    evaluation, training = sorted(pulled.values(), key=lambda sent: sent.name != "evaluate")
+    plot = (clone / "models/evaluation/loss.png").stat().st_size
+    assert training.artifacts["training/loss.png"] == plot  # is sent with the evaluation
+    assert evaluation.artifacts["evaluation/loss.png"] == plot
     assert folio(clone, "sync").strip() == "MLflow has every run"
     assert content(store(clone)) == pulled
 
 
-def test_what_only_the_run_cache_has_is_found_too(repo):
+def test_sync_finds_runs_that_are_only_in_the_run_cache(repo):
     original = content(store(repo))
-    forget(repo)
-    shutil.rmtree(repo / "models")  # the workspace is not needed for it
+    remove_store(repo)
+    shutil.rmtree(repo / "models")  # sync does not need the workspace
     assert sync(repo).count("sent ") == 4
     assert content(store(repo)) == original
     succeed(repo, "dvc", "checkout")
 
 
-def test_a_moved_project_is_mended_and_goes_on(repo, tmp_path):
+def test_sync_repairs_the_store_of_a_moved_project(repo, tmp_path):
     moved = tmp_path / "moved here"
     shutil.copytree(repo, moved, symlinks=True)
     set_params(moved, {"evaluate.sample_tokens": 5})
-    told = succeed(moved, "dvc", "repro")
-    assert "the project has been moved since: `python -m folio sync` mends" in told
+    output = succeed(moved, "dvc", "repro")
+    assert "the project has been moved since: `python -m folio sync` updates" in output
     original = content(store(repo))
     assert "sent evaluate" in folio(moved, "sync")
-    mended = content(store(moved))
-    assert len(mended) == len(original) + 1
+    assert len(content(store(moved))) == len(original) + 1
     client = mlflow.MlflowClient(store(moved))
-    for kept in client.search_runs([client.get_experiment_by_name("folio").experiment_id]):
-        place = Path(client.download_artifacts(kept.info.run_id, ""))
-        assert place.is_relative_to(moved) and any(place.iterdir())
+    for tracked in client.search_runs([client.get_experiment_by_name("folio").experiment_id]):
+        path = Path(client.download_artifacts(tracked.info.run_id, ""))
+        assert path.is_relative_to(moved) and any(path.iterdir())
 
 
-def test_sync_names_what_the_cache_lacks(repo, tmp_path):
+def test_sync_names_the_files_that_are_missing_in_the_cache(repo, tmp_path):
     clone = tmp_path / "clone"
     succeed(tmp_path, "git", "clone", "-q", str(repo), str(clone))
     assert "not in DVC's cache: 1 x models/training/record.json" in folio(clone, "sync")
     succeed(clone, "dvc", "pull", "models/training/record.json")
-    assert "not in DVC's cache: 1x2x16-" in folio(clone, "sync")
+    assert "not in DVC's cache: some files of 1x2x16-" in folio(clone, "sync")
 
 
-def test_sync_says_in_one_line_that_the_store_is_away(make_project):
+def test_sync_reports_in_one_line_that_the_server_is_down(make_project):
     done = run(
         make_project(), "python", "-m", "folio", "sync", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
     )
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
-    assert line.startswith("folio: MLflow did not take this: ") and "run it again" in line
+    assert line.startswith("folio: MLflow failed: ") and line.endswith("; sync again later")
 
 
 @pytest.fixture
 def serve(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
-    """A function that starts one and the same MLflow server; serve.address is where."""
+    """A function that starts an MLflow server, always with the same store, at `serve.uri`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +185,7 @@ def serve(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
             time.sleep(0.1)
         return server
 
-    start.address = f"http://127.0.0.1:{port}"
+    start.uri = f"http://127.0.0.1:{port}"
     yield start
     for server in started:
         kill(server)
@@ -177,68 +197,69 @@ def kill(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def wait_for(happened: Callable[[], bool], training: subprocess.Popen) -> None:
+def wait_until(condition: Callable[[], bool], training: subprocess.Popen) -> None:
     end = time.monotonic() + 120
-    while not happened():
+    while not condition():
         assert training.poll() is None and time.monotonic() < end
         time.sleep(0.05)
 
 
 def rows(folder: Path) -> int:
+    """The number of rows in the history of the unfinished training."""
     return sum(len(p.read_text().splitlines()) for p in folder.glob(".checkpoints/*/history.jsonl"))
 
 
-def test_a_server_away_before_in_the_middle_and_at_the_end_loses_nothing(make_project, serve):
+def test_sync_sends_what_an_unreliable_server_missed(make_project, serve):
     settings = {"train.steps": 900, "train.eval_interval": 50, "train.patience": None}
-    settings |= {"runtime.tracking_uri": serve.address, "runtime.log_interval": 10}
+    settings |= {"runtime.tracking_uri": serve.uri, "runtime.log_interval": 10}
     folder = make_project(settings)
     run_stages(folder, "prepare")
     command = [sys.executable, "-m", "stages.train"]
     training = subprocess.Popen(
         command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: rows(folder) >= 5, training)  # without a server
+    wait_until(lambda: rows(folder) >= 5, training)  # the server is not running yet
     training.send_signal(signal.SIGSTOP)
     server = serve()
     training.send_signal(signal.SIGCONT)
-    client = mlflow.MlflowClient(serve.address)
-    wait_for(lambda: bool(client.get_experiment_by_name("folio")), training)
+    client = mlflow.MlflowClient(serve.uri)
+    wait_until(lambda: bool(client.get_experiment_by_name("folio")), training)
     before = rows(folder)
-    wait_for(lambda: rows(folder) > before, training)
+    wait_until(lambda: rows(folder) > before, training)
     kill(server)
-    _, told = training.communicate(timeout=120)
+    _, stderr = training.communicate(timeout=120)
     assert training.returncode == 0
-    assert "going on without it" in told
-    assert told.strip().splitlines()[-1].endswith("`python -m folio sync` sends it")
+    assert "MLflow failed, continuing without it" in stderr
+    assert stderr.strip().splitlines()[-1].endswith("`python -m folio sync` sends the rest")
 
     serve()
     assert "sent 1x2x16-" in folio(folder, "sync")
-    [kept] = sent = list(content(serve.address).values())
+    [trained] = runs = list(content(serve.uri).values())
     history = [json.loads(row) for row in (folder / "models/training/history.jsonl").open()]
-    status, *_, points, artifacts, model = kept
-    assert status == "FINISHED"
+    assert trained.status == "FINISHED"
     for key in ("train_loss", "val_loss"):
-        told_rows = [(row["step"], row["time"], row[key]) for row in history if key in row]
-        assert points[key] == told_rows
+        expected = [(row["step"], row["time"], row[key]) for row in history if key in row]
+        assert trained.points[key] == expected
     assert [row["step"] for row in history] == list(range(10, 901, 10))
-    assert "training/loss.png" in artifacts and model[0] == "READY"
+    assert "training/history.csv" in trained.artifacts and trained.model[0] == "READY"
     assert folio(folder, "sync").strip() == "MLflow has every run"
-    assert list(content(serve.address).values()) == sent
+    assert list(content(serve.uri).values()) == runs
 
 
-def test_a_training_that_was_cut_short_is_shown_as_far_as_it_got(make_project):
+def test_sync_sends_all_steps_of_an_interrupted_training(make_project):
     folder = make_project({"train.steps": 4000, "train.eval_interval": 50, "train.patience": None})
     run_stages(folder, "prepare")
     command = [sys.executable, "-m", "stages.train"]
-    away = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
-    training = subprocess.Popen(command, cwd=folder, env=away, stderr=subprocess.DEVNULL)
-    wait_for(lambda: rows(folder) >= 50, training)
-    assert folio(folder, "sync").strip() == "MLflow has every run"  # but for the one at work
+    no_server = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    training = subprocess.Popen(command, cwd=folder, env=no_server, stderr=subprocess.DEVNULL)
+    wait_until(lambda: rows(folder) >= 50, training)
+    assert (
+        folio(folder, "sync").strip() == "MLflow has every run"
+    )  # except for the one that is still training
     training.kill()
     training.wait()
-    assert "cut short after step" in folio(folder, "sync")
-    [kept] = content(store(folder)).values()
-    assert kept[0] == "KILLED"
-    assert Counter(step for step, *_ in kept[4]["train_loss"]) == Counter(
-        range(1, rows(folder) + 1)
-    )
+    assert "interrupted after step" in folio(folder, "sync")
+    [interrupted] = content(store(folder)).values()
+    assert interrupted.status == "KILLED"
+    steps = [step for step, *_ in interrupted.points["train_loss"]]
+    assert steps == list(range(1, rows(folder) + 1))

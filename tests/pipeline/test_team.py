@@ -1,4 +1,4 @@
-"""A team's server (docs/team.md) for real: PostgreSQL, an S3 store, MLflow, and two clones."""
+"""The team's server of docs/team.md: PostgreSQL, an S3 store, MLflow and two clones."""
 
 import contextlib
 import json
@@ -23,8 +23,9 @@ import requests
 import yaml
 from conftest import ROOT, environment
 
-from folio.tracking import registry, sync
 from folio.errors import UserError
+from folio.tracking import registry, sync
+from folio.tracking.store import Store
 
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
 COMMAND = COMPOSE["services"]["mlflow"]["command"]
@@ -32,7 +33,7 @@ MEMBERS = {"ada": "ada's password", "grace": "grace's password"}
 
 
 def program(name: str) -> str | None:
-    """A program of PostgreSQL: where Debian keeps the newest version's, or on the PATH."""
+    """The path of a PostgreSQL program, from Debian's newest version or from the PATH."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
 
@@ -43,9 +44,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
     end = time.monotonic() + 120
-    while not happened():
+    while not condition():
         assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.05)
 
@@ -57,12 +58,12 @@ def listens(port: int) -> bool:
 
 @contextlib.contextmanager
 def started(
-    command: list[str], log: Path, end: int = signal.SIGKILL, **how: object
+    command: list[str], log: Path, end: int = signal.SIGKILL, **options: object
 ) -> Iterator[subprocess.Popen]:
-    """A process; at the end it and those that it started get the signal `end`."""
+    """Run a process. At the end, it and its child processes receive the signal `end`."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **options
         )
     try:
         yield process
@@ -74,53 +75,53 @@ def started(
 
 @contextlib.contextmanager
 def postgresql(log: Path) -> Iterator[dict[str, str]]:
-    """The variables by which the role mlflow reaches its database, in a PostgreSQL of its own."""
-    # It refuses to run as root, and pytest's folders are closed to others.
-    other = {"user": "postgres", "group": "postgres", "extra_groups": []} if not os.getuid() else {}
+    """Run PostgreSQL. Yields the environment variables to log in as the role mlflow."""
+    # PostgreSQL refuses to run as root, and other users cannot read pytest's folders.
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if not os.getuid() else {}
     folder, port = Path(tempfile.mkdtemp(prefix="folio-")), free_port()
-    if other:
+    if user:
         shutil.chown(folder, "postgres", "postgres")
-    ways = ["--auth-local=trust", "--auth-host=scram-sha-256", "--username=postgres"]
-    make = [program("initdb"), "--no-sync", *ways, str(folder / "data")]
-    subprocess.run(make, check=True, capture_output=True, cwd=folder, **other)
-    serve = [program("postgres"), "-F", "-D", str(folder / "data"), "-k", str(folder)]
-    serve += ["-c", "listen_addresses=127.0.0.1", "-p", str(port), "-c", "lc_messages=C"]
-    with started(serve, log, signal.SIGQUIT, cwd=folder, **other) as process:
-        wait_for(lambda: "ready to accept connections" in log.read_text(), process, log)
+    options = ["--auth-local=trust", "--auth-host=scram-sha-256", "--username=postgres"]
+    initdb = [program("initdb"), "--no-sync", *options, str(folder / "data")]
+    subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **user)
+    postgres = [program("postgres"), "-F", "-D", str(folder / "data"), "-k", str(folder)]
+    postgres += ["-c", "listen_addresses=127.0.0.1", "-p", str(port), "-c", "lc_messages=C"]
+    with started(postgres, log, signal.SIGQUIT, cwd=folder, **user) as process:
+        wait_until(lambda: "ready to accept connections" in log.read_text(), process, log)
         for line in (
             "CREATE ROLE mlflow LOGIN PASSWORD 'a secret'",
             "CREATE DATABASE mlflow OWNER mlflow",
         ):
             sql = [program("psql"), "--quiet", "--username=postgres", "--command", line]
-            where = {"PGHOST": str(folder), "PGPORT": str(port)}
-            subprocess.run(sql, check=True, env=os.environ | where)
-        login = {"PGUSER": "mlflow", "PGPASSWORD": "a secret"}
-        yield {"PGHOST": "127.0.0.1", "PGPORT": str(port), **login}
+            host = {"PGHOST": str(folder), "PGPORT": str(port)}
+            subprocess.run(sql, check=True, env=os.environ | host)
+        role = {"PGUSER": "mlflow", "PGPASSWORD": "a secret"}
+        yield {"PGHOST": "127.0.0.1", "PGPORT": str(port), **role}
     shutil.rmtree(folder)
 
 
 @dataclass
 class Server:
-    mlflow: str  # its address
-    s3: str  # the store's
+    mlflow: str  # its URL
+    s3: str  # its URL
     process: subprocess.Popen
     log: Path
 
     def ready(self) -> None:
-        """Wait for MLflow, then have the admin make the members' logins."""
+        """Wait until MLflow answers, then create the members' logins as the admin."""
         port = int(self.mlflow.rpartition(":")[2])
-        wait_for(lambda: listens(port), self.process, self.log)
+        wait_until(lambda: listens(port), self.process, self.log)
         for name, password in MEMBERS.items():
-            made = requests.post(
+            response = requests.post(
                 f"{self.mlflow}/api/2.0/mlflow/users/create",
                 auth=("admin", "admin's password"),
                 json={"username": name, "password": password},
             )
-            assert made.ok, made.text
+            assert response.ok, response.text
 
 
-def of(member: str) -> dict[str, str]:
-    """A member's login, and name to git."""
+def login(member: str) -> dict[str, str]:
+    """The environment variables with a member's login for MLflow and identity for git."""
     return {
         "MLFLOW_TRACKING_USERNAME": member,
         "MLFLOW_TRACKING_PASSWORD": MEMBERS[member],
@@ -131,23 +132,23 @@ def of(member: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    """The compose file's MLflow by its own command, on a PostgreSQL and an S3 store of its own.
+    """MLflow, started by the command in the compose file, with PostgreSQL and an S3 store.
 
-    It goes on starting while the tests begin: ready() waits for it.
+    Does not wait for MLflow: ready() does.
     """
     if not program("initdb"):
-        pytest.skip("PostgreSQL is not here: apt-get install postgresql")
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     import boto3
 
     logs = tmp_path_factory.mktemp("logs")
-    store, port = free_port(), free_port()
-    s3 = f"http://127.0.0.1:{store}"
-    moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(store)]
+    s3_port, port = free_port(), free_port()
+    s3 = f"http://127.0.0.1:{s3_port}"
+    moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(s3_port)]
     with (
         started(moto, logs / "s3.log", env=environment()) as process,
         postgresql(logs / "postgresql.log") as database,
     ):
-        wait_for(lambda: listens(store), process, logs / "s3.log")
+        wait_until(lambda: listens(s3_port), process, logs / "s3.log")
         keys = {"aws_access_key_id": "mlflow", "aws_secret_access_key": "a key"}
         client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1", **keys)
         for bucket in ("mlflow", "dvc"):
@@ -171,12 +172,12 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 def succeed(folder: Path, member: str, *command: str) -> str:
-    return conftest.succeed(folder, *command, **of(member))
+    return conftest.succeed(folder, *command, **login(member))
 
 
 @pytest.fixture(scope="module")
 def clones(server, make_project, tmp_path_factory) -> dict[str, Path]:
-    """Two members' clones: ada has trained and pushed, grace has pulled, trained and pushed."""
+    """The clones of two members: Ada trained and pushed; Grace pulled, trained and pushed."""
     settings = {"runtime.tracking_uri": server.mlflow}
     ada = make_project(settings, store=False)
     shared, grace = ada.with_name("shared.git"), tmp_path_factory.mktemp("clones") / "grace"
@@ -216,38 +217,39 @@ def weights(folder: Path) -> bytes:
 
 
 def as_member(member: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Make this process a member's, on a machine that has no key to any S3 store."""
+    """Set a member's login for this process, and remove all keys to S3 stores."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_S3_"))]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name, value in {**of(member), "HOME": str(home)}.items():
+    for name, value in {**login(member), "HOME": str(home)}.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_each_member_sees_the_runs_of_all(clones, server, member, monkeypatch, tmp_path):
+def test_members_see_the_runs_of_all_members(clones, server, member, monkeypatch, tmp_path):
     as_member(member, monkeypatch, tmp_path)
     client = mlflow.MlflowClient(server.mlflow)
-    found = client.search_runs([client.get_experiment_by_name("folio").experiment_id])
-    assert [kept.info.status for kept in found] == ["FINISHED"] * 3
-    trained = [kept for kept in found if "mlflow.parentRunId" not in kept.data.tags]
-    assert {kept.data.params["train.learning_rate"] for kept in trained} == {"0.004", "0.02"}
+    runs = client.search_runs([client.get_experiment_by_name("folio").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    trainings = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert {run.data.params["train.learning_rate"] for run in trainings} == {"0.004", "0.02"}
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_a_model_comes_through_the_server_without_a_key_to_the_store(
+def test_members_fetch_models_through_the_server_without_a_key_to_its_store(
     clones, server, member, monkeypatch, tmp_path
 ):
     as_member(member, monkeypatch, tmp_path)
-    client = mlflow.MlflowClient(server.mlflow)
-    experiment = client.get_experiment_by_name("folio").experiment_id
-    [kept] = client.search_runs([experiment], "params.`train.learning_rate` = '0.02'")
-    assert kept.info.artifact_uri.startswith("mlflow-artifacts:/")
-    model = registry.fetch(client, registry.of_run(client, experiment, kept.info.run_id), tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(clones[member]))
+    store = Store.existing(server.mlflow)
+    query = "params.`train.learning_rate` = '0.02'"
+    [run] = store.client.search_runs([store.experiment_id], query)
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    model = registry.fetch(store, run.info.run_id, tmp_path)
     assert (model / "model.safetensors").read_bytes() == weights(clones["grace"])
 
 
-def test_what_one_pushed_the_other_pulls(clones):
+def test_members_pull_the_experiments_that_others_pushed(clones):
     before = weights(clones["ada"])
     succeed(clones["ada"], "ada", "dvc", "exp", "pull", "origin", "faster")
     succeed(clones["ada"], "ada", "dvc", "exp", "apply", "faster")
@@ -255,13 +257,13 @@ def test_what_one_pushed_the_other_pulls(clones):
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-def test_sync_finds_every_run_on_the_server(clones, server, member, monkeypatch, tmp_path):
+def test_sync_has_nothing_to_send_to_the_server(clones, server, member, monkeypatch, tmp_path):
     as_member(member, monkeypatch, tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(clones[member]))
     assert sync.run(server.mlflow, clones[member]) == []
 
 
-def test_git_holds_the_address_of_the_store_and_no_key(clones):
+def test_git_has_the_url_of_the_store_and_no_key(clones):
     for folder in clones.values():
         config = (folder / ".dvc/config").read_text()
         assert "s3://dvc" in config and "key" not in config
@@ -269,7 +271,7 @@ def test_git_holds_the_address_of_the_store_and_no_key(clones):
         assert sorted(committed) == [".dvc/.gitignore", ".dvc/config"]
 
 
-def test_without_a_login_the_server_shows_nothing_and_folio_says_so_in_a_line(
+def test_server_rejects_a_wrong_login_and_folio_reports_it_in_one_line(
     clones, server, monkeypatch, tmp_path
 ):
     search = f"{server.mlflow}/api/2.0/mlflow/experiments/search?max_results=9"
@@ -277,54 +279,54 @@ def test_without_a_login_the_server_shows_nothing_and_folio_says_so_in_a_line(
     as_member("ada", monkeypatch, tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "a guess")
     monkeypatch.setenv("DVC_ROOT", str(clones["ada"]))
-    with pytest.raises(UserError, match=r"^MLflow did not take this: .*401.*run it again later$"):
+    with pytest.raises(UserError, match=r"^MLflow failed: .*401.*; sync again later$"):
         sync.run(server.mlflow, clones["ada"])
 
 
-def test_a_page_elsewhere_reaches_nothing_by_another_name_or_from_a_browser(clones, server):
+def test_server_rejects_other_host_names_and_other_origins(clones, server):
     search = f"{server.mlflow}/api/2.0/mlflow/runs/search"
-    for stranger in ({"Host": "example.org"}, {"Origin": "http://example.org"}):
-        asked = requests.post(search, json={}, headers=stranger, auth=("ada", MEMBERS["ada"]))
-        assert asked.status_code == 403, asked.text
+    for headers in ({"Host": "example.org"}, {"Origin": "http://example.org"}):
+        response = requests.post(search, json={}, headers=headers, auth=("ada", MEMBERS["ada"]))
+        assert response.status_code == 403, response.text
 
 
 # --- the files in deploy/
 
 
-def test_the_plain_command_in_the_docs_is_that_of_the_compose_file():
+def test_docs_start_the_server_with_the_command_of_the_compose_file():
     text = (ROOT / "docs/team.md").read_text().replace("\\\n", " ")
-    [plain] = re.findall(r"^mlflow server .+", text, re.MULTILINE)
-    assert options(shlex.split(plain)) == options(COMMAND)
+    [command] = re.findall(r"^mlflow server .+", text, re.MULTILINE)
+    assert options(shlex.split(command)) == options(COMMAND)
 
 
 def options(command: list[str]) -> dict[str, str]:
-    """A command's options, but for the address to listen on."""
+    """The options of a command, without the address to listen on."""
     words = command[2:]
     found = dict(zip(words[::2], words[1::2], strict=True))
     return {name: value for name, value in found.items() if name != "--host"}
 
 
-def test_every_secret_has_to_be_given_and_none_has_a_default():
+def test_compose_file_requires_every_secret_and_has_no_default_secret():
     used = dict(re.findall(r"\$\{(\w+)(:[?-][^}]*)\}", (ROOT / "deploy/compose.yaml").read_text()))
     example = dict(
         re.findall(r"^(?:# )?(\w+)=(.*)", (ROOT / "deploy/.env.example").read_text(), re.MULTILINE)
     )
     assert used.keys() == example.keys()
-    secrets = {name for name, way in used.items() if way.startswith(":?")}
+    secrets = {name for name, rule in used.items() if rule.startswith(":?")}
     assert secrets == {name for name, value in example.items() if not value}
     assert secrets == example.keys() - {"LISTEN", "ALLOWED_HOSTS", "ALLOWED_ORIGINS"}
 
 
-def test_the_store_has_the_buckets_and_each_key_opens_one():
+def test_each_key_of_the_s3_store_gives_access_to_one_bucket():
     store = COMPOSE["services"]["s3"]["command"]
     assert "-bucket=mlflow,dvc" in store
     keys = json.loads(COMPOSE["configs"]["s3"]["content"])["identities"]
-    opened = {key["name"]: {way.partition(":")[2] for way in key["actions"]} for key in keys}
+    opened = {key["name"]: {action.partition(":")[2] for action in key["actions"]} for key in keys}
     assert opened == {"mlflow": {"mlflow"}, "team": {"dvc"}}
     assert COMMAND[COMMAND.index("--artifacts-destination") + 1] == "s3://mlflow"
 
 
-def test_only_this_machine_reaches_the_ports_unless_told_otherwise():
+def test_ports_are_published_on_localhost_by_default():
     published = {name: each.get("ports", []) for name, each in COMPOSE["services"].items()}
     assert published.pop("postgres") == []
     assert published == {
