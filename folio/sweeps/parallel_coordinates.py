@@ -1,8 +1,11 @@
-"""A picture of many settings at once: parallel coordinates, an axis a param, a line a training."""
+"""A parallel coordinates plot of a sweep: an axis per param and one for the loss, a line per trial.
+
+Drawn here because neither library does it as well (LOG.md): Optuna's plot does not mark the best
+trial and draws all lines through a value on top of each other, pandas' has one scale for all axes.
+"""
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,95 +13,79 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 from folio import plots
-from folio.sweeps.space import ACROSS, Point, label
+from folio.sweeps.space import Trial, format_value, is_log_scale
 
 _COLOURS = LinearSegmentedColormap.from_list("loss", [plots.BLUE, "#9fb8cc", "#dfe3e8"])
-_FEW = 8  # values of a param up to which each is written beside its axis
-_SPREAD = 0.05  # of an axis' height: how far apart lines through the same value may be
+_MAX_LABELLED = 8  # up to so many distinct values, each has a tick instead of round numbers
+_MIN_TICK_GAP = 0.045  # of the axis' height
+_MAX_SPREAD = 0.05  # of the axis' height: the space for the lines through one value
 
 
 class Scale:
-    """An axis: where a value is on it, from 0 at its foot to 1 at its head."""
+    """Positions on an axis, from 0 at the bottom to 1 at the top.
+
+    Numbers are placed by their value or its logarithm. Otherwise the distinct values are evenly
+    spaced: sorted numbers with null above them, or strings and booleans in the order of the trials.
+    """
 
     def __init__(self, values: Sequence[Any]):
-        self.numbers = all(type(value) in (int, float) for value in values)
-        # true, "fp32" and the like stand one above the other in their order in the sweep, and so do
-        # numbers with null above them.
-        some = [value for value in dict.fromkeys(values) if value is not None]
-        ordered = sorted(some) if all(type(v) in (int, float) for v in some) else some
-        self.known = ordered + [None] * (None in values)
-        self.log = is_log(values)
-        self.few = len(self.known) <= _FEW
+        not_null = [value for value in dict.fromkeys(values) if value is not None]
+        if all(type(value) in (int, float) for value in not_null):
+            not_null.sort()
+        self.values = not_null + [None] * (None in values)
+        self.numeric = all(type(value) in (int, float) for value in values)
+        self.log = is_log_scale(values)
 
-    def at(self, value: Any) -> float:
-        if not self.numbers:
-            return self.known.index(value) / max(1, len(self.known) - 1)
-        low, high, here = map(self._straight, (self.known[0], self.known[-1], value))
-        return (here - low) / (high - low) if high > low else 0.5
+    def position(self, value: Any) -> float:
+        if not self.numeric:
+            return self.values.index(value) / max(1, len(self.values) - 1)
+        ends = (self.values[0], self.values[-1], value)
+        low, high, x = map(math.log, ends) if self.log else ends
+        return (x - low) / (high - low) if high > low else 0.5
 
-    def ticks(self) -> list[tuple[float, str]]:
-        if self.few:
-            apart, values = 0.045, self.known
-            places = [self.at(value) for value in values]
-            kept = [i for i in range(len(values)) if i == 0 or places[i] - places[i - 1] > apart]
-            return [(places[i], label(values[i])) for i in kept]
-        low, high = self.known[0], self.known[-1]
+    def ticks(self, round_numbers: bool = False) -> list[tuple[float, str]]:
+        """(position, label) of each tick: at the values of the trials, or at round numbers."""
+        if not self.numeric or (len(self.values) <= _MAX_LABELLED and not round_numbers):
+            places = [self.position(value) for value in self.values]
+            gaps = [math.inf, *(b - a for a, b in itertools.pairwise(places))]
+            return [
+                (place, format_value(value))
+                for place, value, gap in zip(places, self.values, gaps, strict=True)
+                if gap > _MIN_TICK_GAP
+            ]
+        low, high = self.values[0], self.values[-1]
+        locator: Locator = MaxNLocator(5, integer=all(type(v) is int for v in self.values))
         if self.log:
-            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            steps = (1, 2, 5) if len(powers) < 5 else (1,)
-            values = [step * 10.0**power for power in powers for step in steps]
-        else:
-            whole = all(type(value) is int for value in self.known)
-            values = MaxNLocator(5, integer=whole).tick_values(low, high).tolist()
-        return [(self.at(value), label(value)) for value in values if low <= value <= high]
-
-    def _straight(self, value: float) -> float:
-        return math.log(value) if self.log else value
+            locator = LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,), numticks=99)
+        found = np.asarray(locator.tick_values(low, high)).tolist()
+        return [(self.position(x), format_value(x)) for x in found if low <= x <= high]
 
 
-def is_log(values: Sequence[Any]) -> bool:
-    """Whether these values are to be seen by their logarithm: numbers across a power of ten, whose
-    median is nearer to the middle of the logarithms than to that of the values."""
-    if not all(type(value) in (int, float) for value in values) or min(values) <= 0:
-        return False
-    low, high, middle = min(values), max(values), statistics.median(values)
-    return high >= ACROSS * low and middle - (low * high) ** 0.5 < (low + high) / 2 - middle
+def draw(trials: list[Trial], losses: list[float], path: Path) -> None:
+    """Write the plot as a PNG.
 
-
-def draw(points: list[Point], losses: list[float], path: Path) -> None:
-    """Write the picture as PNG: of points that vary the same params, with their held-out losses."""
-    names = list(points[0])
-    columns = [*([point[name] for point in points] for name in names), losses]
+    trials: of the same params. losses: their validation losses in nats/token.
+    """
+    names = list(trials[0])
+    columns = [*([trial[name] for trial in trials] for name in names), losses]
     scales = [Scale(column) for column in columns]
-    scales[-1].few = False
-    heights = np.array([[scale.at(v) for v in c] for scale, c in zip(scales, columns, strict=True)])
-    order = np.argsort(losses)
+    places = [[s.position(v) for v in c] for s, c in zip(scales, columns, strict=True)]
+    heights, order = np.array(places), np.argsort(losses)
     for row in heights[:-1]:
-        _spread(row, order)
-    figure, [ax] = plots.new_figure(inches=(max(7, 1.7 * (len(names) + 1)), 4.2))
-    # What is far worse than most takes no colours from the others.
-    middle, best = float(np.median(losses)), min(losses)
-    worst = best + 3 * (middle - best) if middle > best else max(losses)
-    shades = Normalize(best, min(worst, max(losses)))
-    for place in order[::-1]:
-        first = place == order[0]
-        ax.plot(
-            *_curve(heights[:, place]),
-            color=plots.ORANGE if first else _COLOURS(shades(losses[place])),
-            lw=2.6 if first else 1.3,
-            zorder=3 if first else 2,
-            solid_capstyle="round",
-        )
-    foot = heights[-1, order[0]]
+        _separate(row, order)
+    figure, [ax] = plots.new_figure(inches=(max(7, 1.7 * len(columns)), 4.2))
+    _draw_lines(ax, heights, losses, order)
     for x, scale in enumerate(scales[:-1]):
-        _axis(ax, x, scale.ticks())
-    _axis(ax, len(names), [tick for tick in scales[-1].ticks() if tick[0] - foot > 0.05], "left")
+        _draw_axis(ax, x, scale.ticks(), "right")
+    best = scales[-1].position(losses[order[0]])
+    ticks = [tick for tick in scales[-1].ticks(round_numbers=True) if tick[0] - best > 0.05]
+    _draw_axis(ax, len(names), ticks, "left")
     ax.annotate(
-        f"best {best:.3f}",
-        (len(names), foot),
+        f"best {losses[order[0]]:.3f}",
+        (len(names), best),
         xytext=(8, 0),
         textcoords="offset points",
         va="center",
@@ -109,25 +96,43 @@ def draw(points: list[Point], losses: list[float], path: Path) -> None:
         name.replace(".", ".\n", 1) + (" (log)" if scale.log else "")
         for name, scale in zip(names, scales, strict=False)
     ]
-    ax.set_xticks(range(len(names) + 1), [*labels, "held-out loss,\nnats a token"])
+    ax.set_xticks(range(len(columns)), [*labels, "validation loss,\nnats/token"])
     ax.set_yticks([])
     ax.set(xlim=(-0.35, len(names) + 0.55), ylim=(-0.05, 1.05))
-    ax.set_title(f"Held-out loss of {len(points)} trainings, the best in orange")
+    ax.set_title(f"Validation loss of {len(trials)} trials, the best one in orange")
     ax.spines[:].set_visible(False)
     ax.grid(visible=False)
     ax.tick_params(length=0)
     plots.save(figure, path)
 
 
-def _axis(ax: Axes, x: int, ticks: list[tuple[float, str]], side: str = "right") -> None:
-    """An axis at x; its texts end on it (right) or begin there (left)."""
-    ax.plot([x, x], [0, 1], color=plots.GREY, lw=1, zorder=1)
-    out = -1 if side == "right" else 1
-    for height, text in ticks:
-        ax.plot([x + out * 0.015, x], [height, height], color=plots.GREY, lw=1, zorder=1)
+def _draw_lines(ax: Axes, heights: np.ndarray, losses: list[float], order: np.ndarray) -> None:
+    """Draw a line per trial. heights: [axes, trials]; order: the trials, the best one first."""
+    # The colours cover the losses up to three times the median's distance from the best one, so
+    # that an outlier does not give all others the same colour.
+    best, median, worst = min(losses), float(np.median(losses)), max(losses)
+    limit = min(worst, best + 3 * (median - best)) if median > best else worst
+    shade = Normalize(best, limit)
+    for trial in order[::-1]:
+        is_best = trial == order[0]
+        ax.plot(
+            *_smooth(heights[:, trial]),
+            color=plots.ORANGE if is_best else _COLOURS(shade(losses[trial])),
+            lw=2.6 if is_best else 1.3,
+            zorder=3 if is_best else 2,
+            solid_capstyle="round",
+        )
+
+
+def _draw_axis(ax: Axes, x: int, ticks: list[tuple[float, str]], align: str) -> None:
+    """Draw a vertical axis at x, with its labels to the left (aligned right) or to the right."""
+    outwards = -1 if align == "right" else 1
+    ax.vlines(x, 0, 1, color=plots.GREY, lw=1, zorder=1)
+    ax.hlines([y for y, _ in ticks], x, x + outwards * 0.015, color=plots.GREY, lw=1, zorder=1)
+    for y, text in ticks:
         ax.text(
-            *(x + out * 0.03, height, text),
-            ha=side,
+            *(x + outwards * 0.03, y, text),
+            ha=align,
             va="center",
             fontsize=8,
             zorder=4,
@@ -135,17 +140,16 @@ def _axis(ax: Axes, x: int, ticks: list[tuple[float, str]], side: str = "right")
         )
 
 
-def _spread(heights: np.ndarray, order: np.ndarray) -> None:
-    """Move lines that pass through the same value apart, the better the lower."""
+def _separate(heights: np.ndarray, order: np.ndarray) -> None:
+    """Spread the lines that pass through the same value of an axis, the better ones lower."""
     for value in np.unique(heights):
-        same = [place for place in order if heights[place] == value]
-        width = min(_SPREAD, 0.012 * (len(same) - 1))
-        for offset, place in zip(np.linspace(-width / 2, width / 2, len(same)), same, strict=True):
-            heights[place] = value + offset if len(same) > 1 else value
+        same = [trial for trial in order if heights[trial] == value]
+        width = min(_MAX_SPREAD, 0.012 * (len(same) - 1))
+        heights[same] = value + np.linspace(-width / 2, width / 2, len(same)) if width else value
 
 
-def _curve(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A line through the heights at x = 0, 1, ..., level where it meets an axis."""
+def _smooth(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A curve through the heights at x = 0, 1, ..., which is horizontal at each axis."""
     t = np.linspace(0, 1, 40)
     ease = t * t * (3 - 2 * t)
     x = np.concatenate([i + t for i in range(len(heights) - 1)])

@@ -1,4 +1,4 @@
-"""DVC's queue of experiments, by its command line."""
+"""DVC's queue of experiments, through the `dvc` command."""
 
 import json
 import os
@@ -18,13 +18,13 @@ _ROW = re.compile(r"\w{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*")
 
 
 @dataclass(frozen=True)
-class Queue:
+class QueueStatus:
     states: dict[str, str]  # experiment -> Queued, Running, Success or Failed
-    workers: int  # that are alive
+    workers: int  # live worker processes
 
 
-def overrides(settings: dict[str, Any]) -> list[str]:
-    """The options of `dvc exp run` that lay {"train.steps": 1650, ...} over params.yaml."""
+def param_options(settings: dict[str, Any]) -> list[str]:
+    """The options of `dvc exp run` that override params.yaml with {"train.steps": 1650, ...}."""
     return [
         word
         for key, value in settings.items()
@@ -32,26 +32,29 @@ def overrides(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def needs_dvc() -> None:
-    """Raises UserError where there is no `dvc` on the PATH."""
+def require_dvc() -> None:
+    """Raise UserError if `dvc` is not on the PATH."""
     if not shutil.which("dvc"):
-        raise UserError("dvc is not on the PATH: `make` puts it there, or activate .venv")
+        raise UserError("dvc is not on the PATH: activate .venv, which `make` creates")
 
 
-def put(name: str, settings: dict[str, Any]) -> None:
-    """Queue an experiment. Raises UserError with DVC's words where it does not take it."""
-    _dvc("exp", "run", "--queue", "--name", name, *overrides(settings))
+def add(name: str, settings: dict[str, Any]) -> None:
+    """Queue an experiment. Raises UserError with DVC's message if DVC rejects it."""
+    _dvc("exp", "run", "--queue", "--name", name, *param_options(settings))
 
 
-def read() -> Queue:
-    """As it is now. Raises UserError where DVC is in the middle of clearing it up."""
+def read() -> QueueStatus:
+    """The queue's present status. Raises UserError while DVC is cleaning the queue up."""
     rows = map(_ROW.fullmatch, _dvc("queue", "status").splitlines())
-    return Queue(states={row[1]: row[2] for row in rows if row}, workers=count_workers())
+    return QueueStatus(states={row[1]: row[2] for row in rows if row}, workers=count_workers())
 
 
 def count_workers() -> int:
-    """The workers of this project. DVC asks them, and takes those for gone that a busy machine lets
-    answer too late; so their processes are counted."""
+    """The number of this project's worker processes.
+
+    They are counted in the process table, because DVC considers a worker dead that is slow to
+    answer on a busy machine.
+    """
     here = str(Path.cwd())
     return sum(
         "queue-worker" in (process.info["cmdline"] or []) and process.info["cwd"] == here
@@ -60,49 +63,51 @@ def count_workers() -> int:
 
 
 def start(workers: int, **variables: str) -> None:
-    """Start workers, in the background, with these variables in the environment of what they run.
+    """Start workers in the background, with these environment variables.
 
-    They take what is queued, whoever queued it, and leave when there is no more.
+    They run everything in the queue, including other experiments, and exit when it is empty.
     """
     _dvc("queue", "start", "--jobs", str(workers), **variables)
 
 
 def stop() -> None:
-    """End the workers and what they run; what waits stays queued.
+    """Stop the workers and the experiments they run. Queued experiments stay queued.
 
-    DVC kills its own processes. A training notices, saves its step and ends (folio/signals.py).
+    DVC kills only its own processes. A training notices that, saves a checkpoint and exits
+    (folio/signals.py).
     """
     _dvc("queue", "stop", "--kill")
 
 
 def remove(names: list[str]) -> None:
-    """Take experiments that are not running out of the queue."""
+    """Remove experiments that are not running from the queue."""
     if names:
         _dvc("queue", "remove", *names)
 
 
-def give_up(names: list[str]) -> None:
-    """Mark as failed what a worker ran that is no more."""
+def mark_failed(names: list[str]) -> None:
+    """Mark experiments as failed whose worker no longer exists."""
     if names:
         _dvc("queue", "kill", "--force", *names)
 
 
 def _dvc(*words: str, **variables: str) -> str:
-    """What a dvc command prints. Ctrl-C does not reach it, for half of it may not be undone."""
-    # A file, not a pipe: the workers that `start` leaves behind would hold a pipe open.
-    with tempfile.TemporaryFile("w+") as printed:
+    """The output of a dvc command. Ctrl-C does not reach the command, which could otherwise stop
+    halfway through a change. Raises UserError with DVC's message if it fails."""
+    # A file and not a pipe, because the workers that `start` leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(
             ["dvc", *words],
             env=os.environ | variables,
             stdin=subprocess.DEVNULL,
-            stdout=printed,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        printed.seek(0)
-        text = printed.read()
+        output.seek(0)
+        text = output.read()
     if done.returncode:
         lines = text.strip().splitlines() or ["no reason given"]
-        why = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise UserError(f"`dvc {' '.join(words[:2])}`: {why.removeprefix('ERROR: ')}")
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise UserError(f"`dvc {' '.join(words[:2])}` failed: {reason.removeprefix('ERROR: ')}")
     return text

@@ -1,196 +1,163 @@
-"""What a sweep found, from MLflow's data: a table, a picture, and which params mattered."""
+"""The report of a sweep, from MLflow's data: a table, a plot, and which params mattered."""
 
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from folio import files
 from folio.errors import UserError
-from folio.run import project_root
-from folio.run import RECORD, TRAINING, parse_record
-from folio.sweeps import parallel_coordinates, sweep
-from folio.sweeps.space import Point, label
-from folio.sweeps.sweep import Plan, table
+from folio.run import RECORD, TRAINING, parse_record, project_root
+from folio.sweeps import importance, markdown, parallel_coordinates
+from folio.sweeps.plan import Plan
+from folio.sweeps.space import SEED, Trial, format_trial, format_value
 from folio.tracking import sync
 from folio.tracking.dvc_cache import DvcCache
 from folio.tracking.queries import list_runs
 from folio.tracking.store import STORE_ERRORS, Store, first_line
 
-SEED = "train.seed"
-ENOUGH = 10  # points from which on an importance is shown
-
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """A point that is done."""
-
+class TrialResult:
     experiment: str
-    point: Point  # of it what the sweep varies
-    loss: float  # the best held-out loss, nats a token
-    step: int  # that it was at
-    seconds: float  # of its MLflow run
-    run: str  # MLflow's id
+    trial: Trial  # the params that the sweep varies
+    loss: float  # the best validation loss in nats/token
+    step: int  # the step of that loss
+    seconds: float  # the duration of the MLflow run
+    run_id: str  # MLflow's id
 
 
-def write(plan: Plan, address: str | None) -> Path:
-    """Write the report and its picture to the sweep's folder; returns the report's path.
+def write_report(plan: Plan, uri: str | None) -> Path:
+    """Write report.md and its plot to the sweep's folder. Returns the path of report.md.
 
-    address: of the MLflow store, which is first sent what it lacks. Raises UserError where it is
-    away.
+    uri: of the MLflow store, which is first sent the runs that it does not have. Raises UserError
+    if MLflow fails.
     """
-    sync.run(address, project_root())
+    sync.run(uri, project_root())
     try:
-        found = results(plan, Store(address))
-    except STORE_ERRORS as problem:
-        way_out = f"`python -m folio sweep --report {plan.name}` tries again"
-        raise UserError(f"MLflow did not answer: {first_line(problem)}; {way_out}") from None
-    text = report(plan, found)
-    if len(found) > 1 and found[0].point:
-        path = plan.folder / "parallel_coordinates.png"
-        parallel_coordinates.draw(
-            [each.point for each in found], [each.loss for each in found], path
-        )
-        text += f"\n![Params and held-out loss of each point]({path.name})\n"
-    files.write_text(plan.folder / "report.md", text)
-    return plan.folder / "report.md"
+        results = find_results(plan, Store(uri))
+    except STORE_ERRORS as error:
+        hint = f"`python -m folio sweep --report {plan.name}` tries again"
+        raise UserError(f"MLflow failed: {first_line(error)}; {hint}") from None
+    text = format_report(plan, results)
+    if len(results) > 1 and results[0].trial:
+        plot = plan.folder / "parallel_coordinates.png"
+        parallel_coordinates.draw(_trials(results), _losses(results), plot)
+        text += f"\n![Params and validation loss of each trial]({plot.name})\n"
+    path = plan.folder / "report.md"
+    files.write_text(path, text)
+    return path
 
 
-def results(plan: Plan, store: Store) -> list[Result]:
-    """The points that are done and in MLflow, the best first.
+def find_results(plan: Plan, store: Store) -> list[TrialResult]:
+    """The results of the trials that have finished and are in MLflow, the best one first.
 
-    A point that had been trained before came out of DVC's cache: its run in MLflow bears another
-    experiment's name, so runs are found by the id that each experiment's files hold.
+    If the same params were trained before, DVC restores that training from its cache, and the
+    training's MLflow run has another experiment's name. So a run is looked up by the id in the
+    experiment's files.
     """
-    cache, path = DvcCache(Path.cwd()), f"{TRAINING}/{RECORD}"
+    cache, path = DvcCache(Path.cwd()), TRAINING / RECORD
     runs = {run.folio_id: run for run in list_runs(store)}
-    found = []
-    for name, commit in sweep.finished(plan).items():
-        content = cache.read(cache.outs(commit).get(path, ""))
-        run = runs.get(parse_record(content, Path(path)).id) if content else None
+    results = []
+    for experiment, commit in plan.finished().items():
+        content = cache.read(cache.outs(commit).get(path.as_posix(), ""))
+        run = runs.get(parse_record(content, path).id) if content else None
         if run and run.ended and "best_val_loss" in run.metrics:
-            result = Result(
-                experiment=name,
-                point=plan.varied(name),
+            result = TrialResult(
+                experiment=experiment,
+                trial=plan.varied(experiment),
                 loss=run.loss,
                 step=int(run.metrics["best_step"]),
                 seconds=(run.ended - run.started) / 1000,
-                run=run.id,
+                run_id=run.id,
             )
-            found.append(result)
-    return sorted(found, key=lambda each: each.loss)
+            results.append(result)
+    return sorted(results, key=lambda result: result.loss)
 
 
-def report(plan: Plan, found: list[Result]) -> str:
-    """The report in Markdown, without its picture."""
+def format_report(plan: Plan, results: list[TrialResult]) -> str:
+    """The report in Markdown, without the plot."""
     parts = [
         f"# Sweep {plan.name}",
-        f"{len(found)} of {len(plan.points)} points of commit {plan.baseline[:7]}, the lowest"
-        " held-out loss (nats a token) first.",
+        f"{len(results)} of {len(plan.trials)} trials, starting from commit {plan.baseline[:7]}."
+        " The lowest validation loss (nats/token) comes first.",
     ]
     if plan.base | plan.fixed:
-        parts.append(f"All of them with `{sweep.told(plan.base | plan.fixed)}`.")
-    if not found:
-        return "\n\n".join([*parts, "No point is done."]) + "\n"
+        parts.append(f"All trials use `{format_trial(plan.base | plan.fixed)}`.")
+    if not results:
+        return "\n\n".join([*parts, "No trial has finished."]) + "\n"
     parts += [
-        _results(found),
-        f"`dvc exp apply {found[0].experiment}` brings the files of the first one here.",
-        "## Differences that seeds make",
-        _seeds(found),
+        _result_table(results),
+        f"`dvc exp apply {results[0].experiment}` brings the params and the model of the best trial"
+        " into the workspace.",
+        "## Variation between seeds",
+        _seed_section(results),
     ]
-    if len(found[0].point) > 1:
-        parts += ["## Which param matters", _importance(found)]
+    if len(results[0].trial) > 1:
+        text = importance.section(_trials(results), _losses(results))
+        parts += ["## Importance of each param", text]
     return "\n\n".join(parts) + "\n"
 
 
-def _results(found: list[Result]) -> str:
-    varied = map(_key, found[0].point)
-    head = ["experiment", *varied, "held-out", "at step", "training", "MLflow run"]
+def _result_table(results: list[TrialResult]) -> str:
+    varied = map(_key, results[0].trial)
+    header = ["experiment", *varied, "val loss", "at step", "duration", "MLflow run"]
     rows = [
         [
-            each.experiment,
-            *map(label, each.point.values()),
-            f"{each.loss:.4f}",
-            f"{each.step:,}",
-            f"{int(each.seconds // 60)} min {each.seconds % 60:02.0f} s",
-            each.run[:8],
+            result.experiment,
+            *map(format_value, result.trial.values()),
+            f"{result.loss:.4f}",
+            f"{result.step:,}",
+            f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s",
+            result.run_id[:8],
         ]
-        for each in found
+        for result in results
     ]
-    return table(head, rows)
+    return markdown.table(header, rows)
 
 
-def _seeds(found: list[Result]) -> str:
-    if SEED not in found[0].point:
+def _seed_section(results: list[TrialResult]) -> str:
+    """The statistics over the seeds of each setting, if the sweep varies the seed."""
+    if SEED not in results[0].trial:
         return (
-            "Each setting was trained with one seed. Another seed alone gives another loss, and a"
-            " smaller difference than that is none: `train.seed=1,2,3` in a sweep shows how much it"
-            " is."
+            "Each setting was trained with a single seed. A sweep over `train.seed=1,2,3` shows how"
+            " much the loss varies between seeds; smaller differences are not significant."
         )
-    settings: dict[str, list[Result]] = {}
-    for each in found:
-        settings.setdefault(str(_without_seed(each.point)), []).append(each)
-    groups = sorted(settings.values(), key=lambda group: statistics.mean(e.loss for e in group))
-    head = [*map(_key, _without_seed(found[0].point)), "seeds", "mean", "lowest", "highest"]
+    groups: dict[str, list[TrialResult]] = {}
+    for result in results:
+        groups.setdefault(str(_without_seed(result.trial)), []).append(result)
+    settings = sorted(groups.values(), key=lambda group: statistics.mean(r.loss for r in group))
+    header = [*map(_key, _without_seed(results[0].trial)), "seeds", "mean", "lowest", "highest"]
     rows = [
         [
-            *map(label, _without_seed(group[0].point).values()),
+            *map(format_value, _without_seed(group[0].trial).values()),
             str(len(group)),
-            *(f"{of(e.loss for e in group):.4f}" for of in (statistics.mean, min, max)),
+            *(f"{of(r.loss for r in group):.4f}" for of in (statistics.mean, min, max)),
         ]
-        for group in groups
+        for group in settings
     ]
-    several = [[e.loss for e in group] for group in groups if len(group) > 1]
-    if not several:
-        return table(head, rows)
-    freedom = sum(len(losses) - 1 for losses in several)
-    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
+    table = markdown.table(header, rows)
+    repeated = [[r.loss for r in group] for group in settings if len(group) > 1]
+    if not repeated:
+        return table
+    freedom = sum(len(losses) - 1 for losses in repeated)
+    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in repeated)
     return (
-        f"{table(head, rows)}\n\nWithin a setting, seeds move the loss by"
-        f" {(squares / freedom) ** 0.5:.4f} (standard deviation, {freedom} degrees of freedom)."
-        " Means that differ by less than about twice that do not differ."
+        f"{table}\n\nWithin a setting, the losses of different seeds have a standard deviation of"
+        f" {(squares / freedom) ** 0.5:.4f} ({freedom} degrees of freedom). A difference between"
+        " two means of less than about twice that is not significant."
     )
 
 
-def _importance(found: list[Result]) -> str:
-    if len(found) < ENOUGH:
-        return f"Left out: {len(found)} points are too few to tell; from {ENOUGH} on it is here."
-    try:
-        import optuna
-    except ImportError:
-        return "Left out: Optuna is not installed; `make sweep`, then the same command again."
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    points = [each.point for each in found]
-    kinds = {name: _distribution(optuna, name, [p[name] for p in points]) for name in points[0]}
-    study = optuna.create_study(direction="minimize")
-    for each in found:
-        study.add_trial(
-            optuna.trial.create_trial(params=each.point, distributions=kinds, value=each.loss)
-        )
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    rows = [[_key(name), f"{share:.2f}"] for name, share in shares.items()]
-    return (
-        f"{table(['param', 'share'], rows)}\n\nThe share of the loss's variance over these points"
-        " that a random forest puts down to each param alone (functional ANOVA, Hutter, Hoos and"
-        " Leyton-Brown 2014, by Optuna). It holds for the values tried here and no others, and"
-        f" {len(found)} points tell little beyond the first place."
-    )
+def _trials(results: list[TrialResult]) -> list[Trial]:
+    return [result.trial for result in results]
 
 
-def _distribution(optuna: ModuleType, name: str, values: list[Any]) -> Any:
-    """Where Optuna is to take a param's values from."""
-    kinds = {type(value) for value in values}
-    if name == SEED or not kinds <= {int, float} or len(set(values)) == 1:
-        return optuna.distributions.CategoricalDistribution(list(dict.fromkeys(values)))
-    kind = "Int" if kinds == {int} else "Float"
-    distribution = getattr(optuna.distributions, f"{kind}Distribution")
-    return distribution(min(values), max(values), log=parallel_coordinates.is_log(values))
+def _losses(results: list[TrialResult]) -> list[float]:
+    return [result.loss for result in results]
 
 
-def _without_seed(point: Point) -> Point:
-    return {name: value for name, value in point.items() if name != SEED}
+def _without_seed(trial: Trial) -> Trial:
+    return {name: value for name, value in trial.items() if name != SEED}
 
 
 def _key(name: str) -> str:

@@ -1,13 +1,13 @@
-"""The points of a sweep: what to vary, as it is written on the command line, and which settings
-that makes.
+"""The search space of a sweep, as it is written on the command line, and the trials drawn from it.
 
-    train.learning_rate=1e-3,2e-3      each of these values
-    train.learning_rate=1e-4..1e-2     any value in between, where points are drawn at random
+train.learning_rate=1e-3,2e-3      each of these values
+train.learning_rate=1e-4..1e-2     any value in between, for random trials
 """
 
 import itertools
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ import numpy as np
 
 from folio.errors import UserError
 
-MOST = 500  # points of a sweep: a slip of the pen makes a grid of millions
-ACROSS = 10  # a range that spans as many times its low end is drawn by its logarithm
+MAX_TRIALS = 500  # per sweep: a typing error can create a grid of millions
+LOG_RATIO = 10  # a range is sampled on a log scale if high is at least this many times low
+SEED = "train.seed"
 
-Point = dict[str, Any]  # {"train.learning_rate": 0.001, ...}
+Trial = dict[str, Any]  # {"train.learning_rate": 0.001, ...}
+ReadValue = Callable[[str, str], Any]  # (param, text) -> value; raises UserError
 
 
 @dataclass(frozen=True)
@@ -26,108 +28,135 @@ class Choice:
     values: tuple[Any, ...]
 
     def at(self, u: float) -> Any:
-        """The value at u of [0, 1), each as likely."""
+        """The value at the quantile u in [0, 1) of the uniform distribution."""
         return self.values[int(u * len(self.values))]
 
 
 @dataclass(frozen=True)
 class Range:
-    """From low to high, both included; a range between ints holds ints."""
+    """From low to high, both included. A range between ints contains only ints."""
 
     low: int | float
     high: int | float
     log: bool
 
     def at(self, u: float) -> int | float:
-        """The value at u of [0, 1), evenly or evenly by its logarithm, in three digits."""
-        whole = type(self.low) is int
-        low, high = (self.low, self.high + 1) if whole else (self.low, self.high)
+        """The value at the quantile u in [0, 1) of the uniform or log-uniform distribution, a float
+        rounded to three significant digits."""
+        is_int = type(self.low) is int
+        low, high = (self.low, self.high + 1) if is_int else (self.low, self.high)
         if self.log:
             value = math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
         else:
             value = low + u * (high - low)
-        value = math.floor(value) if whole else float(f"{value:.3g}")
+        value = math.floor(value) if is_int else float(f"{value:.3g}")
         return min(max(value, self.low), self.high)
 
 
-def label(value: Any) -> str:
+Space = dict[str, Choice | Range]  # by param
+
+
+def format_value(value: Any) -> str:
     """A value as it is written on the command line."""
     if value is None:
         return "null"
     return f"{value:g}" if type(value) is float else str(value).lower()
 
 
-def parse(settings: list[str], read: Callable[[str, str], Any]) -> dict[str, Choice | Range]:
-    """What "train.learning_rate=1e-3,2e-3" and the like vary.
+def format_trial(trial: Trial) -> str:
+    """A trial on one line, as it is written on the command line."""
+    return " ".join(f"{name}={format_value(value)}" for name, value in trial.items())
 
-    read(name, text) is the value that the param of that name takes, or raises UserError, as this
-    does where a setting is none.
+
+def is_log_scale(values: Sequence[Any]) -> bool:
+    """Whether a log scale suits these values: all are positive numbers, the highest is at least
+    LOG_RATIO times the lowest, and the median is closer to the geometric mean of these two than to
+    their arithmetic mean."""
+    if not all(type(value) in (int, float) for value in values) or min(values) <= 0:
+        return False
+    low, high, median = min(values), max(values), statistics.median(values)
+    return high >= LOG_RATIO * low and median - (low * high) ** 0.5 < (low + high) / 2 - median
+
+
+def parse(settings: list[str], read_value: ReadValue) -> Space:
+    """The space that settings such as "train.learning_rate=1e-3,2e-3" describe.
+
+    Raises UserError for an invalid setting.
     """
-    space = {}
+    space: Space = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name:
             raise UserError(
-                f"{setting!r} varies nothing: write train.learning_rate=1e-3,2e-3 or the like"
+                f"{setting!r} is not a setting: write, for example, train.learning_rate=1e-3,2e-3"
             )
         if name in space:
-            raise UserError(f"{name} is there twice: name all its values at once, a,b,c")
-        space[name] = _range(name, text, read) if ".." in text else _choice(name, text, read)
+            raise UserError(f"{name} is given twice: list all its values at once, a,b,c")
+        parse_values = _parse_range if ".." in text else _parse_choice
+        space[name] = parse_values(name, text, read_value)
     return space
 
 
-def grid(space: dict[str, Choice | Range]) -> list[Point]:
-    """Every combination; the last param varies fastest. Raises UserError for a range."""
+def grid(space: Space) -> list[Trial]:
+    """Every combination of values; the last param varies fastest.
+
+    Raises UserError for a range, and for more than MAX_TRIALS combinations.
+    """
+    choices = []
     for name, values in space.items():
         if isinstance(values, Range):
             raise UserError(
-                f"{name}: a grid takes values, a,b,c; `--random 20` draws 20 points of a range"
+                f"{name}: a grid needs a list of values, a,b,c; `--random 20` samples a range"
             )
-    count = math.prod(len(values.values) for values in space.values())
-    if count > MOST:
-        raise UserError(f"{count:,} points are too many, at most {MOST}: `--random 20` draws some")
-    combinations = itertools.product(*(values.values for values in space.values()))
-    return [dict(zip(space, values, strict=True)) for values in combinations]
+        choices.append(values.values)
+    count = math.prod(map(len, choices))
+    if count > MAX_TRIALS:
+        raise UserError(
+            f"{count:,} trials are more than {MAX_TRIALS}: `--random 20` runs 20 of them"
+        )
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*choices)]
 
 
-def draw(space: dict[str, Choice | Range], count: int, seed: int) -> list[Point]:
-    """As many points at random, each once: fewer where there are not as many.
+def latin_hypercube(space: Space, count: int, seed: int) -> list[Trial]:
+    """`count` distinct random trials, or fewer where a small space repeats some.
 
-    A Latin hypercube (McKay, Beckman and Conover 1979): of each param alone, one point lies in each
-    of `count` equal parts, so that few points leave no gap, and choices come equally often.
+    A Latin hypercube sample (McKay, Beckman and Conover 1979): of each param's range, divided into
+    `count` equal parts, every part contains one trial. So a few trials leave no large gap, and the
+    values of a choice occur equally often. Raises UserError unless 1 <= count <= MAX_TRIALS.
     """
-    if not 1 <= count <= MOST:
-        raise UserError(f"--random {count}: from 1 to {MOST} points")
+    if not 1 <= count <= MAX_TRIALS:
+        raise UserError(f"--random {count}: give a number from 1 to {MAX_TRIALS}")
     rng = np.random.default_rng(seed)
     parts = rng.permuted(np.tile(np.arange(count), (len(space), 1)), axis=1)
     rows = (parts.T + rng.random((count, len(space)))) / count
-    points: list[Point] = []
+    trials: list[Trial] = []
     for row in rows.tolist():
-        point = {name: values.at(u) for (name, values), u in zip(space.items(), row, strict=True)}
-        if point not in points:
-            points.append(point)
-    return points
+        trial = {name: values.at(u) for (name, values), u in zip(space.items(), row, strict=True)}
+        if trial not in trials:
+            trials.append(trial)
+    return trials
 
 
-def _choice(name: str, text: str, read: Callable[[str, str], Any]) -> Choice:
+def _parse_choice(name: str, text: str, read_value: ReadValue) -> Choice:
     texts = [each.strip() for each in text.split(",")]
     if not all(texts):
-        raise UserError(f"{name}={text}: a value is missing (none at all is written null)")
-    values = [read(name, each) for each in texts]
+        raise UserError(f"{name}={text}: a value is missing (write null for no value)")
+    values = [read_value(name, each) for each in texts]
     if len(set(values)) < len(values):
-        raise UserError(f"{name}={text}: a value is there twice")
+        raise UserError(f"{name}={text}: a value is given twice")
     return Choice(tuple(values))
 
 
-def _range(name: str, text: str, read: Callable[[str, str], Any]) -> Range:
+def _parse_range(name: str, text: str, read_value: ReadValue) -> Range:
     kind, colon, ends = text.rpartition(":")
-    low, _, high = ends.partition("..")
     if colon and kind not in ("log", "lin"):
-        raise UserError(f"{name}={text}: a range is low..high, log:low..high or lin:low..high")
-    low, high = read(name, low), read(name, high)
+        raise UserError(
+            f"{name}={text}: write a range as low..high, log:low..high or lin:low..high"
+        )
+    low, high = (read_value(name, end) for end in ends.split("..", 1))
     if not all(type(end) in (int, float) for end in (low, high)) or low >= high:
-        raise UserError(f"{name}={text}: a range is from a number to a higher one, 1e-4..1e-2")
+        raise UserError(f"{name}={text}: a range needs a lower and a higher number, 1e-4..1e-2")
     if kind == "log" and low <= 0:
-        raise UserError(f"{name}={text}: a logarithm takes a low end above 0; or write lin:")
-    log = kind == "log" or (not kind and low > 0 and high >= ACROSS * low)
+        raise UserError(f"{name}={text}: a log range needs a low end above 0; or write lin:")
+    log = kind == "log" or (not kind and low > 0 and high >= LOG_RATIO * low)
     return Range(low, high, log)

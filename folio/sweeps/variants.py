@@ -1,4 +1,4 @@
-"""Named variants: a small YAML each in variants/, laid over params.yaml as a DVC experiment.
+"""Named variants: small YAML files in variants/ that override params.yaml in a DVC experiment.
 
 python -m folio variant seed-30m             train it now
 python -m folio variant seed-30m --queue     put it on DVC's queue
@@ -19,16 +19,19 @@ FOLDER = Path("variants")
 def read(name: str) -> dict[str, Any]:
     """A variant's settings as {"train.steps": 1650, ...}.
 
-    Raises UserError if there is none of that name, or if it is no overlay of params.yaml.
+    Raises UserError if there is no such variant, or if its file does not consist of sections of
+    params.yaml.
     """
     names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     if name not in names:
-        raise UserError(f"no variant {name!r} in {FOLDER}; there are {', '.join(names)}")
+        raise UserError(f"no variant {name!r} in {FOLDER}; available: {', '.join(names) or 'none'}")
     file = FOLDER / f"{name}.yaml"
     tree = params.read(file)
     for section, values in tree.items():
         if section not in params.SECTIONS or not isinstance(values, dict):
-            raise UserError(f"{file}: its top level takes {', '.join(params.SECTIONS)} alone")
+            raise UserError(
+                f"{file}: only sections are allowed at its top level: {', '.join(params.SECTIONS)}"
+            )
     return {
         f"{section}.{key}": value
         for section, values in tree.items()
@@ -37,9 +40,12 @@ def read(name: str) -> dict[str, Any]:
 
 
 def train(name: str, queued: bool = False) -> None:
-    """Become the `dvc` that trains a variant, or queues it. Raises UserError as read does."""
+    """Replace this process by the `dvc exp run` that trains a variant, or queues it.
+
+    Raises UserError if there is no such variant, its file is invalid or dvc is not installed.
+    """
     command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
-    command += queue.overrides(read(name))
-    queue.needs_dvc()
+    command += queue.param_options(read(name))
+    queue.require_dvc()
     sys.stdout.flush()
     os.execvp("dvc", command)

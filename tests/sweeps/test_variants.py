@@ -1,60 +1,67 @@
-"""The shipped variants against the code."""
+"""The named variants of this repository, and how invalid ones are reported."""
 
 import pytest
 import yaml
 from conftest import ROOT, run
 
 from folio import params
-from folio.sweeps import variants
+from folio.cli.sections import param_sections
 from folio.errors import UserError
-from folio.gpt.model import ModelParams
-from folio.runtime import RuntimeParams
-from stages.evaluate import EvaluateParams
-from stages.prepare import PrepareParams
-from stages.train import TrainParams
+from folio.sweeps import queue, variants
 
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_variant_laid_over_params_is_a_whole_set_of_params(name, tmp_path):
+def test_variant_gives_a_complete_set_of_params(name, tmp_path):
     tree = yaml.safe_load((ROOT / "params.yaml").read_text())
     for section, values in yaml.safe_load((ROOT / f"variants/{name}.yaml").read_text()).items():
         assert values.keys() <= tree[section].keys()
         tree[section] |= values
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
-    _, model, train, evaluate, _ = params.load(
-        tmp_path / "params.yaml",
-        prepare=PrepareParams,
-        model=ModelParams,
-        train=TrainParams,
-        evaluate=EvaluateParams,
-        runtime=RuntimeParams,
-    )
+    _, model, train, evaluate, _ = params.load(tmp_path / "params.yaml", **param_sections())
     assert evaluate.stride <= model.block_size
     assert train.warmup_steps < train.steps
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_read_flattens_a_variant(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tree = yaml.safe_load((ROOT / f"variants/{name}.yaml").read_text())
+    settings = variants.read(name)
+    assert len(settings) == sum(map(len, tree.values()))
+    assert settings["train.steps"] == tree["train"]["steps"]
+
+
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("", "holds no sections"),
-        ("train: 5", "its top level takes prepare, model"),
-        ("trian: {steps: 5}", "its top level takes prepare, model"),
-        ("train: {steps: 5, steps: 6}", "line 1: steps is there twice"),
-        ("train: [", "is not YAML"),
+        ("", "has no sections"),
+        ("train: 5", "only sections are allowed at its top level: prepare, model"),
+        ("trian: {steps: 5}", "only sections are allowed at its top level: prepare, model"),
+        ("train: {steps: 5, steps: 6}", "line 1: duplicate key steps"),
+        ("train: [", "is not valid YAML"),
     ],
 )
-def test_a_variant_that_is_no_overlay_is_one_line(tmp_path, monkeypatch, text, words):
+def test_read_reports_an_invalid_variant_on_one_line(tmp_path, monkeypatch, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     monkeypatch.setattr(variants, "FOLDER", tmp_path)
-    with pytest.raises(UserError) as problem:
+    with pytest.raises(UserError) as error:
         variants.read("mine")
-    assert "mine.yaml" in str(problem.value) and words in str(problem.value)
-    assert "\n" not in str(problem.value)
+    assert "mine.yaml" in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_an_unknown_variant_is_named_with_those_there_are():
+def test_unknown_variant_is_reported_with_the_available_ones():
     done = run(ROOT, "python", "-m", "folio", "variant", "gpt5")
     assert done.returncode == 1
     assert "'gpt5'" in done.stderr and "seed-30m" in done.stderr
+
+
+def test_param_options_override_params_yaml_through_dvc():
+    settings = {"train.steps": 5, "train.patience": None, "train.compile": "never"}
+    assert queue.param_options(settings) == [
+        *("--set-param", "train.steps=5"),
+        *("--set-param", "train.patience=null"),
+        *("--set-param", 'train.compile="never"'),
+    ]

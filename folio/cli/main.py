@@ -1,0 +1,48 @@
+"""The entry point of `python -m folio`: registers the commands and reports their errors."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from folio.cli import compare, doctor, promote, sample, serve, sweep, sync, variant
+from folio.errors import UserError, one_line_errors
+
+app = typer.Typer(
+    name="python -m folio",
+    help="Folio trains, compares and serves GPT-2 language models. Run it in the root folder of the"
+    " project.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(sample.sample)
+app.command()(compare.compare)
+app.command()(promote.promote)
+app.command()(serve.serve)
+app.command()(doctor.doctor)
+app.command()(sync.sync)
+app.command()(variant.variant)
+app.command()(sweep.sweep)
+
+
+def main() -> None:
+    with one_line_errors(), _mlflow_errors_as_user_errors():
+        app()
+
+
+@contextlib.contextmanager
+def _mlflow_errors_as_user_errors() -> Iterator[None]:
+    """Raise UserError for MLflow's errors: they are not bugs in Folio and need no traceback."""
+    try:
+        yield
+    except Exception as error:
+        store = sys.modules.get("folio.tracking.store")  # if the command imported it
+        if store is None or not isinstance(error, store.STORE_ERRORS):
+            raise
+        if isinstance(error, OSError):  # one_line_errors reports a full disk
+            raise
+        raise UserError(f"MLflow failed: {store.first_line(error)}") from None

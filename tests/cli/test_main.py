@@ -1,0 +1,49 @@
+"""The list of commands, and how errors leave the command line."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from mlflow.exceptions import MlflowException
+from typer.testing import CliRunner
+
+from folio.cli import main
+from folio.errors import UserError
+
+COMMANDS = sorted(command.callback.__name__ for command in main.app.registered_commands)
+
+
+def test_command_list_imports_neither_pytorch_nor_mlflow():
+    code = "import sys, folio.__main__; sys.exit(bool({'torch', 'mlflow'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_command_list_has_all_commands_with_uncut_summaries():
+    output = CliRunner().invoke(main.app, ["--help"]).output
+    names = {"compare", "doctor", "promote", "sample", "serve", "sweep", "sync", "variant"}
+    assert set(COMMANDS) == names
+    assert all(f"\n  {command} " in output for command in COMMANDS)
+    assert "..." not in output.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(command):
+    output = CliRunner().invoke(main.app, [command, "--help"]).output
+    assert f"Example: python -m folio {command}" in output
+
+
+def test_mlflow_errors_become_one_line():
+    import folio.tracking.store  # noqa: F401  # a command that uses MLflow has imported it
+
+    with (
+        pytest.raises(UserError, match=r"^MLflow failed: no such run$"),
+        main._mlflow_errors_as_user_errors(),
+    ):
+        raise MlflowException("no such run\ndetails")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), ZeroDivisionError()])
+def test_other_errors_pass_unchanged(error):
+    with pytest.raises(type(error)), main._mlflow_errors_as_user_errors():
+        raise error

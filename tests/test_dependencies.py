@@ -1,0 +1,94 @@
+"""pyproject.toml against the imports and against the pinned versions in requirements/."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+# The extra that a room may import besides the dependencies.
+EXTRAS = {"folio/app": "app", "folio/sweeps": "sweep"}
+OURS = {"folio", "stages", "tests", "conftest", "benchmarks", "notebooks", "app"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # by module, where the names differ
+COMES_WITH = {"triton": "torch", "tiktoken_ext": "tiktoken"}  # part of another distribution
+COMMANDS = {"dvc"}  # used only through their command line
+
+
+def declared(group: str) -> set[str]:
+    return {canonicalize_name(Requirement(each).name) for each in GROUPS[group]}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def distributions(path: Path) -> set[str]:
+    """The distributions that a file imports from, except the standard library and Folio's own."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module.split(".")[0])
+    names = modules - OURS - sys.stdlib_module_names
+    return {canonicalize_name(COMES_WITH.get(n, DISTRIBUTIONS.get(n, n))) for n in names}
+
+
+def allowed(path: Path) -> set[str]:
+    extra = EXTRAS.get(path.relative_to(ROOT).parent.as_posix())
+    return declared("dependencies") | (declared(extra) if extra else set())
+
+
+@pytest.mark.parametrize("folder", ["folio", "stages"])
+def test_imports_of_the_library_are_declared(folder):
+    undeclared = {
+        path.relative_to(ROOT).as_posix(): names
+        for path in sources(folder)
+        if (names := distributions(path) - allowed(path))
+    }
+    assert not undeclared
+
+
+def test_imports_of_tests_and_benchmarks_are_declared_in_some_extra():
+    imported = set().union(*map(distributions, sources("tests", "benchmarks", "notebooks")))
+    assert imported <= set().union(*map(declared, GROUPS))
+
+
+def test_dependencies_are_imported_or_are_commands():
+    imported = set().union(*map(distributions, sources("folio", "stages")))
+    assert declared("dependencies") - imported == COMMANDS
+
+
+@pytest.mark.parametrize("folder", EXTRAS)
+def test_extra_of_a_room_is_imported_there(folder):
+    imported = set().union(*map(distributions, sources(folder)))
+    assert declared(EXTRAS[folder]) <= imported
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pinned_versions_satisfy_pyproject(group):
+    pinned = {
+        canonicalize_name(name): version
+        for path in (ROOT / "requirements").glob("*.txt")
+        for name, version in re.findall(r"^([\w.-]+)==([^\s\\]+)", path.read_text(), re.MULTILINE)
+    }
+    for requirement in map(Requirement, GROUPS[group]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_dependencies_are_all_pinned_in_base():
+    base = (ROOT / "requirements/base.txt").read_text()
+    pinned = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", base, re.MULTILINE)}
+    assert declared("dependencies") <= pinned
+
+
+@pytest.mark.parametrize("folder", ["folio", "stages"])
+def test_folders_of_sources_are_packages(folder):
+    assert all((path.parent / "__init__.py").exists() for path in sources(folder))
