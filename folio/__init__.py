@@ -1,9 +1,13 @@
-"""Ctrl-C while a command still imports PyTorch and MLflow ends it without a traceback."""
+"""Folio trains GPT-2 language models from scratch, as a tracked and reproducible pipeline.
+
+Importing this package makes Ctrl-C end a command without a traceback, even while the command is
+still importing PyTorch and MLflow.
+"""
 
 import signal
 import sys
 
-# "-m": Python has not found the module yet that it is to run. A shell's background job that is to
-# ignore Ctrl-C goes on ignoring it.
+# sys.argv[0] is "-m" while Python is still locating the module to run. If the shell started this
+# command in the background with SIGINT ignored, SIGINT stays ignored.
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until errors.one_line_errors listens
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until errors.one_line_errors sets its handler

@@ -1,4 +1,4 @@
-"""The device and precision to compute in, CUDA graphs, determinism and seeds."""
+"""Device, precision, CUDA graphs, deterministic kernels and random seeds."""
 
 import contextlib
 import ctypes
@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,23 +23,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto is the first of cuda, mps and cpu that is there. Raises UserError where a named one is
-    not."""
-    there = {
+    """Return the named device; auto is the first available one of cuda, mps and cpu.
+
+    Raises UserError if the named device is not available.
+    """
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    best = next(kind for kind, is_available in available.items() if is_available)
     if name == "auto":
-        name = next(kind for kind, is_there in there.items() if is_there)
-    elif not there[name]:
-        best = next(kind for kind, is_there in there.items() if is_there)
-        raise UserError(f"runtime.device: {name}, but PyTorch sees none here; take auto or {best}")
+        return torch.device(best)
+    if not available[name]:
+        raise UserError(
+            f"runtime.device: PyTorch finds no {name} device on this machine; use auto or {best}"
+        )
     return torch.device(name)
 
 
 def resolve_precision(name: Precision, device: torch.device) -> str:
-    """auto is bf16 on a GPU that computes in it, else fp32."""
+    """Return the named precision; auto is bf16 on a GPU with native bf16 support, otherwise
+    fp32."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
@@ -47,8 +52,11 @@ def resolve_precision(name: Precision, device: torch.device) -> str:
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile works here: Triton (part of PyTorch's CUDA builds for Linux), a C
-    compiler and Python's headers, which Triton calls, are installed."""
+    """Whether torch.compile works on this machine.
+
+    It requires Triton (included in PyTorch's CUDA builds for Linux), and Triton requires a C
+    compiler and Python's headers.
+    """
     headers = Path(sysconfig.get_path("include"), "Python.h")
     compilers = (os.environ.get("CC"), "gcc", "clang")
     found = any(shutil.which(compiler) for compiler in compilers if compiler)
@@ -56,76 +64,80 @@ def can_compile() -> bool:
 
 
 def capture(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
-    """Work on a GPU's tensors as one CUDA graph, which is called with others of the same shapes.
+    """Capture `work(*inputs)` as a CUDA graph; return a function that replays it.
 
-    Launching operators one by one takes a small model longer than computing them. To record it,
-    work is done beforehand: it must not wait for the device, nor change what it starts from. What
-    it returns is overwritten by the next call. Without a GPU this gives work itself.
+    A small model's operators take longer to launch one by one than to compute. The returned
+    function takes inputs of the same shapes, and each call overwrites the previous result. Calls
+    `work` once before the capture, so it must not modify its inputs, and it must not synchronize
+    with the device. Without a GPU, returns `work` itself.
     """
     if inputs[0].device.type != "cuda":
         return work
-    kept = [tensor.clone() for tensor in inputs]
+    static_inputs = [tensor.clone() for tensor in inputs]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.random.fork_rng([torch.cuda.current_device()]):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            work(*kept)
+            work(*static_inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        # Other threads, MLflow's say, may go on with what is forbidden in here.
+        # thread_local: other threads, such as MLflow's, may still make calls that are forbidden
+        # during a capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = work(*kept)
+            result = work(*static_inputs)
 
-    def again(*new: torch.Tensor) -> T:
-        for old, tensor in zip(kept, new, strict=True):
-            old.copy_(tensor, non_blocking=True)
+    def replay(*new_inputs: torch.Tensor) -> T:
+        for static, new in zip(static_inputs, new_inputs, strict=True):
+            static.copy_(new, non_blocking=True)
         graph.replay()
         return result
 
-    return again
+    return replay
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Within it PyTorch takes those of a GPU's kernels that give the same bits each time.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """In this block, if enabled, use only GPU kernels that give the same bits in every run.
 
-    It matters in the backward pass of attention over more than 128 tokens: its fastest kernels add
-    up in whatever order their parts end.
+    It matters in the backward pass of attention over more than 128 tokens: the fastest kernels add
+    partial sums in the order in which they finish.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    before = torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products raise
+    settings: Any = torch.utils.deterministic  # its attribute is a property unknown to mypy
+    fill_before = settings.fill_uninitialized_memory
+    enabled_before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS raises
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be time for nothing
+    settings.fill_uninitialized_memory = False  # it costs time and changes no result here
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled_before)
+        settings.fill_uninitialized_memory = fill_before
 
 
 def tune_malloc() -> None:
-    """Let the C library keep what is freed: PyTorch takes it again, on a CPU, at the next step.
+    """Make the C library keep freed memory, so that PyTorch reuses it in the next step on a CPU.
 
-    glibc gives large blocks back to the system, which clears each page anew when it is touched: a
-    quarter of a small model's step (mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD).
+    By default glibc returns large blocks to the kernel, which then zeroes each page when it is
+    used again: a quarter of a small model's step time. Sets M_MMAP_MAX and M_TRIM_THRESHOLD, see
+    mallopt(3). Does nothing where the C library has no mallopt.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def seed(number: int) -> None:
-    """Seed PyTorch's generators, on every device."""
+    """Seed PyTorch's random number generators on all devices."""
     torch.manual_seed(number)
 
 
 def seed_step(number: int, step: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from, as a pure function of (number, step).
+    """Seed the device's generator, which dropout uses, as a pure function of (number, step).
 
-    So a training that goes on from a checkpoint needs no generator's state.
+    Therefore a checkpoint need not contain the state of the generator.
     """
     seeds = np.random.SeedSequence([number, step]).generate_state(1, np.uint64)
     seed_device = {
@@ -137,7 +149,7 @@ def seed_step(number: int, step: int, device: torch.device) -> None:
 
 
 def describe(device: torch.device) -> str:
-    """For people: the accelerator's name, or how many CPU threads compute."""
+    """Return the name of the accelerator, or "cpu" with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"

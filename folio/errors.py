@@ -1,18 +1,19 @@
-"""What the user reads when something is wrong: one line that names it and the way out."""
+"""Errors as the user sees them: one line with the problem and a hint on how to fix it."""
 
 import contextlib
 import errno
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from folio import signals
 
-# What the disk may refuse, and the way out.
-_WAYS_OUT = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "raise the limit on a file's size",
+# The errors of a full or protected disk, each with its hint.
+_DISK_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the file size limit",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
     errno.EROFS: "make it writable",
@@ -20,39 +21,39 @@ _WAYS_OUT = {
 
 
 class UserError(ValueError):
-    """Bad input, not a bug. Its text is all that the user sees: what is wrong, then the way out."""
+    """Bad input rather than a bug. The user sees only its text: the problem, then a hint."""
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn bad input, a full disk and a notice to stop into a line on stderr and an exit status.
+    """Turn bad input, disk errors and stop requests into one line on stderr and an exit status.
 
-    Exits with 1 for UserError and for a disk that refuses, 130 for Ctrl-C, 143 for SIGTERM. Any
-    other exception is a bug and keeps its traceback.
+    The exit status is 1 for UserError and for a full or read-only disk, 130 for Ctrl-C and 143 for
+    SIGTERM. Any other exception is a bug and keeps its traceback.
     """
     try:
-        with signals.handled(say):
+        with signals.handled(report):
             yield
-    except UserError as problem:
-        _leave(str(problem), 1)
-    except OSError as problem:
-        if problem.errno not in _WAYS_OUT:
+    except UserError as error:
+        _exit(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_HINTS:
             raise
-        where = f" while writing {problem.filename}" if problem.filename else ""
-        way_out = f"{_WAYS_OUT[problem.errno]}, then run the same command again"
-        _leave(f"{problem.strerror}{where}: {way_out}", 1)
-    except signals.Stopped as notice:
-        say(str(notice))
+        where = f" while writing {error.filename}" if error.filename else ""
+        hint = f"{_DISK_HINTS[error.errno]}, then run the same command again"
+        _exit(f"{error.strerror}{where}: {hint}")
+    except signals.Stopped as stopped:
+        report(str(stopped))
         sys.stdout.flush()
-        os._exit(notice.status)  # PyTorch and MLflow take seconds to take leave
+        os._exit(stopped.status)  # a regular exit takes seconds: PyTorch and MLflow clean up
 
 
-def say(line: str) -> None:
-    """Print a line on stderr, in the name of the stage that DVC runs."""
+def report(line: str) -> None:
+    """Print a line on stderr, preceded by "folio" and the stage that DVC is running, if any."""
     stage = os.environ.get("DVC_STAGE")
     print(f"folio{' ' + stage if stage else ''}: {line}", file=sys.stderr, flush=True)
 
 
-def _leave(line: str, status: int) -> None:
-    say(line)
-    sys.exit(status)
+def _exit(line: str) -> NoReturn:
+    report(line)
+    sys.exit(1)

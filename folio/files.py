@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and reading one from a stranger."""
+"""Atomic file writes, and safe reads of files from untrusted sources."""
 
 import contextlib
 import errno
@@ -13,12 +13,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; once the block has written it, it becomes `path`.
+    """Yield a temporary path beside `path`; when the block ends, rename it to `path`.
 
-    The file's bytes reach the disk before its name does, so a reader, or a run after a power cut,
-    finds the old file or the new one. When the block raises (a full disk, Ctrl-C), the temporary
-    file is removed and the old file stands. The folder is made if it is not there. The temporary
-    name keeps the suffix, for writers that choose a format by it.
+    The content is flushed to disk before the rename, so a reader, or a run after a power failure,
+    sees either the old file or the complete new one. If the block raises (full disk, Ctrl-C), the
+    temporary file is removed and the old file remains. Creates the parent folder if necessary.
+    The temporary name has the same suffix, for writers that derive the format from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -28,37 +28,39 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # gone already where the replacing went well
+        temporary.unlink(missing_ok=True)  # it no longer exists after a successful rename
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write a UTF-8 file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill leaves no part of it under its name."""
+    """Remove a folder, if it exists. It is renamed first, so that a kill in the middle of the
+    removal leaves no incomplete folder of that name."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
 
-def read(path: Path, most: int | None = None) -> bytes:
-    """The bytes of an ordinary file of at most `most` bytes.
+def read(path: Path, max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file of at most `max_bytes` bytes.
 
-    Raises OSError for anything else in its place: a pipe would be waited for, a device never ends.
+    Raises OSError for anything else, such as a pipe, whose read could block forever, or a device,
+    whose content may be endless.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no ordinary file", path)
-    if most is not None and found.st_size > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", path)
     return path.read_bytes()
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""params.yaml, read strictly: typed sections, and every problem named at once.
+"""Strict loading of params.yaml into typed sections; all problems are reported at once.
 
-A section is a frozen, keyword-only dataclass without defaults that stands beside the code that uses
-it. Its fields may be int, float, bool, str, Literal[...], list[...] of these, or `... | None`;
-`Annotated[int, ">= 1, < 10"]` bounds a number (or, for a list, each of its items).
+A section is a frozen, keyword-only dataclass without defaults, defined beside the code that uses
+it. A field is an int, float, bool, str, a list[...] of one of these, or Literal[...], each possibly
+with `| None`. `Annotated[int, ">= 1, < 10"]` sets bounds for a number, or for each item of a list.
 """
 
 import dataclasses
@@ -22,37 +22,39 @@ from folio.errors import UserError
 SECTIONS = ("prepare", "model", "train", "evaluate", "runtime")
 FILE = Path("params.yaml")
 
-MOST_LEVELS = 10  # the file, a section, a list: three are used
+MAX_DEPTH = 10  # nesting levels of the YAML file; Folio uses three: the file, a section, a list
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_TYPE_NAMES = {int: "an int", float: "a float", bool: "true or false", str: "a string"}
+_ITEM_NAMES = {int: "ints", float: "floats", bool: "booleans", str: "strings"}
 
 
 def load(path: str | Path = FILE, /, **sections: type) -> tuple:
-    """Return one instance of each given dataclass, in the order given.
+    """Return an instance of each given dataclass, in the given order.
 
     `model, train = load(model=ModelParams, train=TrainParams)` reads those two sections of
-    params.yaml. Raises UserError with one line a problem: unknown, missing and mistyped keys, and
-    values out of bounds.
+    params.yaml. Raises UserError with one line per problem: unknown keys, missing keys, and values
+    of the wrong type or out of bounds.
     """
     return check(read(Path(path)), str(path), **sections)
 
 
 def check(tree: dict[Any, Any], source: str, /, **sections: type) -> tuple:
-    """As load, of a mapping {section: {key: value}} that came from `source`."""
+    """Like `load`, for a mapping {section: {key: value}}; error messages begin with `source`."""
     problems = [
-        f"{_name(name)}: unknown section{_nearest(_name(name), SECTIONS)}"
+        f"{_quote_key(name)}: unknown section{_suggest(_quote_key(name), SECTIONS)}"
         for name in tree
         if name not in SECTIONS
     ]
-    loaded = [_section(name, tree.get(name), cls, problems) for name, cls in sections.items()]
+    loaded = [_load_section(name, tree.get(name), cls, problems) for name, cls in sections.items()]
     if problems:
         raise UserError(f"{source}: " + "\n  ".join(problems))
     return tuple(loaded)
 
 
 def read_value(name: str, text: str, /, **sections: type) -> Any:
-    """What a text such as "1e-3" or "null" is to the param "train.learning_rate".
+    """Parse a text such as "1e-3" or "null" as a value of a param such as "train.learning_rate".
 
-    Raises UserError where the sections have no such param, or where it does not take that.
+    Raises UserError if the sections have no such param, or if the text is not a valid value of it.
     """
     hints = {
         f"{section}.{key}": hint
@@ -60,8 +62,9 @@ def read_value(name: str, text: str, /, **sections: type) -> Any:
         for key, hint in typing.get_type_hints(cls, include_extras=True).items()
     }
     if name not in hints:
-        near = _nearest(_name(name), hints) or f"; there are {', '.join(sections)} and their keys"
-        raise UserError(f"{_name(name)}: unknown{near}")
+        names = ", ".join(f"{section}.*" for section in sections)
+        suggestion = _suggest(_quote_key(name), hints) or f"; expected one of {names}"
+        raise UserError(f"{_quote_key(name)}: unknown{suggestion}")
     try:
         value = yaml.load(text, _Loader)
     except (ValueError, OverflowError, yaml.YAMLError):
@@ -69,12 +72,11 @@ def read_value(name: str, text: str, /, **sections: type) -> Any:
     try:
         return _convert(value, hints[name])
     except (ValueError, OverflowError):
-        what = f"{_show(text)} will not do; it takes {_describe(hints[name])}"
-        raise UserError(f"{name}: {what}") from None
+        raise UserError(_describe_mismatch(name, text, hints[name])) from None
 
 
 def flatten(**sections: Any) -> dict[str, Any]:
-    """Section dataclasses as {"train.learning_rate": 0.001, ...}."""
+    """Return section instances as one flat mapping {"train.learning_rate": 0.001, ...}."""
     return {
         f"{section}.{key}": value
         for section, params in sections.items()
@@ -83,105 +85,113 @@ def flatten(**sections: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[Any, Any]:
-    """A YAML file's mapping as it stands, its names and values unchecked.
+    """Return the mapping in a YAML file, without checking its keys and values against sections.
 
-    Raises UserError when there is none, or when YAML would take something in it amiss: of a key
-    that comes twice, it keeps the last without a word.
+    Raises UserError if the file is missing, is not valid YAML, is not a mapping, or uses a feature
+    that `_Loader` rejects.
     """
-    way_out = f"mend it, or `git checkout {path}`"
+    hint = f"fix it, or run `git checkout {path}`"
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run this in the project's root") from None
-    except OSError as problem:
-        raise UserError(f"{path} cannot be read ({problem.strerror}): {way_out}") from None
-    except _Refused as problem:
-        line = problem.problem_mark.line + 1
-        raise UserError(f"{path}: line {line}: {problem.problem}") from None
-    except (ValueError, OverflowError, yaml.YAMLError) as problem:  # not UTF-8, a 13th month, ...
-        where = getattr(problem, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"{path} is not YAML{line}: {way_out}") from None
+        raise UserError(f"{path} is missing: run this in the root folder of the project") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {hint}") from None
+    except _RejectedError as error:
+        raise UserError(f"{path}: line {error.line}: {error.problem}") from None
+    except (ValueError, OverflowError, yaml.YAMLError) as error:  # not UTF-8, month 13, ...
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{where}: {hint}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no sections: it needs {', '.join(SECTIONS)}")
+        raise UserError(f"{path} has no sections: it needs {', '.join(SECTIONS)}")
     return tree
 
 
-class _Refused(yaml.MarkedYAMLError):
-    """YAML, but not in params.yaml: `problem` says why and the way out."""
+class _RejectedError(yaml.YAMLError):
+    """Valid YAML that params.yaml may not contain; `problem` includes a hint."""
+
+    def __init__(self, problem: str, where: Any):
+        """`where` is the YAML event or node with the problem."""
+        super().__init__(problem)
+        self.problem = problem
+        self.line = where.start_mark.line + 1
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader less what loses values (a repeated key) or takes more than the file's size.
+    """A SafeLoader that rejects duplicate keys, tags, merge keys and deep nesting.
 
-    Nesting is bounded for Python's stack's sake, and merge keys are refused because each doubles
-    what it merges. A tag would let `!!bool perhaps` raise whatever PyYAML stumbles over.
+    SafeLoader silently drops all but the last of several equal keys. A tag such as `!!bool perhaps`
+    can raise exceptions other than YAMLError, each merge key can double the size of the result,
+    and deep nesting exhausts Python's stack.
     """
 
-    levels = 0
+    depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise _refused("a tag such as !!str is not read: write the plain value", event)
-        if self.levels == MOST_LEVELS:
-            raise _refused(f"more than {MOST_LEVELS} levels deep: a section holds values", event)
-        self.levels += 1
+            raise _RejectedError("tags such as !!str are not supported: write a plain value", event)
+        if self.depth == MAX_DEPTH:
+            raise _RejectedError(
+                f"nested more than {MAX_DEPTH} levels deep: a section has only values and lists",
+                event,
+            )
+        self.depth += 1
         node = super().compose_node(parent, index)
-        self.levels -= 1
+        self.depth -= 1
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise _refused("a list or a mapping is no name for a value", key)
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise _refused("`<<` is not read: write out the keys that it merges", key)
-            name = self.construct_object(key)
-            if name in names:
-                raise _refused(f"{_name(name)} is there twice: keep one of them", key)
-            names.add(name)
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _RejectedError("a list or mapping cannot be a key: use a name", key_node)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise _RejectedError(
+                    "merge keys (`<<`) are not supported: write out the merged keys", key_node
+                )
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise _RejectedError(f"duplicate key {_quote_key(key)}: keep one of them", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _refused(why: str, what: yaml.Event | yaml.Node) -> _Refused:
-    return _Refused(problem=why, problem_mark=what.start_mark)
-
-
-def _section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
-    """An instance of cls, or None when anything is wrong (then problems grows)."""
+def _load_section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
+    """Return an instance of cls, or append to `problems` and return None."""
+    if values is None:
+        problems.append(f"{name}: missing section")
+        return None
     if not isinstance(values, dict):
-        problems.append(f"{name}: missing section" if values is None else f"{name}: not a section")
+        problems.append(f"{name}: not a section; expected keys with values")
         return None
     hints = typing.get_type_hints(cls, include_extras=True)
-    before = len(problems)
+    problems_before = len(problems)
     for key in values:
         if key not in hints:
-            near = _nearest(_name(key), hints, f"{name}.")
-            problems.append(f"{name}.{_name(key)}: unknown{near or '; remove it'}")
-    known = {}
+            suggestion = _suggest(_quote_key(key), hints, f"{name}.")
+            problems.append(f"{name}.{_quote_key(key)}: unknown{suggestion or '; remove it'}")
+    converted = {}
     for key, hint in hints.items():
         if key not in values:
-            problems.append(f"{name}.{key}: missing; it takes {_describe(hint)}")
+            problems.append(f"{name}.{key}: missing; expected {_describe_type(hint)}")
             continue
         try:
-            known[key] = _convert(values[key], hint)
-        except (ValueError, OverflowError):  # an int may be too large for a float
-            problems.append(
-                f"{name}.{key}: {_show(values[key])} will not do; it takes {_describe(hint)}"
-            )
-    if len(problems) > before:
+            converted[key] = _convert(values[key], hint)
+        except (ValueError, OverflowError):  # OverflowError: an int that is too large for a float
+            problems.append(_describe_mismatch(f"{name}.{key}", values[key], hint))
+    if len(problems) > problems_before:
         return None
     try:
-        return cls(**known)
-    except ValueError as problem:  # what a section checks across its fields, in __post_init__
-        problems.append(f"{name}.{problem}")
+        return cls(**converted)
+    except ValueError as error:  # from __post_init__, which checks several fields together
+        problems.append(f"{name}.{error}")
         return None
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the type that hint asks for; ValueError if it is not of that type."""
+    """Return the value as the annotated type. Raises ValueError if it does not have that type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         value = _convert(value, args[0])
@@ -200,13 +210,13 @@ def _convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError
         return [_convert(item, args[0]) for item in value]
-    if hint is float and type(value) in (int, str):  # PyYAML reads 1e-5 as a string
+    if hint is float and type(value) in (int, str):  # PyYAML parses 1e-5 as a string
         value = float(value)
     if hint is float and type(value) is float and not math.isfinite(value):
         raise ValueError
-    if type(value) is not hint:  # a bool is no int
+    if type(value) is not hint:  # isinstance would accept a bool as an int
         raise ValueError
-    if hint is int and value.bit_length() > 63:  # no count is, and torch and numpy take no more
+    if hint is int and value.bit_length() > 63:  # more than PyTorch and NumPy support
         raise ValueError
     return value
 
@@ -218,40 +228,45 @@ def _check_bounds(number: float | None, bounds: str) -> None:
             raise ValueError
 
 
-def _describe(hint: Any) -> str:
+def _describe_mismatch(name: str, value: Any, hint: Any) -> str:
+    return f"{name}: {_short_repr(value)} is not valid; expected {_describe_type(hint)}"
+
+
+def _describe_type(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return f"{_describe(args[0])} {args[1]}"
+        return f"{_describe_type(args[0])} {args[1]}"
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if arg is type(None) else _describe(arg) for arg in args)
+        return " or ".join("null" if arg is type(None) else _describe_type(arg) for arg in args)
     if origin is typing.Literal:
         return "one of " + ", ".join(args)
     if origin is list:
-        return f"a list of {_describe(args[0])}"
-    return {int: "an int", float: "a float", bool: "true or false", str: "a string"}[hint]
+        return f"a list of {_ITEM_NAMES[args[0]]}"
+    return _TYPE_NAMES[hint]
 
 
-def _nearest(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+def _suggest(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean ...?" with the most similar of the names, or "" if none is similar."""
+    similar = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{similar[0]}?" if similar else ""
 
 
-class _Short(reprlib.Repr):
-    """repr in a line's length, whatever the size: aliases in YAML can nest a value 10^9 times."""
+class _ShortRepr(reprlib.Repr):
+    """A repr of bounded length and time: YAML aliases can nest a value 10^9 times."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 2, 60, 60
 
     def repr_int(self, value: int, level: int) -> str:
-        # Python writes no more than 4,300 digits.
+        # By default, Python does not convert ints of more than 4,300 digits to str.
         return repr(value) if value.bit_length() < 64 else f"an int of {value.bit_length()} bits"
 
 
-_show = _Short().repr
+_short_repr = _ShortRepr().repr
 
 
-def _name(key: Any) -> str:
-    """A key as it stands, or quoted and shortened where it would not read as one name."""
+def _quote_key(key: Any) -> str:
+    """Return a key unchanged if it is a short printable string, otherwise its shortened repr."""
     plain = isinstance(key, str) and key.isprintable() and 0 < len(key) <= 60
-    return key if plain else _show(key)
+    return key if plain else _short_repr(key)

@@ -32,7 +32,7 @@ UNFINISHED = ".checkpoints"  # a folder for each unfinished training, by its tra
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    id: str  # Folio's own, the same in every store: the tag folio_id
+    id: str  # assigned by Folio, the same in every store: the tag folio_id
     name: str
     started: int  # ms since 1970
     ended: int | None = None
@@ -43,11 +43,11 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A record with everything that MLflow gets with it."""
+    """A record, and everything else about a run that is sent to MLflow."""
 
     record: Record
     history: list[dict[str, Any]] = field(default_factory=list)  # rows: step, time (ms), metrics
-    summary: dict[str, float] = field(default_factory=dict)  # the metrics that sum it up
+    summary: dict[str, float] = field(default_factory=dict)  # metrics of the whole run
     files: list[tuple[Path, str]] = field(default_factory=list)  # (file or folder, artifact folder)
     parent_files: list[tuple[Path, str]] = field(default_factory=list)  # the same, for the parent
     model: Path | None = None  # a Hugging Face folder
@@ -60,7 +60,7 @@ def project_root() -> Path:
 
 
 def run_name(name: str) -> str:
-    """The name, preceded by that of the DVC experiment that the run belongs to."""
+    """The name, preceded by the name of the DVC experiment, if the run belongs to one."""
     return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name]))
 
 
@@ -177,7 +177,7 @@ def lock_if_idle(folder: Path) -> Iterator[bool]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove a training's checkpoints, then the files that say which run they belong to. Requires
+    """Remove a training's checkpoints, then the files that identify its run. Requires
     lock_if_idle."""
     for checkpoint in folder.glob("step-*"):
         files.remove_folder(checkpoint)

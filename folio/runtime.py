@@ -1,38 +1,41 @@
-"""Where and how a stage runs, without a say in what comes out: DVC reruns nothing for these."""
+"""The section `runtime` of params.yaml: where and how a stage runs.
+
+It changes no result, so no stage of dvc.yaml depends on it.
+"""
 
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
-_ADDRESS = re.compile(r"(?:([a-zA-Z][a-zA-Z0-9+.-]*):)?(.*)", re.DOTALL)  # a scheme, the rest
-
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParams:
-    device: Literal["auto", "cuda", "mps", "cpu"]  # auto: cuda, else mps, else cpu
-    tracking_uri: str | None  # MLflow's store; null: mlflow.db here, or MLFLOW_TRACKING_URI.
-    # A relative path, as in sqlite:///my.db, is the project's; sqlite:////tmp/my.db is absolute.
-    log_interval: Annotated[int, ">= 1"]  # updates between rows of the history
-    checkpoint_seconds: Annotated[float, ">= 0"]  # between checkpoints, besides each evaluation's
-    system_metrics: bool  # log the machine's load to MLflow
-    progress: bool  # show a bar where there is a terminal
+    device: Literal["auto", "cuda", "mps", "cpu"]  # auto: the first available of the other three
+    tracking_uri: str | None  # MLflow's store; null: MLFLOW_TRACKING_URI, or mlflow.db here. A
+    # relative path (sqlite:///my.db) starts at the project's root; sqlite:////tmp/my.db is absolute
+    log_interval: Annotated[int, ">= 1"]  # steps between rows of the history
+    checkpoint_seconds: Annotated[float, ">= 0"]  # between checkpoints; evaluations also save one
+    system_metrics: bool  # log CPU, memory, disk, network and GPU usage to MLflow
+    progress: bool  # show a progress bar in a terminal
 
-    def __post_init__(self):
-        if self.tracking_uri is not None and _leads_out(self.tracking_uri):
+    def __post_init__(self) -> None:
+        if self.tracking_uri is not None and _leaves_project(self.tracking_uri):
             raise ValueError(
-                "tracking_uri: a `..` in it leads out of the project: give an absolute path, "
-                "sqlite:////like/this.db"
+                "tracking_uri: `..` leads out of the project: use an absolute path, such as "
+                "sqlite:////tmp/my.db"
             )
 
 
-def _leads_out(uri: str) -> bool:
-    """Whether a store's address is a relative path with `..` in it; a server's has no such path."""
-    scheme, place = _ADDRESS.fullmatch(uri).groups(default="")
+def _leaves_project(uri: str) -> bool:
+    """Whether a store's URI is a relative path that contains `..`. False for a server's URI."""
+    scheme, colon, path = uri.partition(":")
+    if not colon or not re.fullmatch(r"[a-zA-Z][a-zA-Z0-9+.-]*", scheme):
+        scheme, path = "", uri
     kind = scheme.lower().partition("+")[0]  # sqlite+pysqlite is SQLite
     if kind in ("sqlite", "file"):
-        place = place.removeprefix("//")
-        place = place.removeprefix("/") if kind == "sqlite" else place
-    elif kind and place.startswith("//"):
+        path = path.removeprefix("//")
+        path = path.removeprefix("/") if kind == "sqlite" else path
+    elif kind and path.startswith("//"):
         return False
-    return not place.startswith("/") and ".." in re.split(r"[/\\:?]", unquote(place))
+    return not path.startswith("/") and ".." in re.split(r"[/\\:?]", unquote(path))

@@ -1,7 +1,7 @@
-"""A notice to stop: SIGTERM, Ctrl-C, or the end of the `dvc` that runs this stage.
+"""Stop requests: SIGTERM, Ctrl-C, or the end of the `dvc` process that runs this stage.
 
-It raises Stopped wherever the program is. In a `deferred` block, whose work is done whole or not at
-all, it waits for the next `check`, or for an `allowed` block, which may be left at any moment.
+A stop request raises Stopped wherever the program happens to be. Inside a `deferred` block, whose
+work must not be left half done, the exception waits for the next `check` or `interruptible` block.
 """
 
 import contextlib
@@ -14,97 +14,101 @@ from pathlib import Path
 
 import psutil
 
-GRACE = 8.0  # seconds from a notice to the end of the process, come what may
+GRACE_PERIOD = 8.0  # seconds from a stop request until the process is forced to exit
 
 _deferred = False
-_cause: str | None = None  # what told us to stop
-_noticed = 0.0  # when, by time.monotonic
-_status = 0  # the exit status that says so
+_cause: str | None = None  # what requested the stop; None: no request so far
+_requested_at = 0.0  # by time.monotonic
+_status = 0  # the exit status for the signal: 128 + its number
 _dvc_ended = False
 
 
 class Stopped(BaseException):
-    """Told to stop. Its text says what is left. Not an Exception, so that nothing swallows it."""
+    """A stop was requested. The text gives the cause and a hint on how to continue.
 
-    def __init__(self, left: str = "run the same command again to go on"):
-        super().__init__(f"stopped by {_cause}; {left}")
-        self.status = _status  # to exit with
+    It is not an Exception, so that no `except Exception` swallows it.
+    """
+
+    def __init__(self, hint: str = "run the same command again to continue"):
+        super().__init__(f"stopped by {_cause}; {hint}")
+        self.status = _status  # the exit status to use
 
 
 @contextlib.contextmanager
-def handled(say: Callable[[str], None]) -> Iterator[None]:
-    """Heed SIGTERM and SIGINT in this block, and end with the `dvc` that started this process.
+def handled(report: Callable[[str], None]) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT in this block, and stop when the parent `dvc` process ends.
 
-    DVC, when it is killed, leaves its stages running, and the next `dvc repro` would start a second
-    trainer beside the first. `say` prints the last words of a process that takes too long to end.
+    A killed DVC leaves its stages running, and the next `dvc repro` would start a second trainer
+    beside the first. `report` prints a final message if the process does not end in time.
     """
     global _cause, _deferred
 
     def on_signal(number: int, _: object) -> None:
-        global _cause, _noticed, _status
-        if _cause:  # schedulers may say it twice; whoever presses Ctrl-C twice will not wait
+        global _cause, _requested_at, _status
+        if _cause:  # schedulers may send SIGTERM twice; a second Ctrl-C means "at once"
             if number == signal.SIGINT:
-                _leave_at_once(say)
+                _exit_now(report)
             return
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         _cause = "the end of dvc" if _dvc_ended else name
         _status = 128 + number
-        _noticed = time.monotonic()
-        guard = threading.Timer(GRACE, _leave_at_once, [say])
-        guard.daemon = True
-        guard.start()
+        _requested_at = time.monotonic()
+        watchdog = threading.Timer(GRACE_PERIOD, _exit_now, [report])
+        watchdog.daemon = True
+        watchdog.start()
         if not _deferred:
             raise Stopped
 
     _cause, _deferred = None, False
-    former = {
+    previous = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     if _dvc:
-        threading.Thread(target=_end_with, args=[_dvc], daemon=True).start()
+        threading.Thread(target=_stop_after, args=[_dvc], daemon=True).start()
     try:
         yield
     finally:
-        for number, handler in former.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Hold a notice back until `check` or `allowed`. A second Ctrl-C ends the process at once."""
+    """Defer a stop request until `check` or `interruptible`. A second Ctrl-C still ends the
+    process at once."""
     global _deferred
-    former, _deferred = _deferred, True
+    previous, _deferred = _deferred, True
     try:
         yield
     finally:
-        _deferred = former
+        _deferred = previous
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within `deferred`: in this block a notice need not wait."""
+    """Inside a `deferred` block: let a stop request raise Stopped immediately in this block."""
     global _deferred
-    former, _deferred = _deferred, False
+    previous, _deferred = _deferred, False
     try:
         check()
         yield
     finally:
-        _deferred = former
+        _deferred = previous
 
 
 def check() -> None:
-    """Raise Stopped if there was a notice."""
+    """Raise Stopped if a stop was requested."""
     if _cause:
         raise Stopped
 
 
 def seconds_left() -> float | None:
-    """How long there is for last words after a notice; None where there was no notice."""
-    return max(0.0, _noticed + GRACE - 1.0 - time.monotonic()) if _cause else None
+    """Seconds that remain for cleaning up after a stop request; None if there was no request."""
+    return max(0.0, _requested_at + GRACE_PERIOD - 1.0 - time.monotonic()) if _cause else None
 
 
 def _find_dvc() -> psutil.Process | None:
-    """The process of the `dvc` command that runs this stage, where one does."""
+    """The process of the `dvc` command that runs this stage, if any."""
     if "DVC_STAGE" in os.environ:
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process().parents():
@@ -113,10 +117,11 @@ def _find_dvc() -> psutil.Process | None:
     return None
 
 
-_dvc = _find_dvc()  # now: it may be killed while PyTorch is imported
+_dvc = _find_dvc()  # at import: dvc may be killed while PyTorch is still being imported
 
 
-def _end_with(dvc: psutil.Process) -> None:
+def _stop_after(dvc: psutil.Process) -> None:
+    """Wait for dvc to end, then request a stop of this process."""
     global _dvc_ended
     with contextlib.suppress(psutil.NoSuchProcess):
         while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
@@ -125,6 +130,6 @@ def _end_with(dvc: psutil.Process) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _leave_at_once(say: Callable[[str], None]) -> None:
-    say(f"stopped by {_cause}; the same command goes on from the last checkpoint")
+def _exit_now(report: Callable[[str], None]) -> None:
+    report(f"stopped by {_cause}; run the same command again to resume from the last checkpoint")
     os._exit(_status)

@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, in which precision, and the seed."""
+"""Devices, precision, seeds and the tuning of malloc."""
 
 import subprocess
 import sys
@@ -13,37 +13,41 @@ from folio.errors import UserError
 CPU = torch.device("cpu")
 
 
-def test_an_accelerator_that_is_not_there_is_one_line_with_the_way_out():
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    missing = [name for name, is_there in there.items() if not is_there]
+def test_resolve_device_error_for_a_missing_accelerator_names_an_alternative():
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    missing = [name for name, is_available in available.items() if not is_available]
     assert missing  # no machine has both
     for name in missing:
-        with pytest.raises(UserError, match=f"runtime.device: {name}, but PyTorch sees none here"):
+        with pytest.raises(UserError, match=f"runtime.device: PyTorch finds no {name} device"):
             device.resolve_device(name)
     if len(missing) == 2:
-        with pytest.raises(UserError, match=r"take auto or cpu$"):
+        with pytest.raises(UserError, match=r"use auto or cpu$"):
             device.resolve_device("cuda")
 
 
-def test_auto_is_the_first_accelerator_that_is_there_and_computes():
+def test_resolve_device_auto_is_an_available_accelerator_if_there_is_one():
     found = device.resolve_device("auto")
     assert torch.ones(2, device=found).sum().item() == 2
     if found.type == "cpu":
         assert not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
-def test_the_cpu_is_always_there():
+def test_cpu_is_always_available():
     assert device.resolve_device("cpu") == CPU
     assert device.describe(CPU) == f"cpu, {torch.get_num_threads()} threads"
 
 
-def test_auto_precision_is_fp32_on_a_cpu_and_any_other_is_taken_as_it_is():
+def test_resolve_precision_auto_is_fp32_on_a_cpu():
     assert device.resolve_precision("auto", CPU) == "fp32"
     for precision in ["bf16", "fp16", "fp32"]:
         assert device.resolve_precision(precision, CPU) == precision
 
 
-def test_the_same_seed_gives_the_same_numbers():
+def test_capture_without_a_gpu_returns_the_function_itself():
+    assert device.capture(torch.add, torch.ones(2), torch.ones(2)) is torch.add
+
+
+def test_seed_determines_the_random_numbers():
     def numbers(seed):
         device.seed(seed)
         return torch.rand(5)
@@ -52,7 +56,7 @@ def test_the_same_seed_gives_the_same_numbers():
     assert not torch.equal(numbers(1), numbers(2))
 
 
-def test_memory_that_is_kept_is_not_cleared_anew_at_each_step():
+def test_tune_malloc_prevents_page_faults_at_each_step():
     code = """
 import resource, torch
 from folio import device
@@ -63,16 +67,16 @@ def page_faults():
         torch.ones(40 << 18)  # 40 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-handed_back = page_faults()
+untuned = page_faults()
 device.tune_malloc()
-for _ in range(5):  # by and by the free blocks become large enough for an aligned one
+for _ in range(5):  # until the free blocks are large enough for an aligned one
     page_faults()
-assert page_faults() < handed_back / 10
+assert page_faults() < untuned / 10
 """
     assert subprocess.run([sys.executable, "-c", code], env=environment(ROOT)).returncode == 0
 
 
-def test_the_chances_of_a_step_depend_on_the_seed_and_its_number_alone():
+def test_seed_step_depends_only_on_the_seed_and_the_step():
     def numbers(seed, step):
         device.seed_step(seed, step, CPU)
         return torch.rand(5)

@@ -1,6 +1,6 @@
-"""Where text comes from: a named corpus, or the user's own file or folder under data/raw.
+"""Where the text comes from: a named corpus, or the user's own file or folder under data/raw.
 
-A text may be larger than the memory, so it is read some of it at a time.
+A text may be larger than the memory, so it is read in chunks.
 """
 
 import codecs
@@ -16,185 +16,191 @@ from typing import NoReturn
 from folio.corpus import shakespeare
 from folio.errors import UserError
 
-NAMED = ("tinyshakespeare", "shakespeare")
-RAW = Path("data", "raw")  # the folder that DVC tracks: a change in it reruns the pipeline
-CHUNK = 1 << 20  # bytes of a file, or characters of a named corpus, read at a time
+# The named corpora. Each loader returns the text and the index at which its validation part begins.
+NAMED: dict[str, Callable[[], tuple[str, int]]] = {
+    "tinyshakespeare": shakespeare.load_tinyshakespeare,
+    "shakespeare": shakespeare.load_all_plays,
+}
+RAW = Path("data", "raw")  # tracked by DVC: a change in it reruns the pipeline
+CHUNK = 1 << 20  # bytes of a file, or characters of a named corpus, to read at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    name: str  # as in NAMED, or the path under the project's root, in printable characters
+    name: str  # a key of NAMED, or the path from the project's root, in printable characters
     characters: int
-    train_characters: int  # so many at the start are for training, the others for validation
+    train_characters: int  # number of characters for training; the remaining ones are validation
     read: Callable[[], Iterator[str]]
 
     def chunks(self) -> Iterator[str]:
-        """The text from its start, in strings of at most CHUNK characters, none of them empty.
+        """Yield the text in non-empty strings of at most CHUNK characters.
 
-        Raises UserError when a file can no longer be read, or has another length than before.
+        Raises UserError if a file can no longer be read, or if the length of the text has changed.
         """
-        left = self.characters
+        remaining = self.characters
         for chunk in self.read():
-            left -= len(chunk)
+            remaining -= len(chunk)
             yield chunk
-        if left:
-            raise UserError(f"{self.name} changed while it was read: run the same command again")
+        if remaining:
+            raise UserError(f"{self.name} changed while it was being read: run the command again")
 
 
 def read(name: str, validation_fraction: float, root: Path) -> Corpus:
-    """Return the corpus called `name`, or the text at the path `name` under root/data/raw.
+    """Return the named corpus, or the text of the file or folder `name` under root/data/raw.
 
-    A file is taken as it is but for a byte-order mark; a folder is its .txt files, at any depth,
-    joined in the order of their paths. `validation_fraction` of the characters, at the end, are
-    for validation. The named corpora all validate on the same text, the last tenth of
-    tinyshakespeare, whatever validation_fraction says, so that their losses compare.
+    A file is used unchanged, except that a byte-order mark is removed. For a folder, all its .txt
+    files, at any depth, are joined in the order of their paths. The last `validation_fraction` of
+    the characters are for validation. The named corpora ignore `validation_fraction`: they are all
+    validated on the last tenth of tinyshakespeare, so that their losses are comparable.
 
-    Raises UserError, in one line, for a name or text that will not do.
+    Raises UserError if there is no such corpus, or if its text is not usable.
     """
     if name in NAMED:
-        return _named(name)
-    path = _find(name, root)
-    paths = _texts(path, root) if path.is_dir() else [path]
-    shown = _show(path, root)
-    characters, blank = 0, True
-    for chunk in _read(paths, root):
+        return _load_named(name)
+    path = _resolve(name, root)
+    paths = _text_files(path, root) if path.is_dir() else [path]
+    display_name = _display_path(path, root)
+    characters, is_blank = 0, True
+    for chunk in _read_files(paths, root):
         characters += len(chunk)
-        blank = blank and chunk.isspace()
-    if blank:
-        raise UserError(f"{shown} holds no text: put some in, or set prepare.corpus to another")
-    train = _share(characters, validation_fraction)
-    if train in (0, characters):
-        part = "validation" if train else "training"
+        is_blank = is_blank and chunk.isspace()
+    if is_blank:
         raise UserError(
-            f"{shown}: of {characters} characters, prepare.validation_fraction "
-            f"{validation_fraction} leaves none for {part}: change it, or take a longer text"
+            f"{display_name} contains no text: add some, or choose another prepare.corpus"
         )
-    return Corpus(shown, characters, train, functools.partial(_read, paths, root))
+    train_characters = int(characters * (1 - validation_fraction))
+    if train_characters in (0, characters):
+        part = "validation" if train_characters else "training"
+        raise UserError(
+            f"{display_name} has {characters} characters, and prepare.validation_fraction "
+            f"{validation_fraction} leaves none for {part}: change it, or use a longer text"
+        )
+    read_text = functools.partial(_read_files, paths, root)
+    return Corpus(display_name, characters, train_characters, read_text)
 
 
-def _named(name: str) -> Corpus:
-    plays = shakespeare.plays()
-    tiny = shakespeare.tinyshakespeare(plays)
-    others = shakespeare.other_plays(plays) if name == "shakespeare" else ""
-    text = others + tiny
+def _load_named(name: str) -> Corpus:
+    text, validation_start = NAMED[name]()
 
-    def read() -> Iterator[str]:
-        return (text[place : place + CHUNK] for place in range(0, len(text), CHUNK))
+    def read_text() -> Iterator[str]:
+        return (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
 
-    return Corpus(name, len(text), len(others) + _share(len(tiny), 0.1), read)
+    return Corpus(name, len(text), validation_start, read_text)
 
 
-def _share(characters: int, validation_fraction: float) -> int:
-    """How many of the characters are for training."""
-    return int(characters * (1 - validation_fraction))
-
-
-def _find(name: str, root: Path) -> Path:
-    """The real path of a file or folder in data/raw; links are followed before it is judged."""
+def _resolve(name: str, root: Path) -> Path:
+    """Return the real path, with symbolic links resolved, of a file or folder in data/raw."""
     try:
         path = (root / name).resolve(strict=True)
-    except PermissionError as problem:
-        raise _unreadable(_printable(name), problem) from None
-    except (OSError, ValueError, RuntimeError):  # missing, a null byte, a loop of links
-        own = [_show(path, root) for path in (root / RAW).rglob("[!.]*")]
-        near = difflib.get_close_matches(name, [*NAMED, *own], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+    except PermissionError as error:
+        raise _unreadable(_printable(name), error) from None
+    except (OSError, ValueError, RuntimeError):  # missing, a null byte, a cycle of links
+        texts = [_display_path(path, root) for path in (root / RAW).rglob("[!.]*")]
+        similar = difflib.get_close_matches(name, [*NAMED, *texts], n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
         raise UserError(
-            f"prepare.corpus: '{_printable(name)}' is neither {' nor '.join(NAMED)}, "
+            f"prepare.corpus: '{_printable(name)}' is neither {' nor '.join(NAMED)} "
             f"nor a path under {RAW}{hint}"
         ) from None
     _check_inside(path, _printable(name), root)
     return path
 
 
-def _check_inside(path: Path, shown: str, root: Path) -> None:
-    """UserError unless a real path lies in data/raw."""
+def _check_inside(path: Path, display_name: str, root: Path) -> None:
+    """Raise UserError unless a real path is in data/raw."""
     if not path.is_relative_to((root / RAW).resolve()):
         raise UserError(
-            f"prepare.corpus: {shown} lies outside {RAW}, where DVC would not see it change: "
-            f"copy it to {RAW} and give that path"
+            f"prepare.corpus: {display_name} is outside {RAW}, so DVC would not detect changes in "
+            f"it: copy it to {RAW} and use that path"
         )
 
 
-def _show(path: Path, root: Path) -> str:
-    """A path as messages and meta.json give it: from the project's root, with slashes."""
+def _display_path(path: Path, root: Path) -> str:
+    """Return a path relative to the project's root, with slashes, for messages and meta.json."""
     for base in (root, root.resolve()):
         if path.is_relative_to(base):
             return _printable(path.relative_to(base).as_posix())
-    inside = path.relative_to((root / RAW).resolve())  # data/raw is itself a link
+    inside = path.relative_to((root / RAW).resolve())  # data/raw itself is a symbolic link
     return _printable((RAW / inside).as_posix())
 
 
 def _printable(name: str) -> str:
-    """A name on one line: a file's may hold line ends, terminal codes and bytes that are no text.
+    """Return a file name as one printable line of limited length.
 
-    An absurdly long one loses its middle.
+    Line breaks, terminal control codes and undecodable bytes are escaped. A very long name is
+    shortened in the middle.
     """
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-147:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _texts(folder: Path, root: Path) -> list[Path]:
-    """The .txt files of a folder, at any depth, in the order of their paths."""
+def _text_files(folder: Path, root: Path) -> list[Path]:
+    """Return the .txt files in a folder, at any depth, in the order of their paths."""
 
-    def fail(problem: OSError) -> NoReturn:  # else os.walk leaves out what it may not open
-        raise _unreadable(_show(Path(problem.filename), root), problem) from None
+    def fail(error: OSError) -> NoReturn:  # by default, os.walk skips folders that it cannot read
+        raise _unreadable(_display_path(Path(error.filename), root), error) from None
 
     paths = sorted(
         (
-            Path(place, name)
-            for place, _, names in os.walk(folder, onerror=fail)
+            Path(parent, name)
+            for parent, _, names in os.walk(folder, onerror=fail)
             for name in names
             if Path(name).suffix.lower() == ".txt"
         ),
         key=lambda path: path.relative_to(folder).as_posix(),
     )
     if not paths:
-        raise UserError(f"{_show(folder, root)} holds no .txt file: put one in, or give a file")
+        name = _display_path(folder, root)
+        raise UserError(f"{name} contains no .txt file: add one, or choose another prepare.corpus")
     return paths
 
 
-def _read(paths: list[Path], root: Path) -> Iterator[str]:
-    """The files' texts, chunk by chunk; where one lacks a line end, the next is not glued to it."""
-    last = "\n"
+def _read_files(paths: list[Path], root: Path) -> Iterator[str]:
+    """Yield the files' text in chunks, with a line break after each file that does not end with
+    one."""
+    last_character = "\n"
     for path in paths:
-        if last != "\n":
-            yield (last := "\n")
+        if last_character != "\n":
+            yield (last_character := "\n")
         for chunk in _read_file(path, root):
             yield chunk
-            last = chunk[-1]
+            last_character = chunk[-1]
 
 
 def _read_file(path: Path, root: Path) -> Iterator[str]:
-    """The file's text, line ends and all, less a byte-order mark, chunk by chunk."""
-    shown = _show(path, root)
+    """Yield a UTF-8 file's text in chunks, without the byte-order mark; line breaks are kept."""
+    display_name = _display_path(path, root)
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        _check_inside(path.resolve(strict=True), shown, root)
-        if not path.is_file():  # a pipe would be waited for, a device never ends
-            raise OSError(errno.EINVAL, "it is no ordinary file")
+        _check_inside(path.resolve(strict=True), display_name, root)
+        if not path.is_file():  # reading a pipe could block forever, a device may be endless
+            raise OSError(errno.EINVAL, "it is not a regular file")
         with path.open("rb") as file:
-            block = b"the first is still to come"
-            while block:
-                begun, _ = decoder.getstate()  # the first bytes of a character
-                start = file.tell() - len(begun)
+            at_end = False
+            while not at_end:
+                pending, _ = decoder.getstate()  # the first bytes of an incomplete character
+                start = file.tell() - len(pending)
                 block = file.read(CHUNK)
-                text = decoder.decode(block, final=not block)
+                at_end = not block
+                text = decoder.decode(block, final=at_end)
                 if start == 0:
                     text = text.removeprefix("\ufeff")
                 if text:
                     yield text
-    except UnicodeDecodeError as problem:
-        place = start + problem.start
-        raise UserError(f"{shown} is not UTF-8 at byte {place}: save it as UTF-8") from None
-    except RuntimeError:  # links in a circle, to Python before 3.13
-        raise _unreadable(shown, OSError(errno.ELOOP, os.strerror(errno.ELOOP))) from None
-    except OSError as problem:
-        raise _unreadable(shown, problem) from None
+    except UnicodeDecodeError as error:
+        position = start + error.start
+        raise UserError(
+            f"{display_name} is not UTF-8 at byte {position}: convert it to UTF-8"
+        ) from None
+    except RuntimeError:  # a cycle of symbolic links, before Python 3.13
+        cycle = OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        raise _unreadable(display_name, cycle) from None
+    except OSError as error:
+        raise _unreadable(display_name, error) from None
 
 
-def _unreadable(shown: str, problem: OSError) -> UserError:
+def _unreadable(display_name: str, error: OSError) -> UserError:
     return UserError(
-        f"{shown} cannot be read ({problem.strerror}): make it an ordinary, readable file, "
-        "or set prepare.corpus to another"
+        f"{display_name} cannot be read ({error.strerror}): make it a readable regular file, or "
+        "choose another prepare.corpus"
     )

@@ -1,58 +1,58 @@
-"""The corpus encoded to token ids, piece by piece, on all cores."""
+"""Encoding a corpus to token ids, piece by piece, on all CPU cores."""
 
-import collections
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from folio.corpus.corpus import Corpus
 from folio.tokens import tokenizer
 
-Texts = dict[str, str]  # a piece of the text: what is for "train" and what for "val"
-Ids = dict[str, np.ndarray]  # the token ids of each, [tokens] uint16
+SplitText = dict[str, str]  # a piece of the text: its "train" and "val" parts
+SplitIds = dict[str, np.ndarray]  # the token ids of each part, [tokens] uint16
 
 
-def encoded(source: Corpus) -> Iterator[tuple[Texts, Ids]]:
-    """The pieces of the text in their order, with their token ids, encoded on all cores.
+def encode_corpus(corpus: Corpus) -> Iterator[tuple[SplitText, SplitIds]]:
+    """Yield the pieces of the text in order, each with its token ids.
 
-    tiktoken lets other threads run while it encodes. A few pieces wait for their turn, so that no
-    core does, and no more: a text may be larger than the memory.
+    tiktoken releases the GIL, so threads encode on all cores. Only a few pieces are queued: enough
+    to keep every core busy, but not the whole text, which may be larger than the memory.
     """
-    cores = _cores()
-    # Builds the encoding, and uses all of its pattern, before the threads do: the regex engine's
-    # first user writes, at each match, to memory that all others read. Were it one of two threads,
-    # the two would be no faster than one.
+    cores = _available_cores()
+    # Build the encoding, and match each alternative of its pattern, in the main thread. The first
+    # thread that uses tiktoken's regex engine writes, at each match, to memory that the others
+    # read: if that were a worker, two workers would be no faster than one.
     tokenizer.encode("It's a text of 1 line.\n\n")
     pool = ThreadPoolExecutor(cores)
-    ahead = collections.deque()
+    queue: deque[tuple[SplitText, Future[SplitIds]]] = deque()
     try:
-        for texts in parts(source):
-            ahead.append((texts, pool.submit(_encode, texts)))
-            if len(ahead) > 2 * cores:
-                texts, ids = ahead.popleft()
-                yield texts, ids.result()
-        for texts, ids in ahead:
-            yield texts, ids.result()
+        for piece in split_pieces(corpus):
+            queue.append((piece, pool.submit(_encode_parts, piece)))
+            if len(queue) > 2 * cores:
+                first, ids = queue.popleft()
+                yield first, ids.result()
+        for piece, ids in queue:
+            yield piece, ids.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def parts(source: Corpus) -> Iterator[Texts]:
-    """The pieces of the text in their order: of each, what is for training and for validation."""
-    train = source.train_characters  # that are still to come
-    for piece in tokenizer.pieces(source.chunks()):
-        yield {"train": piece[:train], "val": piece[train:]}
-        train = max(0, train - len(piece))
+def split_pieces(corpus: Corpus) -> Iterator[SplitText]:
+    """Yield the pieces of the text in order, each split into its training and validation part."""
+    remaining = corpus.train_characters
+    for piece in tokenizer.pieces(corpus.chunks()):
+        yield {"train": piece[:remaining], "val": piece[remaining:]}
+        remaining = max(0, remaining - len(piece))
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
+def _available_cores() -> int:
+    """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _encode(texts: Texts) -> Ids:
-    return {part: tokenizer.encode(text) for part, text in texts.items()}
+def _encode_parts(piece: SplitText) -> SplitIds:
+    return {part: tokenizer.encode(text) for part, text in piece.items()}

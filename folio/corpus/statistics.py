@@ -1,6 +1,6 @@
-"""What is in the corpus: counts, the commonest tokens, and two pictures.
+"""Statistics of a corpus: counts of tokens, lines and speeches, and the most common tokens.
 
-All of it comes from running counts, as large for a long text as for a short one.
+They are all computed from running counts, so the memory does not depend on the length of the text.
 """
 
 import re
@@ -12,23 +12,26 @@ import pandas as pd
 
 
 class CorpusStatistics:
-    """Running counts of a text that comes in pieces.
+    """Running counts of a text that is added in pieces.
 
-    The pieces are to be cut as tokenizer.pieces does, before white space and after what is none.
+    The pieces must be cut like those of tokenizer.pieces: before white space, after a character
+    that is not white space.
     """
 
-    def __init__(self, vocabulary: int) -> None:
-        """`vocabulary` is how many token ids there are."""
+    def __init__(self, vocab_size: int) -> None:
         self.characters = 0
         self.start = ""  # the first 300 characters
-        self.train = np.zeros(vocabulary, dtype=np.int64)  # times that each id occurs in training
-        self.val = np.zeros(vocabulary, dtype=np.int64)
-        self._lines: Counter[int] = Counter()  # by length; those that were seen to end
-        self._speeches: Counter[int] = Counter()
-        self._line = self._speech = 0  # the length so far of the last, which may go on
+        self.train = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in training
+        self.val = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in validation
+        self._lines: Counter[int] = Counter()  # number of complete lines by length
+        self._speeches: Counter[int] = Counter()  # number of complete speeches by length
+        self._last_line = self._last_speech = 0  # lengths so far; the next piece may continue them
 
     def add(self, text: str, train: np.ndarray, val: np.ndarray) -> None:
-        """Count a piece of the text, not empty, with its ids for training and validation."""
+        """Count the next piece of the text, which is not empty.
+
+        `train` and `val` are the token ids, [tokens], of its training and validation part.
+        """
         self.characters += len(text)
         self.start += text[: 300 - len(self.start)]
         self.train += np.bincount(train, minlength=len(self.train))
@@ -36,62 +39,59 @@ class CorpusStatistics:
 
         lines = text.splitlines()
         lengths = [0 if line.isspace() else len(line) for line in lines]
-        if self._line:
-            lengths[0] = self._line + len(lines[0])  # even where blanks are all that is added
-        self._line = lengths.pop()
+        if self._last_line:  # a line that is not blank continues: count even its trailing blanks
+            lengths[0] = self._last_line + len(lines[0])
+        self._last_line = lengths.pop()
         self._lines.update(lengths)
 
         words = [len(speech.split()) for speech in re.split(r"\n\s*\n", text)]
-        words[0] += self._speech
-        self._speech = words.pop()
+        words[0] += self._last_speech
+        self._last_speech = words.pop()
         self._speeches.update(words)
 
     @property
     def lines(self) -> Counter[int]:
-        """How many lines there are of each length in characters; blank ones are left out."""
-        return _with_last(self._lines, self._line)
+        """The number of lines of each length in characters, without blank lines."""
+        return _with_last(self._lines, self._last_line)
 
     @property
     def speeches(self) -> Counter[int]:
-        """How many speeches there are of each length in words.
-
-        A speech is what stands between empty lines.
-        """
-        return _with_last(self._speeches, self._speech)
+        """The number of speeches of each length in words. Blank lines separate the speeches."""
+        return _with_last(self._speeches, self._last_speech)
 
 
-def summary(
-    tally: CorpusStatistics, report_batch_size: int, report_block_size: int
+def summarize(
+    statistics: CorpusStatistics, report_batch_size: int, report_block_size: int
 ) -> dict[str, int | float]:
-    """The corpus in nine figures.
+    """Return nine figures that describe the corpus.
 
-    `batches_per_epoch` is how many batches of report_batch_size x report_block_size all tokens
-    fill. `unseen_val_share` is the share of validation tokens, repeats counted, whose id is nowhere
-    in training: a model can only guess at those.
+    `batches_per_epoch` is the number of complete batches, of report_batch_size windows with
+    report_block_size tokens each, in all tokens. `unseen_val_share` is the share of the validation
+    tokens, repetitions included, whose id does not occur in training: a model can only guess those.
     """
-    train_tokens, val_tokens = int(tally.train.sum()), int(tally.val.sum())
+    train_tokens, val_tokens = int(statistics.train.sum()), int(statistics.val.sum())
     tokens = train_tokens + val_tokens
     return {
-        "characters": tally.characters,
+        "characters": statistics.characters,
         "tokens": tokens,
-        "unique_tokens": int(np.count_nonzero(tally.train + tally.val)),
-        "vocabulary": len(tally.train),
-        "characters_per_token": tally.characters / tokens,
+        "unique_tokens": int(np.count_nonzero(statistics.train + statistics.val)),
+        "vocabulary": len(statistics.train),
+        "characters_per_token": statistics.characters / tokens,
         "train_tokens": train_tokens,
         "val_tokens": val_tokens,
         "batches_per_epoch": tokens // (report_batch_size * report_block_size),
-        "unseen_val_share": int(tally.val[tally.train == 0].sum()) / val_tokens,
+        "unseen_val_share": int(statistics.val[statistics.train == 0].sum()) / val_tokens,
     }
 
 
 def most_common_tokens(
     counts: np.ndarray, decode: Callable[[list[int]], str], top: int = 100
 ) -> pd.DataFrame:
-    """The `top` commonest tokens: columns rank, id, text, count, share.
+    """Return a table of the `top` most common tokens: rank, id, text, count, share.
 
-    `counts` is how often each id occurs, [vocabulary]. `text` is the token as Python writes a
-    string, so that spaces and line ends show; `share` is of all tokens. Equal counts are ranked by
-    id.
+    `counts`, [vocabulary], is the number of occurrences of each id. `text` is the repr of the
+    token, which makes spaces and line breaks visible. `share` is the fraction of all tokens. Equal
+    counts are ranked by id.
     """
     series = pd.Series(counts).rename_axis("id").rename("count")
     table = series[series > 0].sort_values(ascending=False, kind="stable").head(top).reset_index()
@@ -101,8 +101,8 @@ def most_common_tokens(
     return table
 
 
-def _with_last(ended: Counter[int], last: int) -> Counter[int]:
-    """The counts with the last length, and without lengths of 0."""
-    counts = ended + Counter([last])
+def _with_last(complete: Counter[int], last: int) -> Counter[int]:
+    """Return the counts including the last length, without lengths of 0."""
+    counts = complete + Counter([last])
     del counts[0]
     return counts

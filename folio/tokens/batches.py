@@ -9,13 +9,14 @@ _CPU = torch.device("cpu")
 
 
 class Batches:
-    """Training batches as a pure function of their index, so that a resume needs only the step.
+    """Training batches as a pure function of their index, so that a resumed run needs no state.
 
-    The windows of an epoch are n consecutive stretches of T = block_size tokens, from a random
-    offset, in a random order; both are drawn from (seed, epoch) alone. The epochs' windows, one
-    epoch after another, are one endless stream, and batch i is windows i*B to (i+1)*B of it. So
-    every window is seen once an epoch, and batches may straddle two epochs. n is the same in all
-    epochs; to leave the offset room, each leaves out between T and 2T tokens at the two ends.
+    In each epoch the text is cut into n consecutive windows of T = block_size tokens, starting at a
+    random offset, and the windows are shuffled; offset and order depend only on (seed, epoch). The
+    windows of all epochs form one endless stream, and batch i consists of its windows i*B to
+    (i+1)*B. Thus every window occurs once per epoch, and a batch may span two epochs. n is the same
+    in all epochs; to make room for the offset, each epoch omits between T and 2T tokens at the two
+    ends of the text.
     """
 
     def __init__(
@@ -26,12 +27,12 @@ class Batches:
         seed: int,
         device: torch.device = _CPU,
     ) -> None:
-        """`tokens` is [N]; UserError when N is less than block_size + 1.
+        """`tokens` is [N]. Raises UserError if N is less than block_size + 1.
 
-        On a GPU they are kept there whole, at 2 bytes each.
+        With a GPU as the device, all tokens are copied to it, at 2 bytes each.
         """
         check_length(tokens, "training", block_size)
-        self.tokens, self.device = tokens, device
+        self.tokens: np.ndarray | torch.Tensor = tokens
         if device.type == "cuda":
             self.tokens = torch.from_numpy(tokens.astype(DTYPE).view(np.int16)).to(device)
         self.block_size = block_size
@@ -41,33 +42,35 @@ class Batches:
         self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)  # the latest epoch's windows
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch `index`, from 0 without an end: x and y, [B, T] int64; y is x one token on.
+        """Return x and y of batch `index` >= 0, [B, T] int64; y is x shifted by one token.
 
-        On a GPU nobody waits for them.
+        On a GPU, the host does not wait for them.
         """
         assert index >= 0
         first = index * self.batch_size
-        epochs, places = np.divmod(
+        epochs, positions = np.divmod(
             np.arange(first, first + self.batch_size), self.windows_per_epoch
         )
         starts = np.concatenate(
-            [self._windows(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+            [self._window_starts(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         )
         windows = self._read(starts)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def _read(self, starts: np.ndarray) -> torch.Tensor:
-        """The windows that start there, [B, T + 1] int64."""
-        if self.device.type == "cuda":
-            starts = torch.from_numpy(starts).to(self.device, non_blocking=True)
-            within = torch.arange(self.block_size + 1, device=self.device)
-            # 16 bits without a sign, which PyTorch does not index, in those with one
-            return self.tokens[starts[:, None] + within].long() & 0xFFFF
-        within = np.arange(self.block_size + 1)
-        return torch.from_numpy(self.tokens[starts[:, None] + within].astype(np.int64))
+        """Return the windows that begin at `starts`, [B, T + 1] int64."""
+        if isinstance(self.tokens, torch.Tensor):
+            device = self.tokens.device
+            gpu_starts = torch.from_numpy(starts).to(device, non_blocking=True)
+            gpu_offsets = torch.arange(self.block_size + 1, device=device)
+            # PyTorch cannot index uint16, so the tokens are stored as int16; the mask undoes the
+            # sign extension.
+            return self.tokens[gpu_starts[:, None] + gpu_offsets].long() & 0xFFFF
+        offsets = np.arange(self.block_size + 1)
+        return torch.from_numpy(self.tokens[starts[:, None] + offsets].astype(np.int64))
 
-    def _windows(self, epoch: int) -> np.ndarray:
-        """Where the windows of an epoch start, in their order: [windows_per_epoch] int64."""
+    def _window_starts(self, epoch: int) -> np.ndarray:
+        """Return where the windows of an epoch start, in order: [windows_per_epoch] int64."""
         if epoch != self._epoch:
             random = np.random.default_rng([self.seed, epoch])
             spare = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size

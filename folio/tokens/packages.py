@@ -1,4 +1,4 @@
-"""The two data packages of requirements/data.txt: their files are read, their code never runs."""
+"""The two data packages of requirements/data.txt, used as files: their code is never imported."""
 
 import importlib.util
 from pathlib import Path
@@ -10,9 +10,9 @@ REINSTALL = INSTALL.replace("install", "install --force-reinstall", 1)
 
 
 def folder(package: str) -> Path:
-    """Where the package is installed, found without importing it.
+    """Return the folder in which a package is installed, without importing the package.
 
-    Raises UserError when it is not installed.
+    Raises UserError if it is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -20,6 +20,6 @@ def folder(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def damaged(package: str, what: str) -> UserError:
-    """The error to raise when a package's files are not the ones they should be."""
-    return UserError(f"the data package {package} is damaged ({what}): run `{REINSTALL}`")
+def damaged(package: str, problem: str) -> UserError:
+    """Return the error to raise if a package does not contain the expected files."""
+    return UserError(f"the data package {package} is damaged ({problem}): run `{REINSTALL}`")

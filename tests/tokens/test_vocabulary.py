@@ -1,12 +1,12 @@
-"""A row for all tokens that never occur is exactly a GPT-2 in which their rows are equal."""
+"""A model with a shared row for unseen tokens equals a GPT-2 in which their rows are equal."""
 
 import numpy as np
 import pytest
 import torch
 
 from folio.gpt import huggingface
-from folio.tokens import vocabulary
 from folio.gpt.model import GPT, ModelParams
+from folio.tokens import vocabulary
 
 SIZE = 50_257
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=24, dropout=0.0)
@@ -14,10 +14,10 @@ PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=24, dropout=0.0)
 
 @pytest.fixture(scope="module")
 def text():
-    """300 tokens of 40 kinds, none of them neighbours."""
+    """300 tokens with 40 different ids, no two of which are adjacent."""
     random = np.random.default_rng(1)
-    kinds = random.choice(SIZE // 2, 40, replace=False) * 2
-    return random.choice(kinds, 300).astype(np.uint16)
+    ids = random.choice(SIZE // 2, 40, replace=False) * 2
+    return random.choice(ids, 300).astype(np.uint16)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def shared(text):
 
 @pytest.fixture(scope="module")
 def models(shared, tmp_path_factory):
-    """A model with a shared row, and the same written out in full and read again."""
+    """A model with a shared row, and the same model saved with all rows and loaded again."""
     torch.manual_seed(1)
     small = GPT(PARAMS, shared.rows, shared.multiplicity)
     with torch.no_grad():
@@ -39,14 +39,14 @@ def models(shared, tmp_path_factory):
 
 
 def batch(text, unseen):
-    """x, y [4, 24] of the whole vocabulary; with unseen, every third token is any at all."""
+    """Return token ids x, y [4, 24]; with unseen, every third one can be any id."""
     ids = text[: 4 * 25].astype(np.int64).reshape(4, 25)
     if unseen:
         ids[:, ::3] = np.random.default_rng(2).integers(SIZE, size=ids[:, ::3].shape)
     return ids[:, :-1], ids[:, 1:]
 
 
-def test_tokens_that_occur_have_rows_of_their_own_and_the_others_share_the_last(text, shared):
+def test_tied_vocabulary_has_a_row_per_occurring_token_and_a_shared_last_row(text, shared):
     occurring = np.unique(text)
     assert shared.rows == len(occurring) + 1
     assert sorted(shared.row[occurring]) == list(range(len(occurring)))
@@ -55,19 +55,19 @@ def test_tokens_that_occur_have_rows_of_their_own_and_the_others_share_the_last(
     assert shared.multiplicity.sum() == SIZE
 
 
-def test_rows_of_tokens_fit_a_token_file(text, shared):
+def test_rows_of_returns_uint16_like_token_files(text, shared):
     assert shared.rows_of(text).dtype == np.uint16
     assert np.array_equal(shared.rows_of(text), [shared.row[token] for token in text])
 
 
-def test_where_every_token_has_a_row_ids_stay_as_they_are(text):
-    every = vocabulary.full_vocabulary(SIZE)
-    assert every.rows == SIZE and every.multiplicity is None
-    assert every.rows_of(text) is text
-    assert np.array_equal(every.row, np.arange(SIZE))
+def test_full_vocabulary_leaves_ids_unchanged(text):
+    full = vocabulary.full_vocabulary(SIZE)
+    assert full.rows == SIZE and full.multiplicity is None
+    assert full.rows_of(text) is text
+    assert np.array_equal(full.row, np.arange(SIZE))
 
 
-def test_a_text_of_all_tokens_shares_no_row():
+def test_tied_vocabulary_of_a_text_with_all_tokens_shares_no_row():
     tokens = np.random.default_rng(1).permutation(100).astype(np.uint16)
     found = vocabulary.tied_vocabulary(tokens, 100)
     assert found.multiplicity is None and found.rows == 100
@@ -75,7 +75,7 @@ def test_a_text_of_all_tokens_shares_no_row():
 
 
 @pytest.mark.parametrize("unseen", [False, True])
-def test_each_token_loses_what_it_does_in_the_model_written_out(text, shared, models, unseen):
+def test_token_losses_are_those_of_the_model_with_all_rows(text, shared, models, unseen):
     (small, full), (x, y) = models, batch(text, unseen)
     rows_x, rows_y = (torch.from_numpy(shared.row[ids].astype(np.int64)) for ids in (x, y))
     found = small.token_losses(rows_x, rows_y)
@@ -87,7 +87,7 @@ def test_each_token_loses_what_it_does_in_the_model_written_out(text, shared, mo
 
 
 @pytest.mark.parametrize("unseen", [False, True])
-def test_the_loss_is_the_same_and_a_shared_row_gets_the_gradients_of_all_that_share_it(
+def test_loss_is_the_same_and_the_shared_row_gets_the_sum_of_the_gradients(
     text, shared, models, unseen
 ):
     (small, full), (x, y) = models, batch(text, unseen)
@@ -100,7 +100,9 @@ def test_the_loss_is_the_same_and_a_shared_row_gets_the_gradients_of_all_that_sh
     loss.backward(), full_loss.backward()
     expected = {name: p.grad for name, p in full.named_parameters()}
     row = torch.from_numpy(shared.row.astype(np.int64))
-    by_row = torch.zeros(shared.rows, PARAMS.n_embd, dtype=torch.float64)  # 50,217 in one sum
+    by_row = torch.zeros(
+        shared.rows, PARAMS.n_embd, dtype=torch.float64
+    )  # one row is a sum of 50,217
     by_row.index_add_(0, row, expected["transformer.wte.weight"].double())
     expected["transformer.wte.weight"] = by_row.float()
     for name, p in small.named_parameters():

@@ -1,0 +1,152 @@
+"""What SECURITY.md promises: no pickle, no shell, no open port, no known vulnerabilities."""
+
+import ast
+import pickle
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+from folio import params
+from folio.errors import UserError
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+
+FOLDERS = ("folio", "stages", "benchmarks", "notebooks")
+SOURCES = sorted([*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.py"))])
+# Modules that serialize Python objects, and calls that run code or a shell.
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.save"}
+CALLS |= {"yaml.unsafe_load", "yaml.full_load"}
+CALLS |= {"subprocess.getoutput", "subprocess.getstatusoutput"}
+
+
+def dangers(source: str) -> list[str]:
+    """The forbidden imports and calls of a Python source, each with its line number."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = {alias.name.split(".")[0] for alias in node.names} | {module.split(".")[0]}
+            found += [f"{node.lineno}: import {name}" for name in names & MODULES]
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if (
+                name in CALLS
+                or (name == "torch.load" and given.get("weights_only") != "True")
+                or (name == "yaml.load" and not _is_safe(node))
+                or given.get("shell", "False") != "False"
+                or given.get("allow_pickle", "False") != "False"
+            ):
+                found.append(f"{node.lineno}: {name}")
+    return found
+
+
+def _is_safe(call: ast.Call) -> bool:
+    """Whether a call of yaml.load has a loader of plain values only, such as params._Loader."""
+    loaders = [ast.unparse(each) for each in [*call.args[1:], *(k.value for k in call.keywords)]]
+    fast = "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"
+    return len(loaders) == 1 and loaders[0] in ("_Loader", "yaml.SafeLoader", fast)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_source_neither_unpickles_nor_runs_what_it_reads(path):
+    assert dangers(path.read_text()) == []
+
+
+def test_loader_of_params_is_safe():
+    assert issubclass(params._Loader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.save({}, 'x')",
+        "np.load('x', allow_pickle=True)",
+        "yaml.load(text, yaml.Loader)",
+        "yaml.load(text, Loader=yaml.FullLoader)",
+        "eval(text)",
+        "exec(text)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+    ],
+)
+def test_search_finds_dangerous_code(source):
+    assert dangers(source)
+
+
+# --- a malicious model folder
+
+
+class Exploit:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_load_runs_no_code_of_a_model_folder_and_writes_nothing(tmp_path):
+    folder = tmp_path / "model"
+    sizes = ModelParams(n_layer=1, n_head=1, n_embd=4, block_size=4, dropout=0.0)
+    huggingface.save(GPT(sizes, 7), folder)
+    payload = pickle.dumps(Exploit(tmp_path / "exploited"))
+    for name in ("pytorch_model.bin", "training_args.bin", "model.pt"):
+        (folder / name).write_bytes(payload)
+    module = f"import pathlib; pathlib.Path({str(tmp_path / 'exploited')!r}).touch()"
+    for name in ("modeling_gpt2.py", "configuration.py", "__init__.py"):
+        (folder / name).write_text(module)
+    config = (folder / "config.json").read_text().rstrip("}\n")
+    auto_map = '"auto_map": {"AutoModelForCausalLM": "modeling_gpt2.Model"}'
+    (folder / "config.json").write_text(f'{config}, {auto_map}, "trust_remote_code": true}}')
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = contents()
+    huggingface.load(folder)
+    assert contents() == before
+    (folder / "model.safetensors").write_bytes(payload)  # a pickle under another name
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        huggingface.load(folder)
+    assert not (tmp_path / "exploited").exists()
+
+
+# --- servers and versions
+
+
+def test_servers_of_the_makefile_listen_on_localhost_only():
+    recipes = re.findall(r"^\t[@-]*(.+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    servers = re.compile(
+        r"^(?:python -m )?(?:mlflow (?:ui|server)|gradio|uvicorn|gunicorn|http\.server)"
+    )
+    started = [line for line in recipes if servers.match(line)]
+    assert started
+    for line in started:
+        assert "--host 127.0.0.1" in line, line
+
+
+# The first versions without known vulnerabilities: in earlier ones torch.load ran code despite
+# weights_only, and MLflow's server let anyone read and write files.
+@pytest.mark.parametrize(("name", "first"), [("torch", "2.10"), ("mlflow", "3.11")])
+def test_versions_with_known_vulnerabilities_are_excluded(name, first):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [allowed] = [each for each in map(Requirement, project["dependencies"]) if each.name == name]
+    major, minor = map(int, first.split("."))
+    for old in (f"{major - 1}.99", f"{major}.{minor - 1}.99"):
+        assert not allowed.specifier.contains(old), old
+    [pinned] = re.findall(
+        rf"^{name}==(.+)$", (ROOT / "requirements/base.txt").read_text(), re.MULTILINE
+    )
+    assert allowed.specifier.contains(pinned)

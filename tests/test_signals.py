@@ -1,0 +1,115 @@
+"""Stop requests: SIGTERM and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, environment
+
+from folio import signals
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Keep a stop request from ending pytest after the grace period, or stopping other tests."""
+    monkeypatch.setattr(signals, "GRACE_PERIOD", 24 * 3600.0)
+    monkeypatch.setattr(signals, "_cause", None)
+
+
+def test_stop_request_raises_at_once():
+    request = pytest.raises(signals.Stopped, match="stopped by SIGTERM; run the same command")
+    with request as stopped, signals.handled(print):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+    assert stopped.value.status == 143
+
+
+def test_deferred_stop_request_waits_for_check():
+    done = []
+    with pytest.raises(signals.Stopped), signals.handled(print), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("the step")
+        assert signals.seconds_left() > 0
+        signals.check()
+        done.append("the next step")
+    assert done == ["the step"]
+
+
+def test_deferred_stop_request_raises_in_an_interruptible_block():
+    done = []
+    with pytest.raises(signals.Stopped), signals.handled(print), signals.deferred():
+        with signals.interruptible():
+            done.append("the first block")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with signals.interruptible():
+            done.append("the second block")
+    assert done == ["the first block"]
+
+
+def test_handled_restores_the_previous_handlers():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with signals.handled(print):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        signals.check()
+        assert signals.seconds_left() is None
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def run_with_two_signals(action: str) -> subprocess.CompletedProcess:
+    """Run a process that sends itself a signal twice in a deferred block."""
+    script = f"""
+import os, signal
+from folio import signals
+from folio.errors import one_line_errors
+with one_line_errors(), signals.deferred():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.{action})
+    print("the step is done", flush=True)
+    signals.check()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment(ROOT), capture_output=True, text=True
+    )
+
+
+def test_second_sigterm_does_not_interrupt_a_step():
+    done = run_with_two_signals("SIGTERM")
+    assert (done.returncode, done.stdout) == (143, "the step is done\n")
+    assert done.stderr.startswith("folio: stopped by SIGTERM; ")
+
+
+def test_second_ctrl_c_exits_at_once():
+    done = run_with_two_signals("SIGINT")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == (
+        "folio: stopped by Ctrl-C; run the same command again to resume from the last checkpoint\n"
+    )
+
+
+def test_process_that_cannot_stop_exits_after_grace_period(tmp_path):
+    script = """
+from folio import signals
+from folio.errors import one_line_errors
+signals.GRACE_PERIOD = 1.0
+with one_line_errors(), signals.deferred():
+    print("ready", flush=True)
+    while True:
+        pass
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as stuck:
+        assert stuck.stdout.readline() == "ready\n"
+        for _ in range(2):  # a scheduler may send it twice
+            stuck.send_signal(signal.SIGTERM)
+        _, stderr = stuck.communicate(timeout=10)
+    assert stuck.returncode == 143
+    assert stderr == (
+        "folio: stopped by SIGTERM; run the same command again to resume from the last checkpoint\n"
+    )
