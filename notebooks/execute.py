@@ -1,4 +1,4 @@
-"""Execute the notebook from its start, in a fresh kernel, and write it back with what came out.
+"""Execute the notebook from the start in a new kernel, and save it with its outputs.
 
 python -m notebooks.execute
 """
@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("tour.ipynb")
 
 
 def client(notebook: NotebookNode, folder: Path) -> NotebookClient:
-    """Runs the cells with this Python, as in a notebook that lies in the folder."""
+    """A client that executes the cells with this Python, with `folder` as the working directory."""
     return NotebookClient(
         notebook,
         timeout=600,
@@ -24,9 +24,9 @@ def client(notebook: NotebookNode, folder: Path) -> NotebookClient:
     )
 
 
-def code_sum(notebook: NotebookNode) -> str:
-    """sha256 of the code cells. The notebook keeps it, so that a test sees a cell that was changed
-    and not executed."""
+def code_sha256(notebook: NotebookNode) -> str:
+    """The SHA-256 of the code cells. It is saved in the notebook's metadata, so that a test can
+    detect cells that were changed and not executed."""
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(cells).encode()).hexdigest()
 
@@ -37,7 +37,7 @@ def main() -> None:
     notebook.metadata = {
         "kernelspec": notebook.metadata["kernelspec"],
         "language_info": {"name": "python"},
-        "folio": {"code_sha256": code_sum(notebook)},
+        "folio": {"code_sha256": code_sha256(notebook)},
     }
     nbformat.write(notebook, FILE)
 

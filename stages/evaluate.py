@@ -1,4 +1,4 @@
-"""Evaluate: what models/gpt2 has learned, as metrics, samples and plots."""
+"""Evaluate: metrics, samples and plots of models/gpt2."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from folio import device, files, params, plots
 from folio.errors import UserError, one_line_errors
 from folio.gpt import huggingface
+from folio.gpt.model import GPT
 from folio.gpt.validation import token_losses
 from folio.inference.evaluation import EvaluateParams, compute_metrics, format_report, samples_page
 from folio.run import (
@@ -28,6 +29,7 @@ from folio.run import (
 )
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files
+from folio.tokens.token_files import TokenData
 from folio.tracking import context
 from folio.tracking.store import Store, warn_on_failure
 from folio.tracking.writer import RunWriter
@@ -39,26 +41,16 @@ def main() -> None:
 
 
 def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) -> None:
-    """Read root/models and root/data/prepared, write root/models/evaluation, send it to MLflow."""
+    """Evaluate root/models/gpt2 on root/data/prepared and write root/models/evaluation.
+
+    Logs the results to MLflow, then removes the training's checkpoints under `project`, which DVC's
+    copy of the model has made superfluous. Raises UserError if params, model and data do not match.
+    """
     device.tune_malloc()
     model = huggingface.load(root / "models/gpt2", device.resolve_device(runtime.device))
     data = token_files.read(root / "data/prepared")
-    if p.stride > model.params.block_size:
-        raise UserError(
-            f"evaluate.stride: {p.stride} is longer than the model's context:"
-            f" set at most {model.params.block_size}"
-        )
-    if model.transformer.wte.num_embeddings < data.meta["vocabulary"]:
-        raise UserError(
-            "models/gpt2 has a smaller vocabulary than data/prepared: `dvc repro train` makes one"
-            " that fits"
-        )
-    trained = read_record(root / TRAINING / RECORD)
-    if files.sha256(root / "models/gpt2/model.safetensors") != trained.tags.get("weights_sha256"):
-        raise UserError(
-            "models/gpt2 is not the model that models/training describes: `dvc checkout` restores"
-            " it, `dvc repro --force train` trains it again"
-        )
+    _check_fit(p, model, data)
+    training = _read_training_record(root)
     losses = token_losses(model, data.val)
     metrics = compute_metrics(model, data, losses, p.stride)
     out = root / EVALUATION
@@ -67,39 +59,64 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     plots.loss_curve(read_history(root / TRAINING / HISTORY), out / "loss.png")
     plots.loss_by_position(losses, model.params.block_size, out / "loss_by_position.png")
     plots.loss_by_rarity(losses, data.val[1:], data.train, out / "loss_by_rarity.png")
-    write_record(_record(p, trained, out), out / RECORD)
+    write_record(_record(p, training, out), out / RECORD)
     print(format_report(metrics))
     with warn_on_failure():
         writer = RunWriter(Store(runtime.tracking_uri))
         writer.complete(read_training(root))
         writer.complete(read_evaluation(root))
-    _remove_checkpoints(project / UNFINISHED / trained.tags["train_key"], trained.id)
+    _remove_checkpoints(project / UNFINISHED / training.tags["train_key"], training.id)
 
 
-def _record(p: EvaluateParams, trained: Record, out: Path) -> Record:
-    """The evaluation's record. Its id is a hash of params and results, so that repeating an
+def _check_fit(p: EvaluateParams, model: GPT, data: TokenData) -> None:
+    """Raise UserError if the model is too small for the params or the data."""
+    if p.stride > model.params.block_size:
+        raise UserError(
+            f"evaluate.stride: {p.stride} is longer than the model's context:"
+            f" set at most {model.params.block_size}"
+        )
+    if model.transformer.wte.num_embeddings < data.meta["vocabulary"]:
+        raise UserError(
+            "models/gpt2 has a smaller vocabulary than data/prepared: `dvc repro train` trains a"
+            " model that fits"
+        )
+
+
+def _read_training_record(root: Path) -> Record:
+    """The record in models/training. Raises UserError if models/gpt2 is from another training."""
+    training = read_record(root / TRAINING / RECORD)
+    if files.sha256(root / "models/gpt2/model.safetensors") != training.tags.get("weights_sha256"):
+        raise UserError(
+            "models/gpt2 is not the model that models/training describes: `dvc checkout` restores"
+            " it, `dvc repro --force train` trains it again"
+        )
+    return training
+
+
+def _record(p: EvaluateParams, training: Record, out: Path) -> Record:
+    """The record of an evaluation. Its id is a hash of params and results, so repeating an
     evaluation gives the same run in MLflow."""
     settings = {name: str(value) for name, value in params.flatten(evaluate=p).items()}
     results = [(out / name).read_text(encoding="utf-8") for name in ("metrics.json", "samples.md")]
-    content = json.dumps([trained.id, settings, *results])
+    content = json.dumps([training.id, settings, *results])
     now = now_ms()
     return Record(
         id=hashlib.sha256(content.encode()).hexdigest()[:32],
         name="evaluate",
         started=now,
         ended=now,
-        parent=trained.id,
+        parent=training.id,
         params=settings,
-        tags=context.tags("stages/evaluate.py") | {"train_key": trained.tags["train_key"]},
+        tags=context.tags("stages/evaluate.py") | {"train_key": training.tags["train_key"]},
     )
 
 
-def _remove_checkpoints(folder: Path, id: str) -> None:
-    """Remove the training's checkpoints: DVC has the model that came of them."""
+def _remove_checkpoints(folder: Path, training_id: str) -> None:
+    """Remove the checkpoints in a folder, unless another training owns or uses it."""
     if folder.exists():
         with lock_if_idle(folder) as idle:
             record = folder / RECORD
-            if idle and record.exists() and read_record(record).id == id:
+            if idle and record.exists() and read_record(record).id == training_id:
                 remove_unfinished(folder)
 
 

@@ -1,31 +1,43 @@
-"""The output head's cross-entropy, without ever holding all the logits.
+"""Fused linear cross-entropy: the output head, its loss and its gradient, chunk by chunk.
 
-At vocabulary 50,257 the logits of 1,024 tokens are 206 MB in fp32, and reading and writing them
-costs as much as the matrix products do. So the head works on some rows at a time, and forms its
-gradient in the forward pass while those rows' logits are at hand (Hsu et al. 2024, "Liger Kernel",
-section 3.2, FusedLinearCrossEntropy).
+At a vocabulary of 50,257 the logits of 1,024 tokens take 206 MB in fp32, and reading and writing
+them costs as much as the matrix products. So the head processes a chunk of rows at a time, and the
+forward pass computes the gradient while the chunk's logits are in memory (Hsu et al. 2024, "Liger
+Kernel", section 3.2, FusedLinearCrossEntropy).
+
+N is the number of tokens, R that of one chunk, C the channels and V the vocabulary.
 """
+
+from typing import Any
 
 import torch
 
 from folio.gpt import cross_entropy_kernel
 
-ROWS = 512  # whose logits are held at once: 103 MB; on a CPU, and for losses alone
-GPU_ROWS = 16_384  # the same in training on a GPU, in half precision: 1.6 GB
+CHUNK_ROWS = 512  # rows per chunk on a CPU, and for losses without gradient: 103 MB of logits
+GPU_CHUNK_ROWS = 16_384  # rows per chunk in training on a GPU in half precision: 1.6 GB of logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, y, scale):
-        tall = x.device.type == "cpu" and x.dtype.itemsize >= 4
-        whole = torch.promote_types(x.dtype, torch.float32)
-        factor = scale * x.new_full((), 1 / len(y), dtype=whole)
-        loss, *gradients = (_tall if tall else _wide)(x, weight, bias, y, factor)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        scale: torch.Tensor | float,
+    ) -> torch.Tensor:
+        transposed = x.device.type == "cpu" and x.dtype.itemsize >= 4
+        fused = _loss_and_gradients_transposed if transposed else _loss_and_gradients
+        accumulated = torch.promote_types(x.dtype, torch.float32)
+        factor = scale * x.new_full((), 1 / len(y), dtype=accumulated)
+        loss, *gradients = fused(x, weight, bias, y, factor)
         ctx.save_for_backward(*gradients)
         return loss / len(y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *_: Any) -> tuple[torch.Tensor | None, ...]:
         return *ctx.saved_tensors, None, None, None
 
 
@@ -36,11 +48,12 @@ def linear_cross_entropy(
     y: torch.Tensor,
     scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats of softmax(x @ weight.T + bias) at y, with its gradient.
+    """Mean cross-entropy in nats/token of softmax(x @ weight.T + bias) at y, with its gradient.
 
-    x [N, C], weight [V, C], bias [V] or None (a constant in fp32: it gets no gradient), y [N].
-    The gradient is scale times the loss's; call backward on the loss as it is, for the gradient is
-    there already, and what the loss is multiplied by afterwards does not reach it.
+    x [N, C], weight [V, C], bias [V] in fp32 or None, y [N]. The bias is a constant and gets no
+    gradient. The gradients of x and weight are those of the loss times `scale`. The forward pass
+    computes them, so call `backward` directly on the result: later operations on the loss do not
+    change them.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, y, scale)
 
@@ -49,70 +62,99 @@ def linear_cross_entropy(
 def token_losses(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy in nats at each of y [N]; the arguments are linear_cross_entropy's."""
-    logits = _buffer(x, weight)
+    """Cross-entropy in nats [N] at each of y [N]; the arguments are as in linear_cross_entropy."""
+    buffer = _logits_buffer(x, weight)
     return torch.cat(
         [
-            _softmax_parts(rows, weight, bias, targets, logits)[2]
-            for rows, targets in zip(x.split(ROWS), y.split(ROWS), strict=True)
+            _transposed_softmax(rows, weight, bias, targets, buffer)[2]
+            for rows, targets in zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True)
         ]
     )
 
 
-def _tall(x, weight, bias, y, factor):
-    """The losses' sum, and its gradients by x and weight times factor, with logits as [V, R]: on a
-    CPU the product of the tall weight with few columns is the faster one."""
-    loss = torch.zeros_like(factor)
-    x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-    logits = _buffer(x, weight)
-    parts = zip(x.split(ROWS), y.split(ROWS), x_grad.split(ROWS), strict=True)
-    for rows, targets, rows_grad in parts:
-        exponentials, total, losses = _softmax_parts(rows, weight, bias, targets, logits)
-        loss += losses.sum()
-        # The gradient of the logits is softmax - one-hot. Here it is that times total, which is
-        # taken back where the numbers are fewer.
-        gradient = exponentials.scatter_add_(0, targets[None], -total[None])
-        scale = factor / total[:, None]
-        torch.mm(gradient.T, weight, out=rows_grad).mul_(scale)
-        weight_grad.addmm_(gradient, rows * scale)
-    return loss, x_grad, weight_grad
+def _loss_and_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of the losses, and its gradients by x [N, C] and weight [V, C], times factor.
 
-
-def _wide(x, weight, bias, y, factor):
-    """As _tall, with logits as [R, V]. V is made a multiple of 64, by rows of zeros: with an odd
-    number of columns a GPU's matrix products take five times as long."""
+    For a GPU or half precision. The logits are [R, V], where V is padded to a multiple of 64 by
+    rows of zeros: with an odd number of columns, a GPU's matrix products take five times as long.
+    """
     size = len(weight)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, -size % 64))
     loss = torch.zeros((), device=x.device)
     x_grad, weight_grad = torch.empty_like(x), torch.empty_like(weight)
-    buffer = x.new_empty(min(GPU_ROWS, len(x)), len(weight))
-    parts = zip(x.split(GPU_ROWS), y.split(GPU_ROWS), x_grad.split(GPU_ROWS), strict=True)
-    for part, (rows, targets, rows_grad) in enumerate(parts):
+    buffer = x.new_empty(min(GPU_CHUNK_ROWS, len(x)), len(weight))
+    tensors = (x, y, x_grad)
+    chunks = zip(*(tensor.split(GPU_CHUNK_ROWS) for tensor in tensors), strict=True)
+    for number, (rows, targets, rows_grad) in enumerate(chunks):
         logits = buffer[: len(rows)]
         torch.mm(rows, weight.T, out=logits)
         loss += cross_entropy_kernel.cross_entropy_(logits, size, bias, targets, factor).sum()
-        torch.mm(logits, weight, out=rows_grad)
-        weight_grad.addmm_(logits.T, rows, beta=min(part, 1))
+        logits_grad = logits  # which cross_entropy_ has overwritten
+        torch.mm(logits_grad, weight, out=rows_grad)
+        weight_grad.addmm_(logits_grad.T, rows, beta=min(number, 1))
     return loss, x_grad, weight_grad[:size]
 
 
-def _buffer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty(len(weight) * min(ROWS, len(x)), dtype=x.dtype, device=x.device)
+def _loss_and_gradients_transposed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _loss_and_gradients, for a CPU in fp32 or fp64.
+
+    The logits are transposed, [V, R]: on a CPU the product of the tall weight with few columns is
+    faster than the product of few rows with the transposed weight.
+    """
+    loss = torch.zeros_like(factor)
+    x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+    buffer = _logits_buffer(x, weight)
+    chunks = zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS), x_grad.split(CHUNK_ROWS), strict=True)
+    for rows, targets, rows_grad in chunks:
+        exponentials, sums, losses = _transposed_softmax(rows, weight, bias, targets, buffer)
+        loss += losses.sum()
+        # The gradient by the logits is softmax - one_hot(y). Here it is multiplied by `sums`, and
+        # the division takes place in rows of C numbers instead of V.
+        logits_grad = exponentials.scatter_add_(0, targets[None], -sums[None])
+        rows_factor = factor / sums[:, None]
+        torch.mm(logits_grad.T, weight, out=rows_grad).mul_(rows_factor)
+        weight_grad.addmm_(logits_grad, rows * rows_factor)
+    return loss, x_grad, weight_grad
 
 
-def _softmax_parts(rows, weight, bias, targets, buffer):
-    """Numbers in proportion to the softmax [V, R], in buffer; their sums [R]; the losses [R]."""
+def _logits_buffer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(len(weight) * min(CHUNK_ROWS, len(x)), dtype=x.dtype, device=x.device)
+
+
+def _transposed_softmax(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    buffer: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A softmax before its division: exponentials [V, R], their sums [R], and the losses [R].
+
+    The exponentials are a view of `buffer`.
+    """
     logits = buffer[: len(weight) * len(rows)].view(len(weight), len(rows))
-    # To take the maximum away before the exponentials is two passes over the logits more than most
-    # of them need. A GPU should not wait to be asked.
-    for shifted in (False, True) if rows.device.type == "cpu" else (True,):
+    # Subtracting the maximum takes two more passes over the logits, which is rarely necessary. A
+    # GPU always subtracts it, since testing the sums would make the host wait.
+    for subtract_max in (False, True) if rows.device.type == "cpu" else (True,):
         torch.mm(weight, rows.T, out=logits)
         if bias is not None:
             logits += bias[:, None]
-        if shifted:
+        if subtract_max:
             logits -= logits.amax(0)
-        correct = logits.gather(0, targets[None])[0]
-        total = logits.exp_().sum(0)
-        if shifted or (total.min() > 1e-20 and total.max() < 1e20):
+        target_logits = logits.gather(0, targets[None])[0]
+        sums = logits.exp_().sum(0)
+        if subtract_max or (sums.min() > 1e-20 and sums.max() < 1e20):
             break
-    return logits, total, total.log() - correct
+    return logits, sums, sums.log() - target_logits

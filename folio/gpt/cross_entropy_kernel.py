@@ -1,8 +1,8 @@
-"""The softmax of many logits on a GPU: cross-entropy and its gradient, each logit read once.
+"""The cross-entropy of many logits and its gradient, in one Triton kernel that reads each once.
 
-PyTorch's own operators pass over the logits five times. The kernel keeps the running maximum and
-sum (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3), and
-finds a row again in the GPU's cache when it turns it into its gradient.
+PyTorch's own operators make five passes over the logits. The kernel computes a running maximum and
+sum of exponentials (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax",
+algorithm 3); when it turns a row into its gradient, it finds the row in the GPU's cache.
 """
 
 import torch
@@ -13,7 +13,7 @@ if device.can_compile():
     import triton
     from triton import language as tl
 
-_BLOCK, _WARPS = 8192, 32  # logits that a program handles at once, 8 a thread; threads / 32
+_BLOCK, _WARPS = 8192, 32  # logits per iteration, 8 per thread; warps of 32 threads per program
 
 
 def cross_entropy_(
@@ -23,11 +23,11 @@ def cross_entropy_(
     y: torch.Tensor,
     factor: torch.Tensor,
 ) -> torch.Tensor:
-    """Losses [N] in nats at y [N] of softmax(logits + bias); logits become their gradient.
+    """Losses [N] in nats of softmax(logits + bias) at y [N]. Overwrites logits by their gradient.
 
-    logits [N, V] are overwritten by the gradient of the losses' sum times factor, a scalar in fp32.
-    Of V only the first `size` are of the vocabulary, those beyond are 0 and stay so. bias [size]
-    in fp32, or None.
+    The gradient by logits [N, V] is that of the sum of the losses, times factor, a scalar in fp32.
+    Only the first `size` columns belong to the vocabulary; the others are 0 and stay 0. bias [size]
+    is in fp32, or None. Without Triton or a GPU, PyTorch's operators compute the same.
     """
     if device.can_compile() and logits.is_cuda:
         losses = torch.empty(len(y), device=logits.device)
@@ -48,10 +48,13 @@ def cross_entropy_(
 if device.can_compile():
 
     @triton.jit
-    def _scores(
+    def _load(
         logits, bias, start, size, has_bias: tl.constexpr, masked: tl.constexpr, block: tl.constexpr
     ):
-        """Eight numbers a thread, from `start` on: [block / 8, 8], and where they are."""
+        """Load logits + bias from column `start` on, [block / 8, 8], and their column numbers.
+
+        Each thread loads 8. If masked, those from column `size` on are -3e38.
+        """
         column = start + tl.arange(0, block // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
         if masked:
             inside = column < size
@@ -65,10 +68,10 @@ if device.can_compile():
         return z, column
 
     @triton.jit
-    def _join(z, top, total):
-        """The maxima and the sums, a thread, with z."""
-        higher = tl.maximum(top, tl.max(z, 1))
-        return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+    def _accumulate(z, maximum, total):
+        """Update each thread's running maximum and sum of exponentials with its logits z."""
+        higher = tl.maximum(maximum, tl.max(z, 1))
+        return higher, total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
 
     @triton.jit
     def _cross_entropy(
@@ -81,27 +84,27 @@ if device.can_compile():
         if has_bias:
             correct += tl.load(bias + target)
         factor = tl.load(factor)
-        # A maximum and a sum a thread, as it goes; what the last block counts beyond the vocabulary
-        # is lower than any logit, and falls out when all threads are brought to one maximum.
+        # Each thread keeps a maximum and a sum. Columns of the last block beyond the vocabulary are
+        # lower than any logit, so they vanish when the threads' sums are rescaled to one maximum.
         whole = size // block * block
-        top = tl.full([block // 8], -3e38, tl.float32)
+        maximum = tl.full([block // 8], -3e38, tl.float32)
         total = tl.zeros([block // 8], tl.float32)
         for start in range(0, whole, block):
-            z, _ = _scores(logits, bias, start, size, has_bias, False, block)
-            top, total = _join(z, top, total)
-        z, last = _scores(logits, bias, whole, size, has_bias, True, block)
-        top, total = _join(z, top, total)
-        highest = tl.max(top, 0)
-        norm = tl.sum(total * tl.exp(top - highest), 0)
+            z, _ = _load(logits, bias, start, size, has_bias, False, block)
+            maximum, total = _accumulate(z, maximum, total)
+        z, last = _load(logits, bias, whole, size, has_bias, True, block)
+        maximum, total = _accumulate(z, maximum, total)
+        highest = tl.max(maximum, 0)
+        norm = tl.sum(total * tl.exp(maximum - highest), 0)
         tl.store(losses + row, highest + tl.log(norm) - correct)
         share = factor / norm
         tl.store(
             logits + last, (tl.exp(z - highest) * share).to(logits.dtype.element_ty), last < width
         )
         for start in range(0, whole, block):
-            z, column = _scores(logits, bias, start, size, has_bias, False, block)
+            z, column = _load(logits, bias, start, size, has_bias, False, block)
             gradient = tl.exp(z - highest) * share
             tl.store(logits + column, gradient.to(logits.dtype.element_ty))
-        tl.debug_barrier()  # the target's own is written last
+        tl.debug_barrier()  # the target's gradient must overwrite what the loops have stored
         gradient = tl.exp(correct - highest) * share - factor
         tl.store(logits + target, gradient.to(logits.dtype.element_ty))

@@ -1,8 +1,9 @@
-"""GPT-2 as a Hugging Face folder, out and in: safetensors, config.json, tokenizer files."""
+"""Save and load GPT-2 as a Hugging Face folder: safetensors, config.json, tokenizer files."""
 
 import json
 import reprlib
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.tokens import tokenizer
 
-# transformers keeps these four as Conv1D, whose weight is [in, out]: the transpose of a Linear's.
+# In transformers these are Conv1D layers, whose weight is [in, out], the transpose of a Linear's.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors' header has them
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as in the header of a safetensors file
 
-# What a config.json must say for the arithmetic to be GPT-2's; a key that is not there is right.
+_HINT = "download the folder or save the model again"
+
+# The values in config.json of GPT-2's arithmetic. A missing key defaults to its value here.
 _GPT2 = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -35,10 +38,11 @@ _GPT2 = {
 
 
 def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel and AutoTokenizer open as it is.
+    """Write a folder that transformers' GPT2LMHeadModel and AutoTokenizer can open.
 
-    `row` [vocabulary size] gives each token its row of the embedding, where the model has fewer
-    rows than the vocabulary tokens. The folder appears whole or not at all.
+    `row` [vocabulary size] is the embedding row of each token, for a model in which tokens share
+    rows. The folder is written under another name and then renamed. A failure raises OSError and
+    leaves the previous folder as it was.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -56,11 +60,11 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save(temporary)
         if folder.exists():
-            former = folder.with_name(f".{folder.name}.former")
-            shutil.rmtree(former, ignore_errors=True)
-            folder.rename(former)
+            previous = folder.with_name(f".{folder.name}.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
             temporary.rename(folder)
-            shutil.rmtree(former)
+            shutil.rmtree(previous)
         else:
             temporary.rename(folder)
     except BaseException:
@@ -69,10 +73,11 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
-    """Open a GPT-2 folder, ours or one that transformers wrote. Returns the model in eval mode.
+    """Load a GPT-2 folder that Folio or transformers wrote. The model is in fp32 and eval mode.
 
-    Raises UserError if the folder is missing, damaged, or holds no GPT-2 in safetensors. It may be
-    a stranger's: nothing in it is run, and config.json makes no model that is not in the file.
+    Raises UserError if the folder is missing or damaged, or is not a GPT-2 in safetensors. The
+    folder may come from an untrusted source: no code in it is run, and the sizes in config.json are
+    compared with those in model.safetensors before a model is built from them.
     """
     config = _read_config(folder / "config.json")
     weights = _read_weights(folder / "model.safetensors", config)
@@ -84,31 +89,40 @@ def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
             block_size=config["n_positions"],
             dropout=float(config.get("resid_pdrop", 0.1)),
         )
-    except ValueError as problem:
-        raise UserError(f"{folder / 'config.json'}: {problem}") from None
-    with torch.device("meta"), _Undrawn():
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    with torch.device("meta"), _SkipRandomWeights():
         model = GPT(params, config["vocab_size"])
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError:
-        raise _unfit(folder, "names or shapes are not GPT-2's") from None
+        raise _mismatch(folder, "names or shapes are not GPT-2's") from None
     return model.to(device).eval()
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves weights without memory as they are. PyTorch draws nothing for them either, but imports
-    its compiler to find that out, which takes 1.4 s."""
+class _SkipRandomWeights(TorchFunctionMode):
+    """Skips `normal_` for tensors on the device "meta", where it has no effect.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ == "normal_":
+    To find that out, PyTorch would import its compiler, which takes 1.4 s.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "normal_":
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def _config(p: ModelParams, vocabulary: int) -> dict:
+def _config(p: ModelParams, vocab_size: int) -> dict[str, Any]:
     return _GPT2 | {
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "n_positions": p.block_size,
         "n_embd": p.n_embd,
         "n_layer": p.n_layer,
@@ -124,98 +138,105 @@ def _config(p: ModelParams, vocabulary: int) -> dict:
     }
 
 
-def _read_config(path: Path) -> dict:
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content of config.json. Raises UserError unless it describes a GPT-2."""
     try:
-        config = json.loads(files.read(path, most=1 << 20))
+        config = json.loads(files.read(path, max_bytes=1 << 20))
         if not isinstance(config, dict):
             raise ValueError
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path.parent} holds no model: `dvc repro train` makes one") from None
+        raise UserError(
+            f"there is no model in {path.parent}: `dvc repro train` trains one"
+        ) from None
     except (ValueError, RecursionError, OSError):
-        raise UserError(f"{path} cannot be read as JSON: make the folder again") from None
+        raise UserError(f"{path} cannot be read as JSON: {_HINT}") from None
     for key, value in _GPT2.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {_show(config[key])}; "
-                f"Folio opens GPT-2 only, where it is {value!r}"
+                f"{path}: {key} is {_shorten(config[key])}; "
+                f"Folio reads only GPT-2, in which it is {value!r}"
             )
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         size = config.get(key)
         if type(size) is not int or not 0 < size < 1 << 63:
-            raise UserError(f"{path}: {key} is {_show(size)}; it must be an int from 1 to 2**63")
+            raise UserError(f"{path}: {key} is {_shorten(size)}; it must be an int from 1 to 2**63")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner is {_show(config['n_inner'])}; GPT-2's is 4 x n_embd")
+        raise UserError(f"{path}: n_inner is {_shorten(config['n_inner'])}; GPT-2's is 4 x n_embd")
     dropout = config.get("resid_pdrop", 0.1)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise UserError(f"{path}: resid_pdrop is {_show(dropout)}; it must be >= 0 and < 1")
+        raise UserError(f"{path}: resid_pdrop is {_shorten(dropout)}; it must be >= 0 and < 1")
     return config
 
 
-def _read_weights(path: Path, config: dict) -> dict[str, torch.Tensor]:
-    """The state of our GPT from transformers' names and layout; OpenAI's files have no prefix.
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict of our GPT, from the names and layout of transformers.
 
-    The config's sizes are held against the file's header first. They cannot be larger than what
-    the file really holds, so nor can the model that is made of them.
+    The sizes in the config are compared with the header of the file first. They cannot exceed what
+    the file contains, so neither can the model that is built from them.
     """
     try:
         if not path.is_file() and path.exists():
-            raise OSError("it is no file")
+            raise OSError("it is not a regular file")
         with safe_open(path, framework="pt") as file:
-            names = _names(file, path.parent)
-            _check_header(file, names, path.parent, config)
+            stored_names = _stored_names(file, path.parent)
+            _check_header(file, stored_names, path.parent, config)
             state = {}
-            for name, theirs in names.items():
-                tensor = file.get_tensor(theirs)
+            for name, stored_name in stored_names.items():
+                tensor = file.get_tensor(stored_name)
                 tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor
                 state[name] = tensor.float().contiguous()
             return state
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing; pickled weights are not read:"
-            " save them with transformers' save_pretrained, which writes safetensors"
+            f"{path} is missing, and Folio does not read pickled weights:"
+            " convert them with transformers' save_pretrained, which writes safetensors"
         ) from None
-    except (SafetensorError, OSError) as problem:
-        why = repr(str(problem)[:150])  # it may quote the file
-        raise UserError(f"{path} is damaged ({why}): make the folder again") from None
+    except (SafetensorError, OSError) as error:
+        reason = repr(str(error)[:150])  # it may quote the file
+        raise UserError(f"{path} is damaged ({reason}): {_HINT}") from None
 
 
-def _names(file: safe_open, folder: Path) -> dict[str, str]:
-    """Our name of each tensor that the model has, and the file's."""
-    names = {}
-    for theirs in file.keys():  # noqa: SIM118
-        prefix = "" if theirs.startswith(("transformer.", "lm_head.")) else "transformer."
-        ours = prefix + theirs
-        # The tied head again; the causal mask, which older files carry.
-        if ours != "lm_head.weight" and not ours.endswith((".attn.bias", ".attn.masked_bias")):
-            if ours in names:
-                raise _unfit(folder, f"{_show(theirs)} is there twice")
-            names[ours] = theirs
+def _stored_names(file: safe_open, folder: Path) -> dict[str, str]:
+    """The name in the file of each of our parameters; OpenAI's names have no prefix."""
+    names: dict[str, str] = {}
+    for stored_name in file.keys():  # noqa: SIM118
+        prefix = "" if stored_name.startswith(("transformer.", "lm_head.")) else "transformer."
+        name = prefix + stored_name
+        # Not parameters: a copy of the tied head, and causal masks, which older files contain.
+        if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias")):
+            if name in names:
+                raise _mismatch(folder, f"{_shorten(stored_name)} occurs twice")
+            names[name] = stored_name
     return names
 
 
-def _check_header(file: safe_open, names: dict[str, str], folder: Path, config: dict) -> None:
+def _check_header(
+    file: safe_open, stored_names: dict[str, str], folder: Path, config: dict[str, Any]
+) -> None:
+    """Raise UserError unless the tensors' dtypes, number and sizes fit the config."""
     shapes = {}
-    for name, theirs in names.items():
-        header = file.get_slice(theirs)
-        if header.get_dtype() not in _FLOATS:
-            raise _unfit(folder, f"{_show(theirs)} holds {header.get_dtype()}, not weights")
+    for name, stored_name in stored_names.items():
+        header = file.get_slice(stored_name)
+        if header.get_dtype() not in _FLOAT_DTYPES:
+            reason = f"{_shorten(stored_name)} has dtype {header.get_dtype()}, not a float"
+            raise _mismatch(folder, reason)
         shapes[name] = header.get_shape()
         if name.endswith(_TRANSPOSED) and len(shapes[name]) != 2:
-            raise _unfit(folder, f"{_show(theirs)} is no matrix")
+            raise _mismatch(folder, f"{_shorten(stored_name)} is not a matrix")
     for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
-        found, said = shapes.get(f"transformer.{name}.weight"), [config[rows], config["n_embd"]]
-        if found != said:
-            raise _unfit(folder, f"{name}.weight is {_show(found)}, not {_show(said)}")
-    if len(names) != 4 + 12 * config["n_layer"]:  # two embeddings, a norm; 12 tensors a block
-        raise _unfit(folder, f"{len(names)} tensors are not {_show(config['n_layer'])} blocks'")
+        found, expected = shapes.get(f"transformer.{name}.weight"), [config[rows], config["n_embd"]]
+        if found != expected:
+            reason = f"{name}.weight is {_shorten(found)}, not {_shorten(expected)}"
+            raise _mismatch(folder, reason)
+    tensors = 4 + 12 * config["n_layer"]  # two embeddings, ln_f's weight and bias; 12 per block
+    if len(stored_names) != tensors:
+        raise _mismatch(folder, f"{len(stored_names)} tensors instead of {_shorten(tensors)}")
 
 
-def _show(value: Any) -> str:
-    """A stranger's value on one line, shortened: reprlib alone shows six levels of six items."""
+def _shorten(value: Any) -> str:
+    """An untrusted value, shortened to one line. (reprlib alone shows 6 levels of 6 items each.)"""
     return reprlib.repr(value)[:100]
 
 
-def _unfit(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"{folder}: model.safetensors does not fit its config.json ({why}): make the folder again"
-    )
+def _mismatch(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder}: model.safetensors does not match config.json ({reason}): {_HINT}")

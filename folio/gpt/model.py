@@ -1,11 +1,13 @@
 """GPT-2 (Radford et al. 2019, section 2.3), with the names and the arithmetic of OpenAI's release.
 
-B is the batch, T the time (tokens), C the channels (n_embd), V the rows of the token embedding.
+B is the batch, T the time (tokens), C the channels (n_embd), D the channels of one attention head,
+and V the number of rows of the token embedding.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,13 +20,13 @@ from folio.gpt import cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParams:
-    n_layer: Annotated[int, ">= 1"]  # blocks
-    n_head: Annotated[int, ">= 1"]  # attention heads a block
+    n_layer: Annotated[int, ">= 1"]  # number of blocks
+    n_head: Annotated[int, ">= 1"]  # attention heads per block
     n_embd: Annotated[int, ">= 1"]  # channels; a multiple of n_head
-    block_size: Annotated[int, ">= 2"]  # tokens of context
+    block_size: Annotated[int, ">= 2"]  # length of the context, tokens
     dropout: Annotated[float, ">= 0, < 1"]  # after the embeddings, in attention, after projections
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
             raise ValueError(
@@ -32,20 +34,24 @@ class ModelParams:
             )
 
 
-class Cache:
-    """The keys and values of what the model has read, so that it reads each token once."""
+class KVCache:
+    """The attention keys and values of the tokens so far, which later tokens attend to."""
 
     def __init__(self, model: "GPT", batch_size: int):
         p, weight = model.params, model.transformer.wte.weight
         shape = (p.n_layer, 2, batch_size, p.n_head, p.block_size, p.n_embd // p.n_head)
         self.keys_values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.length = 0  # tokens read
+        self.length = 0  # number of cached tokens
 
     def extend(self, layer: int, new: torch.Tensor) -> torch.Tensor:
-        """Take in a layer's new keys and values [2, B, n_head, T, D]; return all of them so far."""
+        """Append keys and values [2, B, n_head, T, D] to a layer's, and return all of them.
+
+        The result is [2, B, n_head, length + T, D]. `length` stays the same, so that every layer
+        appends at the same position; the caller increases it after the last layer.
+        """
         end = self.length + new.shape[3]
         self.keys_values[layer, :, :, :, self.length : end] = new
-        return self.keys_values[layer, :, :, :, :end]  # [2, B, n_head, length + T, D]
+        return self.keys_values[layer, :, :, :, :end]
 
 
 class Attention(nn.Module):
@@ -55,13 +61,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(p.n_embd, 3 * p.n_embd)
         self.c_proj = nn.Linear(p.n_embd, p.n_embd)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             cache.extend(layer, qkv[1:])
-        q, k, v = qkv  # each [B, n_head, T, C / n_head]
+        q, k, v = qkv  # each [B, n_head, T, D]
         x = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
@@ -87,41 +95,53 @@ class Block(nn.Module):
         self.mlp = MLP(p)
         self.drop = nn.Dropout(p.dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> torch.Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class GPT(nn.Module):
-    """GPT-2 over `rows` token rows; its head is the token embedding.
+class Transformer(nn.Module):
+    """The layers below the head, under OpenAI's names. GPT.hidden runs them."""
 
-    `multiplicity` [V] says how many tokens of the vocabulary each row stands for (1 each when not
-    given): a row that stands for m tokens counts m times in the softmax, and each of its tokens has
-    one m-th of the row's probability. So the loss is that of the model in which the row is written
-    out m times (see vocabulary.py).
+    def __init__(self, p: ModelParams, rows: int):
+        super().__init__()
+        self.wte = nn.Embedding(rows, p.n_embd)
+        self.wpe = nn.Embedding(p.block_size, p.n_embd)
+        self.drop = nn.Dropout(p.dropout)
+        self.h = nn.ModuleList(Block(p) for _ in range(p.n_layer))
+        self.ln_f = nn.LayerNorm(p.n_embd)
+
+
+class GPT(nn.Module):
+    """GPT-2 with `rows` rows in the token embedding, whose weight is also that of the head.
+
+    `multiplicity` [V] is the number of vocabulary tokens that share each row (1 each when not
+    given). A row shared by m tokens counts m times in the softmax, and each of its tokens gets one
+    m-th of the row's probability. The loss is therefore that of the model in which the row is
+    repeated m times (see folio/tokens/vocabulary.py).
     """
+
+    log_multiplicity: torch.Tensor | None
 
     def __init__(self, params: ModelParams, rows: int, multiplicity: np.ndarray | None = None):
         super().__init__()
         self.params = params
         self.gradient_checkpointing = False
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(rows, params.n_embd),
-                "wpe": nn.Embedding(params.block_size, params.n_embd),
-                "drop": nn.Dropout(params.dropout),
-                "h": nn.ModuleList(Block(params) for _ in range(params.n_layer)),
-                "ln_f": nn.LayerNorm(params.n_embd),
-            }
-        )
-        if multiplicity is not None:
-            multiplicity = torch.as_tensor(multiplicity).float().log()
-        self.register_buffer("log_multiplicity", multiplicity, persistent=False)
+        self._compiled_blocks: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.transformer = Transformer(params, rows)
+        log = None if multiplicity is None else torch.as_tensor(multiplicity).float().log()
+        self.register_buffer("log_multiplicity", log, persistent=False)
         self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Normal(0, 0.02); what writes to the residual stream by 1/sqrt(2 n_layer) less."""
+        """Draw weights from Normal(0, 0.02), as OpenAI did; biases are 0, layer norms 1.
+
+        The standard deviation of projections into the residual stream is divided by
+        sqrt(2 n_layer).
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -132,23 +152,25 @@ class GPT(nn.Module):
             else:
                 p.normal_(0.0, 0.02)
 
-    def hidden(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Token ids [B, T] to what the head reads, [B, T, C]; an empty cache is filled by the way.
+    def hidden(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Map token ids [B, T] to the inputs of the head, [B, T, C].
 
-        From there sampling.Decoder goes on, token by token.
+        An empty cache, if given, is filled with the tokens' keys and values. From there
+        folio.inference.decoder.Decoder continues token by token.
         """
         t, T = self.transformer, x.shape[1]
-        assert self.params.block_size >= T, "more tokens than the context holds"
-        assert not (cache and cache.length), "a cache that holds something is the decoder's"
+        assert self.params.block_size >= T, "more tokens than the context"
+        assert not (cache and cache.length), "the cache must be empty: Decoder.step extends it"
         x = t.drop(t.wte(x) + t.wpe(torch.arange(T, device=x.device)))
         if cache is None:
-            return self._through_blocks(x)
+            blocks = self._compiled_blocks or self._run_blocks
+            return blocks(x)
         for layer, block in enumerate(t.h):
             x = block(x, cache, layer)
         cache.length += T
         return t.ln_f(x)
 
-    def _through_blocks(self, x: torch.Tensor) -> torch.Tensor:
+    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -156,35 +178,44 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def compile(self, **options) -> None:
-        """Compile what is between the embeddings, whose gradient is sums in a fixed order, and the
-        head."""
-        self._through_blocks = torch.compile(self._through_blocks, **options)
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks and the last layer norm, with torch.compile's options.
+
+        The embeddings and the head are not compiled; uncompiled, the gradient of the embeddings is
+        summed in a fixed order.
+        """
+        self._compiled_blocks = torch.compile(self._run_blocks, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, T] to logits [B, T, V]."""
-        assert self.log_multiplicity is None, "a row that several tokens share has no logit of each"
+        """Map token ids [B, T] to logits [B, T, V]."""
+        assert self.log_multiplicity is None, "tokens that share a row have no logits of their own"
         return F.linear(self.hidden(x), self.transformer.wte.weight)
 
     def loss(
         self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float = 1.0
     ) -> torch.Tensor:
-        """Mean cross-entropy in nats of y [B, T] given x [B, T]. For training: `backward` on it,
-        as it is, gives scale times its gradient."""
+        """Mean cross-entropy in nats/token of y [B, T] given x [B, T], for training.
+
+        Call `backward` directly on the result: it yields `scale` times the gradient of the loss
+        (see cross_entropy.linear_cross_entropy).
+        """
         hidden, weight, bias = self.hidden(x), self.transformer.wte.weight, self.log_multiplicity
         hidden, y = hidden.flatten(0, 1), y.flatten()
         loss = cross_entropy.linear_cross_entropy(hidden, weight, bias, y, scale)
         return loss if bias is None else loss + bias[y].mean()
 
     def token_losses(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats [B, T] of each of y [B, T] given x [B, T]."""
+        """Cross-entropy in nats [B, T] of each token of y [B, T] given x [B, T]."""
         weight, bias = self.transformer.wte.weight, self.log_multiplicity
         losses = cross_entropy.token_losses(self.hidden(x).flatten(0, 1), weight, bias, y.flatten())
         return losses.view_as(y) if bias is None else losses.view_as(y) + bias[y]
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:
-    """Trained numbers by part; the head adds none, it is the token embedding."""
+    """The number of trained parameters of each part, and `total`.
+
+    The head adds none: its weight is the token embedding.
+    """
     parts = {
         "token embedding and head": ".wte.",
         "position embedding": ".wpe.",
@@ -192,8 +223,8 @@ def parameter_counts(model: GPT) -> dict[str, int]:
         "MLP": ".mlp.",
         "layer norms": ".ln_",
     }
-    report = {
+    counts = {
         part: sum(p.numel() for name, p in model.named_parameters() if key in name)
         for part, key in parts.items()
     }
-    return report | {"total": sum(p.numel() for p in model.parameters())}
+    return counts | {"total": sum(p.numel() for p in model.parameters())}

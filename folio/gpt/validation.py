@@ -1,25 +1,28 @@
-"""Held-out loss, the same for train and evaluate: in fp32, on a whole text, window by window."""
+"""The loss on a whole text, window by window, in fp32. Train and evaluate compute the same."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-# Tokens that the model reads at once; its head takes few of them at a time (see head.py).
-_TOKENS_AT_ONCE = {"cpu": 1_024, "cuda": 65_536, "mps": 8_192}
+from folio.gpt.model import GPT
+
+# Tokens per forward pass; the head computes the logits of few at a time (see cross_entropy.py).
+_BATCH_TOKENS = {"cpu": 1_024, "cuda": 65_536, "mps": 8_192}
 
 
 @torch.inference_mode()
-def token_losses(
-    model: torch.nn.Module, tokens: np.ndarray, stride: int | None = None
-) -> np.ndarray:
+def token_losses(model: GPT, tokens: np.ndarray, stride: int | None = None) -> np.ndarray:
     """Cross-entropy in nats of each token but the first, [N - 1] float64, given those before it.
 
-    Windows of the model's context start every `stride` tokens (default: a context, so that they do
-    not overlap), and each scores what no earlier one has. With a shorter stride every token but
-    the first few is given at least context - stride others.
+    tokens [N]. Windows as long as the context start every `stride` tokens, and each scores only the
+    tokens that no earlier window has scored. By default the stride is the context, so windows do
+    not overlap; with a shorter one, every token after the first window is predicted from at least
+    context - stride tokens. The model is in eval mode meanwhile, and in its previous mode after.
     """
     context = model.params.block_size
     stride = stride or context
-    assert stride <= context, "a longer stride would pass tokens over"
+    assert stride <= context, "a stride longer than the context would skip tokens"
     device = next(model.parameters()).device
     losses = np.empty(len(tokens) - 1)
     training = model.training
@@ -29,18 +32,20 @@ def token_losses(
         ids = torch.from_numpy(windows).to(device)
         scored = model.token_losses(ids[:, :-1], ids[:, 1:]).cpu().double().numpy()
         for start, row in zip(starts, scored, strict=True):
-            fresh = 0 if start == 0 else context - stride
-            losses[start + fresh : start + length] = row[fresh:]
+            overlap = 0 if start == 0 else context - stride
+            losses[start + overlap : start + length] = row[overlap:]
     model.train(training)
     return losses
 
 
-def _batches(n: int, context: int, stride: int, device: str):
-    """(starts, length) of windows that together score n tokens; only the last may be shorter."""
+def _batches(
+    n: int, context: int, stride: int, device_type: str
+) -> Iterator[tuple[list[int], int]]:
+    """Yield (starts, length) of windows that together score n tokens; the last may be shorter."""
     starts = [0, *range(stride, n - (context - stride), stride)]
-    whole = [s for s in starts if s + context <= n]
-    at_once = max(1, _TOKENS_AT_ONCE[device] // context)
-    for i in range(0, len(whole), at_once):
-        yield whole[i : i + at_once], context
-    if len(whole) < len(starts):
+    full = [s for s in starts if s + context <= n]
+    batch_size = max(1, _BATCH_TOKENS[device_type] // context)
+    for i in range(0, len(full), batch_size):
+        yield full[i : i + batch_size], context
+    if len(full) < len(starts):
         yield starts[-1:], n - starts[-1]

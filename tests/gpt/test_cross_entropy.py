@@ -1,23 +1,17 @@
-"""The head's cross-entropy by rows is PyTorch's."""
+"""The fused linear cross-entropy agrees with PyTorch's, and never has all logits in memory."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from folio.gpt import cross_entropy
+from folio.gpt.cross_entropy import CHUNK_ROWS, linear_cross_entropy, token_losses
 
 V, C = 64, 16
-SIZES = [
-    1,
-    cross_entropy.ROWS - 1,
-    cross_entropy.ROWS,
-    cross_entropy.ROWS + 1,
-    2 * cross_entropy.ROWS + 77,
-]
+SIZES = [1, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 77]
 
 
-def numbers(n, bias, scale=1.0):
+def random_arguments(n, bias, scale=1.0):
     """x [N, C], weight [V, C], bias [V] or None, y [N]."""
     g = torch.Generator().manual_seed(n)
     x, weight = scale * torch.randn(n, C, generator=g), torch.randn(V, C, generator=g)
@@ -26,14 +20,14 @@ def numbers(n, bias, scale=1.0):
 
 
 def exact_losses(x, weight, bias, y):
-    """PyTorch's own, [N] in float64, from all the logits."""
+    """The losses [N] by PyTorch in float64, from all logits at once."""
     bias = None if bias is None else bias.double()
     logits = F.linear(x.double(), weight.double(), bias)
     return F.cross_entropy(logits, y, reduction="none")
 
 
-class Largest(TorchDispatchMode):
-    """Watches how many numbers the largest new tensor holds."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operator returns."""
 
     numel = 0
 
@@ -46,12 +40,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("n", SIZES)
-def test_loss_and_gradients_are_those_of_cross_entropy(n, bias):
-    x, weight, bias, y = numbers(n, bias)
+def test_loss_and_gradients_agree_with_pytorch(n, bias):
+    x, weight, bias, y = random_arguments(n, bias)
     x.requires_grad_(), weight.requires_grad_()
     expected = exact_losses(x, weight, bias, y).mean()
     expected_gradients = torch.autograd.grad(expected, [x, weight])
-    loss = cross_entropy.linear_cross_entropy(x, weight, bias, y)
+    loss = linear_cross_entropy(x, weight, bias, y)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for found, exact in zip(
         torch.autograd.grad(loss, [x, weight]), expected_gradients, strict=True
@@ -59,33 +53,33 @@ def test_loss_and_gradients_are_those_of_cross_entropy(n, bias):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5 / n)
 
 
-def test_in_float64_the_gradients_are_exact():
-    x, weight, bias, y = numbers(2 * cross_entropy.ROWS + 77, bias=True)
+def test_gradients_are_exact_in_float64():
+    x, weight, bias, y = random_arguments(2 * CHUNK_ROWS + 77, bias=True)
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     expected = torch.autograd.grad(exact_losses(x, weight, bias, y).mean(), [x, weight])
-    loss = cross_entropy.linear_cross_entropy(x, weight, bias.double(), y)
+    loss = linear_cross_entropy(x, weight, bias.double(), y)
     for found, exact in zip(torch.autograd.grad(loss, [x, weight]), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0)])
-def test_the_gradient_is_that_of_the_loss_times_scale(scale):
-    x, weight, bias, y = numbers(300, bias=True)
+def test_gradient_is_multiplied_by_scale(scale):
+    x, weight, bias, y = random_arguments(300, bias=True)
     x.requires_grad_(), weight.requires_grad_()
-    losses = [cross_entropy.linear_cross_entropy(x, weight, bias, y, s) for s in (1.0, scale)]
+    losses = [linear_cross_entropy(x, weight, bias, y, s) for s in (1.0, scale)]
     assert losses[0] == losses[1]
     plain, scaled = (torch.autograd.grad(loss, [x, weight]) for loss in losses)
-    for once, often in zip(plain, scaled, strict=True):
-        torch.testing.assert_close(often, 3 * once)
+    for gradient, scaled_gradient in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(scaled_gradient, 3 * gradient)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_it_is_cross_entropy_but_for_rounding(dtype, bias):
-    x, weight, bias, y = numbers(300, bias)
+def test_half_precision_agrees_with_pytorch_up_to_rounding(dtype, bias):
+    x, weight, bias, y = random_arguments(300, bias)
     x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
     expected = exact_losses(x, weight, bias, y).mean()
-    loss = cross_entropy.linear_cross_entropy(x, weight, bias, y)
+    loss = linear_cross_entropy(x, weight, bias, y)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     gradients = (torch.autograd.grad(found, [x, weight]) for found in (loss, expected))
@@ -96,50 +90,43 @@ def test_in_half_precision_it_is_cross_entropy_but_for_rounding(dtype, bias):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("n", SIZES)
-def test_token_losses_are_those_of_cross_entropy(n, bias):
-    arguments = numbers(n, bias)
-    found = cross_entropy.token_losses(*arguments)
+def test_token_losses_agree_with_pytorch(n, bias):
+    arguments = random_arguments(n, bias)
+    found = token_losses(*arguments)
     assert found.shape == (n,)
-    torch.testing.assert_close(
-        found, exact_losses(*arguments), rtol=1e-5, atol=2e-6, check_dtype=False
-    )
+    exact = exact_losses(*arguments)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=2e-6, check_dtype=False)
 
 
 def test_logits_in_the_thousands_do_not_overflow():
-    x, weight, bias, y = numbers(300, bias=True, scale=1_000.0)
+    x, weight, bias, y = random_arguments(300, bias=True, scale=1_000.0)
     x.requires_grad_()
     exact = exact_losses(x, weight, bias, y).detach()
-    torch.testing.assert_close(
-        cross_entropy.token_losses(x, weight, bias, y),
-        exact,
-        rtol=1e-4,
-        atol=1e-2,
-        check_dtype=False,
-    )
-    loss = cross_entropy.linear_cross_entropy(x, weight, bias, y)
+    found = token_losses(x, weight, bias, y)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-2, check_dtype=False)
+    loss = linear_cross_entropy(x, weight, bias, y)
     loss.backward()
     assert loss.item() == pytest.approx(exact.mean().item(), rel=1e-4)
     assert x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("shift", [-500.0, -60.0, 60.0, 500.0])
-def test_what_is_added_to_all_logits_changes_nothing(shift):
-    x, weight, bias, y = numbers(300, bias=True)
+def test_shift_of_all_logits_changes_nothing(shift):
+    x, weight, bias, y = random_arguments(300, bias=True)
     x.requires_grad_(), weight.requires_grad_()
-    losses = [cross_entropy.linear_cross_entropy(x, weight, b, y) for b in (bias, bias + shift)]
+    losses = [linear_cross_entropy(x, weight, b, y) for b in (bias, bias + shift)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     gradients = (torch.autograd.grad(loss, [x, weight]) for loss in losses)
     for plain, shifted in zip(*gradients, strict=True):
         torch.testing.assert_close(shifted, plain, rtol=1e-3, atol=1e-6)
 
 
-def test_never_are_the_logits_of_all_rows_held():
-    x, weight, bias, y = numbers(20 * cross_entropy.ROWS, bias=True)
-    with Largest() as loss:
-        cross_entropy.linear_cross_entropy(
-            x.requires_grad_(), weight.requires_grad_(), bias, y
-        ).backward()
-    with Largest() as losses:
-        cross_entropy.token_losses(x, weight, bias, y)
-    assert loss.numel == len(x) * C  # the gradient of x, a quarter of the logits
-    assert losses.numel == V * cross_entropy.ROWS
+def test_logits_of_all_rows_are_never_in_memory():
+    x, weight, bias, y = random_arguments(20 * CHUNK_ROWS, bias=True)
+    x.requires_grad_(), weight.requires_grad_()
+    with LargestTensor() as loss:
+        linear_cross_entropy(x, weight, bias, y).backward()
+    with LargestTensor() as losses:
+        token_losses(x, weight, bias, y)
+    assert loss.numel == len(x) * C  # the gradient of x, a quarter of all logits
+    assert losses.numel == V * CHUNK_ROWS

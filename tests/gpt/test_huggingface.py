@@ -1,4 +1,4 @@
-"""The folder is GPT-2 to transformers, and what transformers writes is GPT-2 to us."""
+"""Folio and transformers read each other's GPT-2 folders; damaged or foreign ones are rejected."""
 
 import json
 import os
@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers  # its models are imported when they are used
-from conftest import NO_FILES, replace_by
+import transformers  # imports its models when they are used
+from conftest import NOT_FILES, replace_by
 from torch.nn import functional as F
 
-from folio.gpt import huggingface
-from folio.tokens import tokenizer
 from folio.errors import UserError
+from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
 from folio.inference.generation import generate
+from folio.tokens import tokenizer
 
 # n_layer, n_head, n_embd, block_size
 SIZES = [(2, 2, 64, 32), (3, 4, 128, 64), (6, 6, 384, 128), (12, 12, 384, 16)]
 SIZE_IDS = ["2x2x64", "3x4x128", "6x6x384", "12x12x384"]
 ROWS = 503
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D keeps [in, out]
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # [in, out] in Conv1D
 
 
 def gpt(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0):
@@ -36,14 +36,14 @@ def gpt(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0):
 
 @torch.no_grad()
 def shake(model):
-    """Give biases and norms, which start at 0 and 1, values at which they make a difference."""
+    """Move biases and norms, which start at 0 and 1, to values that affect the result."""
     for name, p in model.named_parameters():
         if p.dim() < 2 or "wte" in name:
             p += 0.2 * torch.randn_like(p)
     return model
 
 
-def theirs(n_layer=2, n_head=2, n_embd=64, block_size=32):
+def transformers_gpt(n_layer=2, n_head=2, n_embd=64, block_size=32):
     torch.manual_seed(2)
     config = transformers.GPT2Config(
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=ROWS,
@@ -53,7 +53,7 @@ def theirs(n_layer=2, n_head=2, n_embd=64, block_size=32):
 
 
 def assert_same(ours, other):
-    """Logits, and the gradient of every parameter."""
+    """Compare the logits, and the gradient of every parameter."""
     ids = torch.randint(
         ROWS, (2, ours.params.block_size), generator=torch.Generator().manual_seed(3)
     )
@@ -76,13 +76,13 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def refusal(folder):
-    """The line that a user reads about a folder that will not do."""
-    with pytest.raises(UserError) as problem:
+def load_error(folder):
+    """The one-line error of loading a folder, which it names."""
+    with pytest.raises(UserError) as error:
         huggingface.load(folder)
-    assert "\n" not in str(problem.value)
-    assert str(folder) in str(problem.value)
-    return str(problem.value)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    return str(error.value)
 
 
 def change(path, **values):
@@ -100,11 +100,11 @@ def folder(model, tmp_path):
     return tmp_path / "gpt2"
 
 
-# --- both ways
+# --- both directions
 
 
 @pytest.mark.parametrize("size", SIZES, ids=SIZE_IDS)
-def test_transformers_computes_the_same_from_our_folder(size, tmp_path):
+def test_transformers_computes_the_same_from_a_saved_folder(size, tmp_path):
     ours = gpt(*size)
     huggingface.save(ours, tmp_path / "gpt2")
     other, report = transformers.GPT2LMHeadModel.from_pretrained(
@@ -115,33 +115,33 @@ def test_transformers_computes_the_same_from_our_folder(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=SIZE_IDS)
-def test_we_compute_the_same_from_a_folder_that_transformers_wrote(size, tmp_path):
-    other = theirs(*size)
+def test_load_computes_the_same_from_a_folder_of_transformers(size, tmp_path):
+    other = transformers_gpt(*size)
     other.save_pretrained(tmp_path)
     assert_same(huggingface.load(tmp_path), other)
 
 
-def test_openais_names_without_a_prefix_are_known(tmp_path):
-    other = theirs()
+def test_load_accepts_openais_names_without_a_prefix(tmp_path):
+    other = transformers_gpt()
     other.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    for layer in range(2):  # the causal mask, as in the files on the hub
+    for layer in range(2):  # causal masks, as in the files on the hub
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     safetensors.torch.save_file(tensors, path)
     assert_same(huggingface.load(tmp_path), other)
 
 
-def test_weights_in_half_precision_are_read_as_fp32(tmp_path):
-    theirs().half().save_pretrained(tmp_path)
+def test_load_converts_half_precision_to_fp32(tmp_path):
+    transformers_gpt().half().save_pretrained(tmp_path)
     model = huggingface.load(tmp_path)
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
-    assert_same(model, theirs().half().float())
+    assert_same(model, transformers_gpt().half().float())
 
 
-def test_what_was_saved_is_loaded_bit_for_bit_ready_to_use_and_to_train(folder, model):
+def test_load_returns_what_save_wrote_bit_for_bit_in_eval_mode(folder, model):
     loaded = huggingface.load(folder)
     assert loaded.params == model.params and not loaded.training
     for (name, p), (other_name, q) in zip(
@@ -151,7 +151,7 @@ def test_what_was_saved_is_loaded_bit_for_bit_ready_to_use_and_to_train(folder, 
         assert torch.equal(p, q)
 
 
-def test_transformers_writes_on_as_we_do(tmp_path):
+def test_transformers_generates_the_same_text(tmp_path):
     model, prompt = gpt(), [11, 7, 5]
     with torch.no_grad():
         for p in model.parameters():
@@ -163,16 +163,16 @@ def test_transformers_writes_on_as_we_do(tmp_path):
     assert [*prompt, *generate(model, prompt, 20, 0.0)] == text
 
 
-# --- the rest of the folder
+# --- the other files
 
 
-def test_the_folder_holds_what_transformers_expects_and_no_pickle(folder):
+def test_saved_folder_has_the_files_of_transformers_and_no_pickle(folder):
     assert contents(folder).keys() == {
         "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"
     }  # fmt: skip
 
 
-def test_auto_tokenizer_opens_the_folder(folder):
+def test_auto_tokenizer_opens_the_saved_folder(folder):
     opened = transformers.AutoTokenizer.from_pretrained(folder)
     text = (
         "First Citizen:\nBefore we proceed any further, hear me speak.\n\n  na\u00efve \U0001f642"
@@ -182,7 +182,7 @@ def test_auto_tokenizer_opens_the_folder(folder):
     assert opened.decode(tokenizer.encode(text).tolist()) == text
 
 
-def test_the_config_says_what_the_model_is(tmp_path):
+def test_saved_config_describes_the_model(tmp_path):
     huggingface.save(gpt(3, 4, 128, 64, dropout=0.3), tmp_path / "gpt2")
     config = transformers.GPT2Config.from_pretrained(tmp_path / "gpt2")
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (3, 4, 128, 64)
@@ -194,7 +194,7 @@ def test_the_config_says_what_the_model_is(tmp_path):
     assert huggingface.load(tmp_path / "gpt2").params.dropout == 0.3
 
 
-def test_tokens_that_share_a_row_are_written_out(tmp_path, model):
+def test_save_gives_each_token_its_row(tmp_path, model):
     row = np.random.default_rng(1).integers(ROWS, size=1_000).astype(np.uint16)
     huggingface.save(model, tmp_path / "gpt2", row)
     loaded = huggingface.load(tmp_path / "gpt2").transformer.wte.weight
@@ -202,7 +202,7 @@ def test_tokens_that_share_a_row_are_written_out(tmp_path, model):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
-def test_who_may_read_the_files_is_for_the_umask_to_say(model, tmp_path, umask):
+def test_saved_files_have_the_permissions_of_the_umask(model, tmp_path, umask):
     before = os.umask(umask)
     try:
         huggingface.save(model, tmp_path / "gpt2")
@@ -213,22 +213,24 @@ def test_who_may_read_the_files_is_for_the_umask_to_say(model, tmp_path, umask):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
 
 
-# --- what goes wrong
+# --- errors
 
 
-def test_a_save_replaces_the_whole_folder(folder):
-    (folder / "left.over").touch()
+def test_save_replaces_the_whole_folder(folder):
+    (folder / "old file").touch()
     huggingface.save(gpt(n_layer=1), folder)
     assert huggingface.load(folder).params.n_layer == 1
-    assert "left.over" not in contents(folder)
+    assert "old file" not in contents(folder)
 
 
-@pytest.mark.parametrize("limit", [1_000, 600_000])  # in the weights; in the tokenizer's files
-def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(folder, model, limit):
+@pytest.mark.parametrize(
+    "limit", [1_000, 600_000]
+)  # fails in the weights; in the tokenizer's files
+def test_failed_save_leaves_the_old_folder_and_nothing_else(folder, model, limit):
     before = contents(folder)
     other = gpt(n_layer=1)  # 212 kB of weights; vocab.json is 1 MB
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # bytes a file: the disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # bytes per file, as on a full disk
     try:
         with pytest.raises(OSError, match="File too large"):
             huggingface.save(other, folder)
@@ -238,50 +240,51 @@ def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(folder, model,
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_missing_folder_is_one_line_with_the_way_out(tmp_path):
-    assert "holds no model: `dvc repro train` makes one" in refusal(tmp_path / "nowhere")
-    assert "holds no model" in refusal(tmp_path)
+def test_missing_folder_gives_a_one_line_error_with_a_hint(tmp_path):
+    error = load_error(tmp_path / "nowhere")
+    assert error.startswith("there is no model in") and "`dvc repro train` trains one" in error
+    assert "there is no model in" in load_error(tmp_path)
 
 
-def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
+def test_file_in_place_of_the_folder_gives_a_one_line_error(tmp_path):
     (tmp_path / "file").touch()
-    assert "holds no model" in refusal(tmp_path / "file")
+    assert "there is no model in" in load_error(tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "not one", "header"])
-def test_damaged_weights_are_named(folder, damage):
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "header"])
+def test_damaged_weights_are_named_in_the_error(folder, damage):
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(
         {
-            "cut short": content[:-1],
+            "truncated": content[:-1],
             "empty": b"",
-            "not one": b"\x80\x02}q\x00." * 100,
+            "pickle": b"\x80\x02}q\x00." * 100,
             "header": content[:8] + b"\xff" + content[9:],
         }[damage]
     )
-    assert "model.safetensors is damaged" in refusal(folder)
+    assert "model.safetensors is damaged" in load_error(folder)
 
 
-def test_pickled_weights_are_not_read(folder):
+def test_pickled_weights_are_rejected(folder):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    problem = refusal(folder)
-    assert "model.safetensors is missing; pickled weights are not read" in problem
-    assert "save_pretrained" in problem
+    error = load_error(folder)
+    assert "model.safetensors is missing, and Folio does not read pickled weights" in error
+    assert "save_pretrained" in error
 
 
-def test_weights_of_another_shape_or_another_set_are_refused(folder):
+def test_weights_of_other_shapes_or_another_number_are_rejected(folder):
     path = folder / "model.safetensors"
     weights = safetensors.torch.load_file(path)
     change(folder / "config.json", n_layer=3)
-    assert "does not fit its config.json" in refusal(folder)
+    assert "does not match config.json" in load_error(folder)
     change(folder / "config.json", n_layer=2, vocab_size=ROWS + 1)
-    assert "does not fit its config.json" in refusal(folder)
+    assert "does not match config.json" in load_error(folder)
     change(folder / "config.json", vocab_size=ROWS)
     safetensors.torch.save_file(weights | {"extra": torch.ones(1)}, path)
-    assert "does not fit its config.json" in refusal(folder)
+    assert "does not match config.json" in load_error(folder)
     safetensors.torch.save_file(weights, path)
     huggingface.load(folder)
 
@@ -310,75 +313,81 @@ def test_weights_of_another_shape_or_another_set_are_refused(folder):
         ("resid_pdrop", float("nan")),
     ],
 )
-def test_a_config_of_another_arithmetic_is_refused_by_its_key(folder, key, value):
+def test_config_of_another_arithmetic_is_rejected_with_its_key(folder, key, value):
     change(folder / "config.json", **{key: value})
-    problem = refusal(folder)
-    assert f"{key} is " in problem and str(value) in problem
+    error = load_error(folder)
+    assert f"{key} is " in error and str(value) in error
 
 
-def test_a_config_that_says_less_is_taken_to_mean_gpt2(folder, model):
+def test_config_keys_default_to_those_of_gpt2(folder, model):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 32, "vocab_size": ROWS}
     (folder / "config.json").write_text(json.dumps(sizes))
     assert huggingface.load(folder).params.n_embd == model.params.n_embd
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gpt2"', "\udcff"])
-def test_a_damaged_config_is_named(folder, content):
+def test_damaged_config_is_named_in_the_error(folder, content):
     (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert "config.json cannot be read as JSON" in refusal(folder)
+    assert "config.json cannot be read as JSON" in load_error(folder)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"n_layer":' * 100_000, "1" * 5_000])
-def test_a_config_that_json_chokes_on_is_one_line(folder, content):
+def test_config_that_makes_json_overflow_gives_a_one_line_error(folder, content):
     (folder / "config.json").write_text(content)
-    assert "config.json cannot be read as JSON" in refusal(folder)
+    assert "config.json cannot be read as JSON" in load_error(folder)
 
 
-def test_a_config_of_any_size_is_not_read(folder):
+def test_huge_config_is_not_read(folder):
     with (folder / "config.json").open("ab") as file:
-        file.truncate(1 << 40)  # a file of holes
-    assert "config.json cannot be read as JSON" in refusal(folder)
+        file.truncate(1 << 40)  # a sparse file
+    assert "config.json cannot be read as JSON" in load_error(folder)
 
 
-def test_a_long_value_of_the_config_is_shortened(folder):
+def test_long_config_value_is_shortened_in_the_error(folder):
     change(folder / "config.json", activation_function=[[[[["relu"] * 9] * 9] * 9] * 9] * 9)
-    assert len(refusal(folder)) - len(str(folder)) < 200
+    assert len(load_error(folder)) - len(str(folder)) < 200
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("n_layer", 10**9), ("vocab_size", 10**12), ("n_positions", 10**12), ("n_embd", 10**12)],
 )
-def test_a_config_that_lies_about_its_sizes_makes_no_model(folder, monkeypatch, key, value):
+def test_config_with_false_sizes_builds_no_model(folder, monkeypatch, key, value):
     def build(*_):
-        raise AssertionError("a model was built of a config that lies")
+        raise AssertionError("a model was built from a config with false sizes")
 
     change(folder / "config.json", **{key: value})
     monkeypatch.setattr(huggingface, "GPT", build)
-    assert "does not fit its config.json" in refusal(folder)
+    assert "does not match config.json" in load_error(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "reason"),
     [
-        (lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"].long()}, "holds I64"),
-        (lambda t: t | {"wte.weight": t["transformer.wte.weight"].clone()}, "is there twice"),
+        (
+            lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"].long()},
+            "has dtype I64",
+        ),
+        (lambda t: t | {"wte.weight": t["transformer.wte.weight"].clone()}, "occurs twice"),
         (lambda t: t | {"transformer.wte.weight": torch.zeros(3)}, "wte.weight is [3]"),
-        (lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.zeros(2, 2, 2)}, "no matrix"),
+        (
+            lambda t: t | {"transformer.h.0.attn.c_attn.weight": torch.zeros(2, 2, 2)},
+            "is not a matrix",
+        ),
         (lambda t: {k: v for k, v in t.items() if k != "transformer.ln_f.bias"}, "27 tensors"),
         (lambda t: t | {"transformer.ln_f.bias": torch.zeros(63)}, "names or shapes"),
     ],
-    ids=["kind", "twice", "shape", "rank", "missing", "norm"],
+    ids=["dtype", "twice", "shape", "rank", "missing", "norm"],
 )
 @pytest.mark.filterwarnings("error")
-def test_tensors_that_are_not_gpt2s_are_named(folder, change, why):
+def test_tensors_of_another_model_are_named_in_the_error(folder, change, reason):
     path = folder / "model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
-    problem = refusal(folder)
-    assert "does not fit its config.json" in problem and why in problem
+    error = load_error(folder)
+    assert "does not match config.json" in error and reason in error
 
 
-def test_weights_that_are_not_finite_are_weights(folder):
+def test_weights_that_are_not_finite_are_loaded(folder):
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     tensors["transformer.ln_f.bias"][0] = float("nan")
@@ -387,12 +396,12 @@ def test_weights_that_are_not_finite_are_weights(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_one_line_and_waited_for_by_nobody(folder, name, kind):
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_special_files_give_a_one_line_error_and_never_block(folder, name, kind):
     replace_by(folder / name, kind)
-    assert name in refusal(folder)
+    assert name in load_error(folder)
 
 
-def test_a_config_whose_sizes_contradict_each_other_is_one_line(folder):
+def test_config_with_contradicting_sizes_gives_a_one_line_error(folder):
     change(folder / "config.json", n_head=3)
-    assert "config.json: n_embd: 64 is not divisible by n_head 3" in refusal(folder)
+    assert "config.json: n_embd: 64 is not divisible by n_head 3" in load_error(folder)

@@ -1,4 +1,4 @@
-"""GPT-2: its size, its start, its arithmetic."""
+"""GPT-2: its size, initialisation, arithmetic, dropout and gradient checkpointing."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from folio.gpt.model import GPT, Cache, ModelParams, parameter_counts
+from folio.gpt.model import GPT, KVCache, ModelParams, parameter_counts
 
 TINY = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 ROWS = 97
@@ -21,7 +21,7 @@ def gpt(rows=ROWS, multiplicity=None, **changes):
 
 @torch.no_grad()
 def shake(model):
-    """Give all parameters, biases and norms too, values at which they make a difference."""
+    """Move all parameters, including biases and norms, to values that affect the result."""
     for p in model.parameters():
         p += 0.3 * torch.randn_like(p)
     return model
@@ -35,16 +35,16 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-# --- size and start
+# --- size and initialisation
 
 
-def test_gpt2_small_has_124_439_808_parameters_and_the_parts_add_up():
+def test_parameter_counts_of_gpt2_small_add_up_to_124_439_808():
     params = ModelParams(n_layer=12, n_head=12, n_embd=768, block_size=1_024, dropout=0.0)
     with torch.device("meta"):
         model = GPT(params, 50_257)
-    report = parameter_counts(model)
-    assert report.pop("total") == sum(report.values()) == 124_439_808
-    assert report == {
+    counts = parameter_counts(model)
+    assert counts.pop("total") == sum(counts.values()) == 124_439_808
+    assert counts == {
         "token embedding and head": 50_257 * 768,
         "position embedding": 1_024 * 768,
         "attention": 12 * (4 * 768 * 768 + 4 * 768),
@@ -53,7 +53,7 @@ def test_gpt2_small_has_124_439_808_parameters_and_the_parts_add_up():
     }
 
 
-def test_weights_start_as_openai_started_them():
+def test_weights_are_initialised_as_in_openais_release():
     model = gpt(rows=1_000, n_layer=4, n_embd=192, block_size=256)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -66,22 +66,22 @@ def test_weights_start_as_openai_started_them():
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
 
 
-def test_the_first_loss_is_about_that_of_a_guess_among_all_tokens():
+def test_initial_loss_is_about_that_of_a_uniform_distribution():
     model, x, y = gpt(50_257, n_embd=64), ids(8, rows=50_257), ids(8, rows=50_257).flip(0)
     assert model.loss(x, y).item() == pytest.approx(math.log(50_257), abs=0.1)
 
 
-def test_the_seed_decides_the_weights():
+def test_weights_depend_only_on_the_seed():
     assert torch.equal(gpt().transformer.wpe.weight, gpt().transformer.wpe.weight)
 
 
 @pytest.mark.parametrize(
-    ("n_embd", "n_head", "way_out"), [(100, 6, "take 102"), (193, 12, "take 192"), (2, 4, "take 4")]
+    ("n_embd", "n_head", "hint"), [(100, 6, "take 102"), (193, 12, "take 192"), (2, 4, "take 4")]
 )
-def test_a_width_that_heads_cannot_share_names_the_nearest_that_they_can(n_embd, n_head, way_out):
+def test_n_embd_not_divisible_by_n_head_is_rejected_with_the_nearest_one(n_embd, n_head, hint):
     with pytest.raises(ValueError, match=f"n_embd: {n_embd} is not divisible by n_head") as error:
         dataclasses.replace(TINY, n_embd=n_embd, n_head=n_head)
-    assert str(error.value).endswith(way_out)
+    assert str(error.value).endswith(hint)
 
 
 # --- arithmetic
@@ -98,7 +98,7 @@ def test_future_tokens_do_not_change_past_logits():
         assert ((after[:, t] - before[:, t]).abs().amax(-1) > 1e-2).all()
 
 
-def test_every_past_token_changes_the_logits():
+def test_past_tokens_all_change_the_logits():
     model, x = shake(gpt()).eval(), ids()
     before = model(x)[:, -1]
     for t in range(TINY.block_size):
@@ -107,29 +107,29 @@ def test_every_past_token_changes_the_logits():
         assert ((model(changed)[:, -1] - before).abs().amax(-1) > 1e-3).all()
 
 
-def test_filling_a_cache_changes_no_logits():
+def test_hidden_is_the_same_when_it_fills_a_cache():
     model, x = shake(gpt()).eval(), ids()
-    cache = Cache(model, len(x))
+    cache = KVCache(model, len(x))
     with torch.inference_mode():
         assert torch.equal(model.hidden(x, cache), model.hidden(x))
     assert cache.length == TINY.block_size
 
 
-def test_more_tokens_than_the_context_holds_is_a_bug_of_the_caller():
-    with pytest.raises(AssertionError, match="more tokens than the context holds"):
+def test_hidden_asserts_that_the_tokens_fit_into_the_context():
+    with pytest.raises(AssertionError, match="more tokens than the context"):
         gpt()(ids(tokens=TINY.block_size + 1))
 
 
-def test_filling_a_cache_twice_is_a_bug_of_the_caller():
+def test_hidden_asserts_that_the_cache_is_empty():
     model = gpt()
-    cache = Cache(model, 1)
+    cache = KVCache(model, 1)
     with torch.no_grad():
         model.hidden(ids(1, 2), cache)
-        with pytest.raises(AssertionError, match="is the decoder's"):
+        with pytest.raises(AssertionError, match="the cache must be empty"):
             model.hidden(ids(1, 1), cache)
 
 
-def test_the_loss_is_the_mean_of_the_token_losses_and_both_are_those_of_the_logits():
+def test_loss_and_token_losses_agree_with_the_logits():
     model, x, y = shake(gpt()).eval(), ids(), ids().flip(0)
     losses = model.token_losses(x, y)
     assert losses.shape == y.shape and not losses.requires_grad
@@ -138,17 +138,17 @@ def test_the_loss_is_the_mean_of_the_token_losses_and_both_are_those_of_the_logi
     assert model.loss(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-6)
 
 
-def test_the_loss_is_the_mean_of_the_token_losses_with_a_shared_row_too():
+def test_loss_is_the_mean_of_the_token_losses_with_a_shared_row_too():
     multiplicity = np.array([1] * (ROWS - 1) + [900])
     model, x, y = shake(gpt(multiplicity=multiplicity)).eval(), ids(), ids().flip(0)
     y[:, ::4] = ROWS - 1
     losses = model.token_losses(x, y)
     assert model.loss(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-6)
-    assert (losses[:, ::4] > math.log(900)).all()  # one of 900 equals is no likelier than 1/900
+    assert (losses[:, ::4] > math.log(900)).all()  # one of 900 equal tokens has at most 1/900
 
 
 @pytest.mark.parametrize("multiplicity", [None, np.array([1] * (ROWS - 1) + [900])])
-def test_bf16_changes_the_loss_and_its_gradient_by_its_rounding_alone(multiplicity):
+def test_bf16_changes_loss_and_gradient_by_rounding_only(multiplicity):
     model, x, y = gpt(multiplicity=multiplicity), ids(), ids().flip(0)
     exact = model.loss(x, y)
     exact.backward()
@@ -169,11 +169,11 @@ def test_bf16_changes_the_loss_and_its_gradient_by_its_rounding_alone(multiplici
 
 
 @pytest.mark.parametrize("place", ["embeddings", "attention", "after attention", "after MLP"])
-def test_dropout_acts_in_training_and_never_in_eval(place):
+def test_dropout_acts_in_training_mode_only(place):
     plain, model = shake(gpt()), gpt(dropout=0.5)
     for name, p in plain.named_parameters():
-        silent = {"after attention": "mlp.c_proj", "after MLP": "attn.c_proj"}.get(place, "none")
-        if silent in name:  # so that there is nothing to drop
+        other = {"after attention": "mlp.c_proj", "after MLP": "attn.c_proj"}.get(place, "none")
+        if other in name:  # the same module drops its output too: make that zero
             p.detach().zero_()
     model.load_state_dict(plain.state_dict())
     if place != "embeddings":
@@ -188,20 +188,20 @@ def test_dropout_acts_in_training_and_never_in_eval(place):
     assert torch.equal(model.eval()(x), plain.eval()(x))
 
 
-def test_gradient_checkpointing_changes_the_memory_and_neither_loss_nor_gradient():
-    kept = {}
+def test_gradient_checkpointing_saves_memory_and_changes_neither_loss_nor_gradient():
+    saved = {}  # numbers saved for the backward pass
 
     def train(gradient_checkpointing):
         model = gpt(dropout=0.2, n_layer=4)
         model.gradient_checkpointing = gradient_checkpointing
-        kept[gradient_checkpointing] = 0
+        saved[gradient_checkpointing] = 0
 
-        def keep(tensor):
-            kept[gradient_checkpointing] += tensor.numel()
+        def count(tensor):
+            saved[gradient_checkpointing] += tensor.numel()
             return tensor
 
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss = model.loss(ids(), ids().flip(0))
         loss.backward()
         return loss, gradients(model)
@@ -210,4 +210,4 @@ def test_gradient_checkpointing_changes_the_memory_and_neither_loss_nor_gradient
     assert torch.equal(loss, expected_loss)
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
-    assert kept[True] < kept[False] / 4
+    assert saved[True] < saved[False] / 4

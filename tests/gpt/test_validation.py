@@ -1,4 +1,4 @@
-"""The held-out loss scores every token once, given what stands before it in its window."""
+"""token_losses scores each token of a text once, given the tokens before it in its window."""
 
 import math
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from folio.gpt.validation import token_losses
 from folio.gpt.model import GPT, ModelParams
+from folio.gpt.validation import token_losses
 
 CONTEXT, ROWS = 8, 60
 
@@ -30,43 +30,43 @@ def text(length):
 
 @torch.no_grad()
 def one_by_one(model, tokens, stride):
-    """Each token's loss by a forward of its own: in the first window that it is in."""
+    """The loss of each token by a separate forward pass, in the first window that contains it."""
     model.eval()
     losses = []
-    for i in range(len(tokens) - 1):  # token i is the last that may be read
+    for i in range(len(tokens) - 1):  # token i is the last input
         window = max(0, math.ceil((i + 1 - CONTEXT) / stride))
-        read = torch.from_numpy(tokens[window * stride : i + 1].astype(np.int64))
-        assert 1 <= len(read) <= CONTEXT
-        losses.append(F.cross_entropy(model(read[None])[0, -1], torch.tensor(int(tokens[i + 1]))))
+        x = torch.from_numpy(tokens[window * stride : i + 1].astype(np.int64))
+        assert 1 <= len(x) <= CONTEXT
+        losses.append(F.cross_entropy(model(x[None])[0, -1], torch.tensor(int(tokens[i + 1]))))
     return np.array(losses)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 7, 8])
 @pytest.mark.parametrize("length", [2, 5, 8, 9, 10, 16, 17, 18, 24, 25, 41, 47])
-def test_every_token_is_scored_once_in_its_window(model, length, stride):
+def test_token_losses_score_each_token_once_in_its_window(model, length, stride):
     found = token_losses(model, text(length), stride)
     assert found.shape == (length - 1,) and found.dtype == np.float64
     np.testing.assert_allclose(found, one_by_one(model, text(length), stride), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [8, 9, 17, 47])
-def test_windows_do_not_overlap_unless_asked_to(model, length):
+def test_windows_do_not_overlap_by_default(model, length):
     assert np.array_equal(
         token_losses(model, text(length)), token_losses(model, text(length), CONTEXT)
     )
 
 
-def test_a_sliding_window_gives_each_token_more_to_go_by(model):
+def test_sliding_window_gives_each_token_a_longer_context(model):
     tokens = text(47)
-    apart, sliding = token_losses(model, tokens), token_losses(model, tokens, 1)
-    np.testing.assert_allclose(apart[:CONTEXT], sliding[:CONTEXT], rtol=0, atol=1e-5)
-    whole = [i for i in range(CONTEXT, 46) if i % CONTEXT == CONTEXT - 1]  # these see a context
-    np.testing.assert_allclose(apart[whole], sliding[whole], rtol=0, atol=1e-5)
-    others = [i for i in range(CONTEXT, 46) if i not in whole]
-    assert (np.abs(apart[others] - sliding[others]) > 1e-4).all()
+    separate, sliding = token_losses(model, tokens), token_losses(model, tokens, 1)
+    np.testing.assert_allclose(separate[:CONTEXT], sliding[:CONTEXT], rtol=0, atol=1e-5)
+    full = [i for i in range(CONTEXT, 46) if i % CONTEXT == CONTEXT - 1]  # given a whole context
+    np.testing.assert_allclose(separate[full], sliding[full], rtol=0, atol=1e-5)
+    others = [i for i in range(CONTEXT, 46) if i not in full]
+    assert (np.abs(separate[others] - sliding[others]) > 1e-4).all()
 
 
-def test_a_long_text_is_read_in_several_batches(model):
+def test_long_text_is_scored_in_several_batches(model):
     tokens = text(400 * CONTEXT + 4)
     windows = torch.from_numpy(tokens[: 400 * CONTEXT + 1].astype(np.int64))
     x, y = windows[:-1].view(400, CONTEXT), windows[1:].view(400, CONTEXT)
@@ -80,14 +80,14 @@ def test_a_long_text_is_read_in_several_batches(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_model_is_left_as_it_was(model, training):
+def test_dropout_is_off_and_the_mode_of_the_model_is_restored(model, training):
     expected = token_losses(model.eval(), text(47))
     model.train(training)
     assert np.array_equal(token_losses(model, text(47)), expected)
     assert all(module.training is training for module in model.modules())
 
 
-def test_training_goes_on_after_an_evaluation(model):
+def test_training_continues_after_an_evaluation(model):
     token_losses(model.train(), text(47))
     ids = torch.from_numpy(text(9).astype(np.int64))[None]
     model.loss(ids[:, :-1], ids[:, 1:]).backward()

@@ -1,7 +1,8 @@
-"""Whatever a file holds, the answer is what it means or one line: hypothesis seeks a third.
+"""Random files are either read correctly or rejected with a clear error of one line.
 
-The suite tries the same cases each time. `FUZZ_CASES=20 pytest -n 0 tests/test_fuzz.py` tries 20
-times as many, others each time; benchmarks/fuzz.py does that with a table.
+hypothesis looks for counterexamples. The suite tries the same cases every time.
+`FUZZ_CASES=20 pytest -n 0 tests/pipeline/test_fuzz.py` tries 20 times as many, and others every
+time; benchmarks/fuzz.py does so and prints a table.
 """
 
 import collections
@@ -28,25 +29,25 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from folio import params, plots
-from folio.corpus import corpus, plots as corpus_plots, statistics
+from folio.corpus import corpus, statistics
+from folio.corpus import plots as corpus_plots
+from folio.corpus.params import PrepareParams
+from folio.errors import UserError
 from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+from folio.inference.evaluation import EvaluateParams
+from folio.runtime import RuntimeParams
+from folio.sweeps import variants
 from folio.tokens import token_files, tokenizer
 from folio.training import checkpoint
-from folio.corpus import plots as corpus_plots
-from folio.sweeps import variants as named_variants
 from folio.training.checkpoint import Checkpoint
-from folio.errors import UserError
-from folio.gpt.model import GPT, ModelParams
-from folio.runtime import RuntimeParams
+from folio.training.params import TrainParams
 from stages import prepare
-from stages.evaluate import EvaluateParams
-from stages.prepare import PrepareParams
-from stages.train import TrainParams
 
-set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # its caches; not the project
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # for its caches
 
 FACTOR = os.environ.get("FUZZ_CASES")
-CASES = collections.Counter()  # really run, by the test's name
+CASES: collections.Counter[str] = collections.Counter()  # cases that ran, by test
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = (ROOT / "params.yaml").read_bytes()
@@ -62,7 +63,7 @@ KEYS = [(name, field.name) for name, cls in SECTIONS.items() for field in datacl
 
 
 def fuzz(cases: int, **strategies: st.SearchStrategy) -> Callable:
-    """Run a test on so many cases, times FUZZ_CASES, each of its arguments drawn anew."""
+    """Run a test on this number of cases times FUZZ_CASES, each with newly drawn arguments."""
 
     def decorate(test: Callable) -> Callable:
         @settings(
@@ -89,15 +90,15 @@ def empty_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def assert_one_line(problem: UserError, *names: object) -> None:
-    """A text that a terminal shows as it is, on a line, with these names in it."""
-    text = str(problem)
+def assert_one_line(error: UserError, *names: object) -> None:
+    """Assert that an error is one printable line that contains these names."""
+    text = str(error)
     assert text.isprintable() and 10 < len(text) < 1_000, text
     for name in names:
         assert str(name) in text, text
 
 
-# --- what is drawn
+# --- strategies
 
 SCALARS = (
     st.none()
@@ -114,7 +115,7 @@ TREES = st.recursive(
     ),
     max_leaves=6,
 )
-# No lone surrogates: UTF-8 has none.
+# Without lone surrogates, which UTF-8 cannot encode.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
     st.tuples(
         st.sampled_from(
@@ -136,9 +137,9 @@ EDITS = st.lists(
 
 
 def damage(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
-    """The content changed in some places, each given as a share of its length."""
-    for kind, share, new in edits:
-        at = int(share * len(content))
+    """Change the content at some positions, each given as a fraction of its length."""
+    for kind, fraction, new in edits:
+        at = int(fraction * len(content))
         before, after = content[:at], content[at:]
         if kind == "flip":
             after = bytes([after[0] ^ (1 << new[0] % 8)]) + after[1:] if after else b""
@@ -160,15 +161,15 @@ def damage(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
 
 
 def load_params(content: bytes) -> dict[str, Any] | None:
-    """{"train.steps": ...} as the stages get it, or None where it was refused in clear lines."""
+    """The params as {"train.steps": ...}, or None if they were rejected with printable lines."""
     with empty_folder() as folder:
         path = folder / "params.yaml"
         path.write_bytes(content)
         try:
             loaded = params.load(path, **SECTIONS)
-        except UserError as problem:
-            assert str(problem).startswith(str(path))
-            for line in str(problem).split("\n  "):
+        except UserError as error:
+            assert str(error).startswith(str(path))
+            for line in str(error).split("\n  "):
                 assert line.isprintable() and len(line) < 1_000, line
             return None
     return params.flatten(**dict(zip(SECTIONS, loaded, strict=True)))
@@ -181,7 +182,7 @@ def load_params(content: bytes) -> dict[str, Any] | None:
         st.text(max_size=8) | st.sampled_from(params.SECTIONS), TREES, max_size=1
     ),
 )
-def test_any_tree_as_params_is_taken_as_it_stands_or_refused(changes, sections):
+def test_params_of_any_yaml_tree_are_loaded_unchanged_or_rejected(changes, sections):
     tree = {section: dict(values) for section, values in TREE.items()}
     for (section, key), value in changes:
         tree[section].pop(key, None)
@@ -219,19 +220,19 @@ def test_any_tree_as_params_is_taken_as_it_stands_or_refused(changes, sections):
         )
     ).map(lambda words: "".join(words).encode()),
 )
-def test_any_bytes_as_params_are_taken_or_refused(content):
+def test_params_of_any_bytes_are_loaded_or_rejected(content):
     load_params(content)
 
 
 @fuzz(80, content=st.binary() | TREES.map(lambda tree: yaml.safe_dump(tree).encode()))
-def test_any_bytes_as_a_variant_are_taken_or_refused(content):
+def test_variant_of_any_bytes_is_loaded_or_rejected(content):
     with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(named_variants, "FOLDER", folder)
+        patch.setattr(variants, "FOLDER", folder)
         (folder / "mine.yaml").write_bytes(content)
         try:
-            named_variants.read("mine")
-        except UserError as problem:
-            assert_one_line(problem, folder / "mine.yaml")
+            variants.read("mine")
+        except UserError as error:
+            assert_one_line(error, folder / "mine.yaml")
 
 
 @fuzz(
@@ -242,23 +243,23 @@ def test_any_bytes_as_a_variant_are_taken_or_refused(content):
         st.sampled_from(["..", ".", "", "a", "%2e%2e", "..\\..", "a..", "\0"]) | st.text()
     ),
 )
-def test_a_store_at_a_relative_path_lies_in_the_project(start, steps):
-    address = start + "/".join(steps)
+def test_tracking_uri_with_a_relative_path_is_in_the_project_or_rejected(start, steps):
+    uri = start + "/".join(steps)
     try:
-        RuntimeParams(**TREE["runtime"] | {"tracking_uri": address})
-    except ValueError as problem:
-        assert str(problem).startswith("tracking_uri: ") and ".." in unquote(address)
+        RuntimeParams(**TREE["runtime"] | {"tracking_uri": uri})
+    except ValueError as error:
+        assert str(error).startswith("tracking_uri: ") and ".." in unquote(uri)
         return
-    place = "/".join(steps)
-    if start in ("sqlite:///", "sqlite+pysqlite:///") and not place.startswith("/"):
-        assert Path(os.path.normpath(f"/project/{place}")).is_relative_to("/project")
+    path = "/".join(steps)
+    if start in ("sqlite:///", "sqlite+pysqlite:///") and not path.startswith("/"):
+        assert Path(os.path.normpath(f"/project/{path}")).is_relative_to("/project")
 
 
 # --- text
 
 
 @fuzz(350, text=TEXTS)
-def test_any_text_is_given_back_by_decoding(text):
+def test_tokenizer_decodes_what_it_encoded_from_any_text(text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids.dtype == np.uint16 and (ids < tokenizer.VOCAB_SIZE).all()
@@ -270,19 +271,19 @@ def test_any_text_is_given_back_by_decoding(text):
     chunk=st.integers(1, 20),
     size=st.integers(1, 20),
 )
-def test_any_text_in_pieces_has_the_ids_lines_and_speeches_of_the_whole(text, chunk, size):
+def test_pieces_of_any_text_have_the_ids_lines_and_speeches_of_the_whole(text, chunk, size):
     assume(text)
     chunks = (text[at : at + chunk] for at in range(0, len(text), chunk))
-    whole, tally = (statistics.CorpusStatistics(tokenizer.VOCAB_SIZE) for _ in range(2))
-    ids, none = tokenizer.encode(text), tokenizer.encode("")
-    whole.add(text, ids, none)
+    whole, added = (statistics.CorpusStatistics(tokenizer.VOCAB_SIZE) for _ in range(2))
+    ids, no_ids = tokenizer.encode(text), tokenizer.encode("")
+    whole.add(text, ids, no_ids)
     found = []
     for piece in tokenizer.pieces(chunks, size):
         found.append(tokenizer.encode(piece))
-        tally.add(piece, found[-1], none)
+        added.add(piece, found[-1], no_ids)
     assert np.array_equal(np.concatenate(found), ids)
-    assert (tally.lines, tally.speeches) == (whole.lines, whole.speeches)
-    assert np.array_equal(tally.train, whole.train)
+    assert (added.lines, added.speeches) == (whole.lines, whole.speeches)
+    assert np.array_equal(added.train, whole.train)
 
 
 FILE_NAMES = st.text(
@@ -314,21 +315,19 @@ def write_corpus(root: Path, files: dict[str, bytes]) -> Path:
     files=st.dictionaries(FILE_NAMES.map(lambda name: f"{name}.txt"), CONTENTS, max_size=3),
     fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
 )
-def test_any_bytes_as_a_corpus_are_kept_or_refused(files, fraction):
+def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, fraction):
     with empty_folder() as root:
         write_corpus(root, files)
         for name in ["data/raw/set", *(f"data/raw/set/{name}" for name in files)]:
             try:
                 found = corpus.read(name, fraction, root)
-            except UserError as problem:
-                assert_one_line(problem, "data/raw/set")
+            except UserError as error:
+                assert_one_line(error, "data/raw/set")
                 continue
             assert 0 < found.train_characters < found.characters and found.name.isprintable()
-            contents = [files[key] for key in sorted(files)] if name.endswith("/set") else None
-            texts = [
-                content.decode().removeprefix("\ufeff")
-                for content in contents or [files[name.removeprefix("data/raw/set/")]]
-            ]
+            one = [name.removeprefix("data/raw/set/")]
+            keys = sorted(files) if name.endswith("/set") else one
+            texts = [files[key].decode().removeprefix("\ufeff") for key in keys]
             joined = texts[0]
             for text in texts[1:]:
                 joined += ("\n" if joined and not joined.endswith("\n") else "") + text
@@ -342,18 +341,18 @@ def test_any_bytes_as_a_corpus_are_kept_or_refused(files, fraction):
         "/".join
     ),
 )
-def test_any_name_of_a_corpus_is_found_or_refused(name):
+def test_corpus_of_any_name_is_found_or_rejected(name):
     assume(name not in corpus.NAMED)
     with empty_folder() as root:
         write_corpus(root, {"a.txt": b"text enough"})
         try:
             assert "".join(corpus.read(name, 0.5, root).chunks()) == "text enough"
-        except UserError as problem:
-            assert_one_line(problem, "prepare.corpus")
+        except UserError as error:
+            assert_one_line(error, "prepare.corpus")
 
 
 @fuzz(8, name=FILE_NAMES, content=CONTENTS, fraction=st.floats(0.01, 0.99))
-def test_prepare_makes_all_of_its_outs_or_none(name, content, fraction):
+def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
     with empty_folder() as root, warnings.catch_warnings():
         warnings.simplefilter("error")
         write_corpus(root, {name: content})
@@ -367,8 +366,8 @@ def test_prepare_makes_all_of_its_outs_or_none(name, content, fraction):
         try:
             with contextlib.redirect_stdout(printed):
                 prepare.run(settings, root)
-        except UserError as problem:
-            assert_one_line(problem, "data/raw")
+        except UserError as error:
+            assert_one_line(error, "data/raw")
             assert [path.name for path in (root / "data").iterdir()] == ["raw"]
             return
         assert printed.getvalue().replace("\n", "").isprintable()
@@ -382,23 +381,23 @@ def test_prepare_makes_all_of_its_outs_or_none(name, content, fraction):
 
 
 @fuzz(6, text=TEXTS.filter(str.strip), title=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_and_title_can_be_drawn(text, title):
+def test_corpus_plots_of_any_text_and_title_can_be_saved(text, title):
     with empty_folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
-        tally = statistics.CorpusStatistics(tokenizer.VOCAB_SIZE)
-        tally.add(text, tokenizer.encode(text), tokenizer.encode(""))
+        counts = statistics.CorpusStatistics(tokenizer.VOCAB_SIZE)
+        counts.add(text, tokenizer.encode(text), tokenizer.encode(""))
         for figure in (
-            corpus_plots.lengths(tally, title),
-            corpus_plots.rank_frequency(tally.train, title),
+            corpus_plots.length_histograms(counts, title),
+            corpus_plots.rank_frequency(counts.train, title),
         ):
-            plots.save(figure, folder / "picture.png")
+            plots.save(figure, folder / "plot.png")
 
 
 # --- token files
 
 
 @functools.cache
-def token_files() -> dict[str, bytes]:
+def token_file_contents() -> dict[str, bytes]:
     with empty_folder() as folder:
         texts = {"train": "What, ho! " * 20, "val": "My lord? " * 5}
         ids = {part: tokenizer.encode(text) for part, text in texts.items()}
@@ -414,15 +413,15 @@ def token_files() -> dict[str, bytes]:
     value=TREES,
     kind=st.sampled_from(["bytes", "bytes", "value", "value", "missing", "folder"]),
 )
-def test_damaged_token_files_are_noticed_or_the_same(name, edits, key, value, kind):
+def test_damaged_token_files_are_rejected_or_equivalent(name, edits, key, value, kind):
     with empty_folder() as folder:
-        for each, content in token_files().items():
+        for each, content in token_file_contents().items():
             (folder / each).write_bytes(content)
-        sound = token_files.read(folder)
+        intact = token_files.read(folder)
         if kind == "bytes":
-            (folder / name).write_bytes(damage(token_files()[name], edits))
+            (folder / name).write_bytes(damage(token_file_contents()[name], edits))
         elif kind == "value":
-            name, meta = "meta.json", json.loads(token_files()["meta.json"])
+            name, meta = "meta.json", json.loads(token_file_contents()["meta.json"])
             (folder / name).write_text(json.dumps(meta | {key: value}))
         else:
             (folder / name).unlink()
@@ -430,11 +429,12 @@ def test_damaged_token_files_are_noticed_or_the_same(name, edits, key, value, ki
                 (folder / name).mkdir()
         try:
             found = token_files.read(folder)
-        except UserError as problem:
-            assert_one_line(problem, folder / name, "dvc repro --force prepare")
+        except UserError as error:
+            assert_one_line(error, folder / name, "dvc repro --force prepare")
         else:
-            assert found.meta == sound.meta and found.digest == sound.digest
-            assert np.array_equal(found.train, sound.train) and np.array_equal(found.val, sound.val)
+            assert found.meta == intact.meta and found.digest == intact.digest
+            assert np.array_equal(found.train, intact.train)
+            assert np.array_equal(found.val, intact.val)
 
 
 # --- model folders
@@ -442,7 +442,7 @@ def test_damaged_token_files_are_noticed_or_the_same(name, edits, key, value, ki
 
 @functools.cache
 def model_folder() -> tuple[dict[str, Any], bytes]:
-    """The config and the weights of a small model."""
+    """The config and the weights file of a small model."""
     sizes = ModelParams(n_layer=2, n_head=2, n_embd=8, block_size=4, dropout=0.0)
     with empty_folder() as folder:
         huggingface.save(GPT(sizes, 11), folder / "gpt2")
@@ -451,15 +451,15 @@ def model_folder() -> tuple[dict[str, Any], bytes]:
 
 
 def open_model(config: bytes, weights: bytes) -> GPT | None:
-    """The model, which must then work, or None where the folder was refused in a clear line."""
+    """The loaded model, after a forward pass; None if the folder was rejected with one line."""
     with empty_folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
         (folder / "config.json").write_bytes(config)
         (folder / "model.safetensors").write_bytes(weights)
         try:
             model = huggingface.load(folder)
-        except UserError as problem:
-            assert_one_line(problem, folder)
+        except UserError as error:
+            assert_one_line(error, folder)
             return None
         assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     with torch.no_grad():
@@ -476,19 +476,19 @@ def open_model(config: bytes, weights: bytes) -> GPT | None:
         max_size=3,
     ),
 )
-def test_a_config_of_any_values_makes_a_model_or_is_refused(changes):
+def test_config_of_any_values_is_loaded_or_rejected(changes):
     config, weights = model_folder()
     model = open_model(json.dumps(config | changes).encode(), weights)
     if model is not None:
         assert (model.params.n_layer, model.params.n_embd) == (2, 8)
 
 
-@fuzz(200, name=st.sampled_from(["config", "weights"]), edits=EDITS, near_the_start=st.booleans())
-def test_a_model_folder_with_damage_makes_a_model_or_is_refused(name, edits, near_the_start):
+@fuzz(200, name=st.sampled_from(["config", "weights"]), edits=EDITS, near_start=st.booleans())
+def test_damaged_model_folder_is_loaded_or_rejected(name, edits, near_start):
     config, weights = model_folder()
     config = json.dumps(config).encode()
-    if near_the_start:  # in the header's length and first names
-        edits = [(kind, share / 100, new) for kind, share, new in edits]
+    if near_start:  # in the length of the header and the first names
+        edits = [(kind, fraction / 100, new) for kind, fraction, new in edits]
     if name == "config":
         open_model(damage(config, edits), weights)
     else:
@@ -496,8 +496,8 @@ def test_a_model_folder_with_damage_makes_a_model_or_is_refused(name, edits, nea
 
 
 TENSOR_CHANGES = st.tuples(
-    st.integers(0, 27),  # which tensor
-    st.sampled_from(["drop", "rename", "cast", "reshape", "turn", "twin", "spoil"]),
+    st.integers(0, 27),  # the index of a tensor
+    st.sampled_from(["drop", "rename", "cast", "reshape", "transpose", "duplicate", "infinite"]),
     st.text(max_size=12) | st.sampled_from(["h.9.ln_1.bias", "wte.weight", "transformer.h.0"]),
     st.sampled_from([torch.int8, torch.int64, torch.bool, torch.float16, torch.bfloat16])
     | st.sampled_from([torch.float64, torch.float8_e4m3fn, torch.complex64]),
@@ -510,12 +510,12 @@ TENSOR_CHANGES = st.tuples(
     changes=st.lists(TENSOR_CHANGES, min_size=1, max_size=3),
     n_layer=st.sampled_from([2, 2, 1, 3]),
 )
-def test_tensors_of_any_name_shape_and_kind_make_a_model_or_are_refused(changes, n_layer):
+def test_tensors_of_any_name_shape_and_dtype_are_loaded_or_rejected(changes, n_layer):
     config, weights = model_folder()
     tensors = safetensors.torch.load(weights)
     names = sorted(tensors)
-    for place, kind, text, dtype, shape in changes:
-        name = names[place]
+    for index, kind, text, dtype, shape in changes:
+        name = names[index]
         if name not in tensors:
             continue
         if kind == "drop":
@@ -526,13 +526,11 @@ def test_tensors_of_any_name_shape_and_kind_make_a_model_or_are_refused(changes,
             tensors[name] = tensors[name].to(dtype)
         elif kind == "reshape":
             tensors[name] = torch.zeros(shape)
-        elif kind == "turn":
-            tensors[name] = (
-                tensors[name].T.contiguous() if tensors[name].dim() == 2 else tensors[name]
-            )
-        elif kind == "twin":
+        elif kind == "transpose" and tensors[name].dim() == 2:
+            tensors[name] = tensors[name].T.contiguous()
+        elif kind == "duplicate":
             tensors[name.removeprefix("transformer.")] = tensors[name].clone()
-        elif kind == "spoil":
+        elif kind == "infinite":
             tensors[name] = torch.full_like(tensors[name], 1).div(0).to(tensors[name].dtype)
     open_model(json.dumps(config | {"n_layer": n_layer}).encode(), safetensors.torch.save(tensors))
 
@@ -559,7 +557,7 @@ def checkpoint_files() -> dict[str, bytes]:
 
 @fuzz(
     150,
-    spoilt=st.lists(
+    changes=st.lists(
         st.tuples(
             st.integers(0, 3), st.sampled_from(["bytes", "bytes", "missing", "folder"]), EDITS
         ),
@@ -567,21 +565,21 @@ def checkpoint_files() -> dict[str, bytes]:
         max_size=4,
     ),
 )
-def test_of_damaged_checkpoints_the_newest_whole_one_is_taken(spoilt):
+def test_load_latest_takes_the_newest_undamaged_checkpoint(changes):
     with empty_folder() as folder:
         for name, content in checkpoint_files().items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         names = sorted(checkpoint_files())
-        for place, kind, edits in spoilt:
-            path = folder / names[place]
+        for index, kind, edits in changes:
+            path = folder / names[index]
             if kind == "bytes" and path.is_file():
                 path.write_bytes(damage(path.read_bytes(), edits))
             elif path.is_file():
                 path.unlink()
                 if kind == "folder":
                     path.mkdir()
-        whole = [
+        undamaged = [
             step
             for step in checkpoints()
             if all(
@@ -590,18 +588,17 @@ def test_of_damaged_checkpoints_the_newest_whole_one_is_taken(spoilt):
                 if int(name[len("step-") :].partition("/")[0]) == step
             )
         ]
-        told = io.StringIO()
+        messages = io.StringIO()
         try:
-            with contextlib.redirect_stderr(told):
+            with contextlib.redirect_stderr(messages):
                 found = checkpoint.load_latest(folder)
-        except UserError as problem:
-            assert_one_line(problem, folder)
-            assert not whole
+        except UserError as error:
+            assert_one_line(error, folder)
+            assert not undamaged
         else:
-            assert found.step >= max(whole, default=0)
+            assert found.step >= max(undamaged, default=0)
             expected = checkpoints()[found.step]
             assert found.state == expected.state
             assert torch.equal(found.tensors["model.w"], expected.tensors["model.w"])
-        assert all(
-            line.isprintable() and len(line) < 1_000 for line in told.getvalue().splitlines()
-        )
+        lines = messages.getvalue().splitlines()
+        assert all(line.isprintable() and len(line) < 1_000 for line in lines)
