@@ -1,42 +1,48 @@
-"""Does the fast step learn as the plain one does: the loss curves of both, and of rounding alone.
+"""Whether Folio's step learns as a plain training step does: compares their loss curves.
 
     python -m benchmarks.curve --variant gpt2-124m --steps 200
 
-Folio's step beside forward and backward in bf16 autocast with PyTorch's own cross-entropy, from the
-same weights, on the same batches. What rounding makes of a curve is seen in the plain way itself
-with the windows of each batch in the opposite order, which changes the order of its sums alone.
-Needs data/prepared (`dvc repro prepare`).
+Compares Folio's step with forward and backward passes in bf16 autocast that use PyTorch's own
+cross-entropy, from the same weights and on the same batches. A third curve shows the effect of
+rounding: the plain step with the windows of each batch in reverse order, which only changes the
+order of summation. Requires data/prepared (`dvc repro prepare`).
 """
 
 import argparse
-from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks.recipe import build
 from folio import device
-from folio.sweeps import variants
 from folio.errors import one_line_errors
-from stages.train import Trainer
+from folio.sweeps import variants
+from folio.training.trainer import Trainer
 
 
-def folio(trainer: Trainer, steps: int) -> list[float]:
-    """The loss of each step."""
-    sums = [0.0]
-    for _ in range(steps):
-        trainer.advance()
-        sums.append(trainer.take_step.read().loss)
-    return [after - before for before, after in pairwise(sums)]
+def folio_losses(trainer: Trainer, steps: int) -> list[float]:
+    """Train with Folio's step. Returns the loss of each step."""
+    losses = []
+    for step in range(steps):
+        trainer.step(trainer.batches(step), trainer.learning_rate(step))
+        metrics = trainer.read()
+        trainer.log(metrics)
+        losses.append(metrics["train_loss"])
+    return losses
 
 
-def plain(trainer: Trainer, steps: int, flip: bool) -> list[float]:
-    model, optimizer, p, losses = trainer.model, trainer.optimizer, trainer.p, []
-    for number in range(steps):
+def plain_losses(trainer: Trainer, steps: int, reverse: bool) -> list[float]:
+    """Train with a plain step. Returns the loss of each step.
+
+    reverse: take the windows of each batch in reverse order.
+    """
+    model, optimizer, p, losses = trainer.model, trainer.optimizer, trainer.params, []
+    for step in range(steps):
         parts = []
-        for i in range(p.accumulation):
-            x, y = trainer.batches[number * p.accumulation + i]
-            x, y = (t.flip(0) if flip else t for t in (x.to(trainer.device), y.to(trainer.device)))
+        for batch in trainer.batches(step):
+            x, y = (t.to(trainer.device) for t in batch)
+            if reverse:
+                x, y = x.flip(0), y.flip(0)
             with torch.autocast(trainer.device.type, torch.bfloat16):
                 logits = F.linear(model.hidden(x), model.transformer.wte.weight).float()
                 if model.log_multiplicity is not None:
@@ -48,7 +54,7 @@ def plain(trainer: Trainer, steps: int, flip: bool) -> list[float]:
             parts.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), p.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = trainer.rate(number)
+            group["lr"] = trainer.learning_rate(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(torch.stack(parts).mean().item())
@@ -64,25 +70,26 @@ def main() -> None:
     variant = variants.read(options.variant) if options.variant else {}
     variant |= {"model.dropout": 0.0, "train.precision": "bf16", "train.compile": options.compile}
     curves = {}
-    for name in ("Folio", "autocast", "autocast, in the other order"):
+    for name in ("Folio", "autocast", "autocast, reversed batches"):
         trainer, _ = build(variant)
         curves[name] = (
-            folio(trainer, options.steps)
+            folio_losses(trainer, options.steps)
             if name == "Folio"
-            else plain(trainer, options.steps, flip=name != "autocast")
+            else plain_losses(trainer, options.steps, reverse=name != "autocast")
         )
         where = trainer.device
-    print(f"{options.variant or 'params.yaml'} on {device.describe(where)}; nats a token")
+    print(f"{options.variant or 'params.yaml'} on {device.describe(where)}; loss in nats/token")
     print(f"step{'':4}", *(f"{name:>30}" for name in curves))
-    for step in range(options.steps // 10, options.steps + 1, options.steps // 10):
+    interval = max(1, options.steps // 10)
+    for step in range(interval, options.steps + 1, interval):
         print(f"{step:<8}", *(f"{losses[step - 1]:30.4f}" for losses in curves.values()))
     expected = torch.tensor(curves["autocast"])
     for name, losses in curves.items():
-        apart = (torch.tensor(losses) - expected).abs()
+        difference = (torch.tensor(losses) - expected).abs()
         last = torch.tensor(losses)[-20:].mean()
         print(
-            f"{name:<30} from autocast: mean {apart.mean():.4f}, at most {apart.max():.4f};"
-            f" mean of the last 20 {last:.4f}"
+            f"{name:<30} difference from autocast: mean {difference.mean():.4f}, maximum"
+            f" {difference.max():.4f}; mean of the last 20 losses {last:.4f}"
         )
 
 

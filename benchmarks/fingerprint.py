@@ -1,10 +1,10 @@
-"""Fingerprints of three short trainings: a refactoring must leave them as they are, bit for bit.
+"""Fingerprints of three short trainings: a refactoring must not change a bit of them.
 
     python -m benchmarks.fingerprint tiny laptop
     python -m benchmarks.fingerprint seed-30m        # on a GPU, in bf16
 
-Prints the sha256 of the weights and that of the history, without what depends on the clock. They
-compare on one machine with one version of PyTorch only.
+Prints the sha256 of the weights, and of the history without the values that depend on the clock.
+Fingerprints are only comparable on the same machine with the same version of PyTorch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ VERSES = "".join(
     f"The sea of night {n} holds a star,\nand the star holds a sea of salt.\n\n" for n in range(150)
 )
 CASES = {
-    # dropout, accumulation, checkpoints and a tied row at once, in seconds
+    # a few seconds: dropout, accumulation, checkpoints and tied embedding rows
     "tiny": {
         "prepare": {"corpus": "data/raw/verses.txt"},
         "model": {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "dropout": 0.1},
@@ -45,7 +45,7 @@ PRECISION = {"tiny": "fp32", "laptop": "fp32", "seed-30m": "bf16"}
 
 
 def write_project(folder: Path, case: str) -> None:
-    """The code, and params.yaml under the case's variant and settings."""
+    """Copy the code, and params.yaml with the case's variant and settings applied to it."""
     for name in COPIED:
         source, copy = ROOT / name, folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def write_project(folder: Path, case: str) -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """sha256 of the weights and of the history's rows, with sorted keys and without the clock's."""
+    """The sha256 of the weights, and of the history with sorted keys and without times."""
     weights = (folder / "models/gpt2/model.safetensors").read_bytes()
     rows = []
     for line in (folder / "models/training/history.jsonl").read_text().splitlines():

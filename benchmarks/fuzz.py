@@ -1,10 +1,11 @@
-"""Random input in bulk: the properties of tests/test_fuzz.py, on many times the suite's cases.
+"""Fuzzing at length: the properties of tests/pipeline/test_fuzz.py with many more cases.
 
     python -m benchmarks.fuzz                       100,000 cases: half an hour on a busy core
-    python -m benchmarks.fuzz --times 38 --seed 7   the cases of a run whose last line says seed 7
+    python -m benchmarks.fuzz --times 38 --seed 7   repeats the cases of a run with seed 7
 
-Prints a row a property: the cases really run, whether it failed, and the seconds. Above the table
-hypothesis shows the smallest input of each failure. The exit status is 1 when there is any.
+Prints a row for each property: the number of cases that ran, whether it failed, and the seconds.
+Above the table, hypothesis shows the smallest input of each failure. The exit status is 1 if there
+is a failure.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent.parent / "tests" / "test_fuzz.py"
+TESTS = Path(__file__).parent.parent / "tests/pipeline/test_fuzz.py"
 
 
 class Outcomes:
-    """A pytest plugin that remembers how each test went."""
+    """A pytest plugin that collects the outcome of each test."""
 
     def __init__(self) -> None:
         self.reports: list[pytest.TestReport] = []
@@ -31,7 +32,9 @@ class Outcomes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=float, default=38, help="the suite's cases, so many times")
+    parser.add_argument(
+        "--times", type=float, default=38, help="factor for the number of cases of the test suite"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
     os.environ["FUZZ_CASES"] = str(options.times)
@@ -41,6 +44,8 @@ def main() -> None:
     status = pytest.main(
         ["-n", "0", "-p", "no:cacheprovider", "-q", "--tb=short", seed, str(TESTS)], [outcomes]
     )
+    if TESTS.stem not in sys.modules:  # the tests could not be imported
+        sys.exit(status)
     cases = sys.modules[TESTS.stem].CASES
     print(f"\n{'property':<72}{'cases':>9}{'failed':>8}{'seconds':>9}")
     for report in outcomes.reports:

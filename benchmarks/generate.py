@@ -1,12 +1,12 @@
-"""How fast text comes: Folio's cache beside transformers' generate, and beside no cache at all.
+"""The speed of generation: Folio compared with transformers, and with no cache at all.
 
     python -m benchmarks.generate --tokens 500 --batches 1 64
 
-Greedy, with the seed-30m sizes (6 layers, 6 heads, 384 wide, 50,257 tokens) and random weights
-that are shaken, so that the text does not stand still. The two of a row are timed in turn, and
-must write the same ids, but where rounding decides between the two likeliest; medians.
-transformers ends at its context, so that comparison has a context of 1,024; the other goes
-beyond a context of 128. Needs no data.
+Greedy decoding with the sizes of seed-30m (6 layers, 6 heads, width 384, 50,257 tokens) and random
+weights, perturbed so that the text does not repeat one token. The two contenders of a row are timed
+in turn; prints medians. They must generate the same ids, except where rounding decides between the
+two most likely tokens. transformers cannot generate beyond the model's context, so that comparison
+uses a context of 1,024; the one without a cache goes beyond a context of 128. Requires no data.
 """
 
 import argparse
@@ -26,33 +26,33 @@ from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
 from folio.inference.generation import generate_batch
 
-ROWS, PROMPT = 50_257, 8  # of the vocabulary; tokens
-Way = Callable[[torch.Tensor, int], torch.Tensor]  # prompts [B, T], tokens -> ids [B, tokens]
+VOCAB_SIZE, PROMPT_TOKENS = 50_257, 8
+Generate = Callable[[torch.Tensor, int], torch.Tensor]  # prompts [B, T], n -> ids [B, n]
 
 
-def gpt(block_size: int, where: torch.device) -> GPT:
+def build_model(block_size: int, where: torch.device) -> GPT:
     torch.manual_seed(1)
     sizes = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": block_size}
-    model = GPT(ModelParams(**sizes, dropout=0.0), ROWS).to(where).eval()
+    model = GPT(ModelParams(**sizes, dropout=0.0), VOCAB_SIZE).to(where).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
     return model
 
 
-def folio(model: GPT) -> Way:
-    def way(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
+def with_folio(model: GPT) -> Generate:
+    def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         return torch.stack([*generate_batch(model, prompts, tokens, 0.0)], 1)
 
-    return way
+    return generate
 
 
-def transformers(model: GPT, where: torch.device) -> Way:
+def with_transformers(model: GPT, where: torch.device) -> Generate:
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder) / "gpt2")
         theirs = GPT2LMHeadModel.from_pretrained(Path(folder) / "gpt2").to(where)
 
-    def way(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
+    def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         ids = theirs.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -60,47 +60,51 @@ def transformers(model: GPT, where: torch.device) -> Way:
             max_new_tokens=tokens,
             do_sample=False,
             use_cache=True,
-            pad_token_id=ROWS - 1,
+            pad_token_id=VOCAB_SIZE - 1,
         )
         return ids[:, prompts.shape[1] :]
 
-    return way
+    return generate
 
 
-def without_cache(model: GPT) -> Way:
+def without_cache(model: GPT) -> Generate:
     @torch.inference_mode()
-    def way(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
+    def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         ids = prompts
         for _ in range(tokens):
-            likeliest = model(ids[:, -model.params.block_size :])[:, -1].argmax(-1)
-            ids = torch.cat([ids, likeliest[:, None]], 1)
+            next_ids = model(ids[:, -model.params.block_size :])[:, -1].argmax(-1)
+            ids = torch.cat([ids, next_ids[:, None]], 1)
         return ids[:, prompts.shape[1] :]
 
-    return way
+    return generate
 
 
 @torch.inference_mode()
 def gap(model: GPT, prompt: torch.Tensor, text: list[int], other: list[int]) -> float:
-    """By how much of the logits' deviation the first two ids that differ are apart; 0: none do."""
-    place = next((i for i, ids in enumerate(zip(text, other, strict=True)) if len({*ids}) > 1), -1)
-    if place < 0:
+    """The difference of the logits of the first two ids that differ, in standard deviations of the
+    logits; 0 if the texts are equal."""
+    pairs = enumerate(zip(text, other, strict=True))
+    i = next((i for i, (a, b) in pairs if a != b), -1)
+    if i < 0:
         return 0.0
-    read = torch.cat([prompt, prompt.new_tensor(text[:place])])[None, -model.params.block_size :]
-    logits = model(read)[0, -1]
-    return ((logits[text[place]] - logits[other[place]]).abs() / logits.std()).item()
+    context = torch.cat([prompt, prompt.new_tensor(text[:i])])[None, -model.params.block_size :]
+    logits = model(context)[0, -1]
+    return ((logits[text[i]] - logits[other[i]]).abs() / logits.std()).item()
 
 
-def compare(name: str, model: GPT, theirs: Way, prompts: torch.Tensor, tokens: int, rounds: int):
-    """Print a row; exit if the ids are not the same, but for two that rounding alone decides."""
-    ours = folio(model)
-    ours(prompts, 8), theirs(prompts, 8)
-    seconds, ids = {ours: [], theirs: []}, {}
+def compare(
+    name: str, model: GPT, other: Generate, prompts: torch.Tensor, tokens: int, rounds: int
+) -> None:
+    """Print a row. Exit if the ids differ and rounding cannot be the reason."""
+    ours = with_folio(model)
+    ours(prompts, 8), other(prompts, 8)
+    seconds, ids = {ours: [], other: []}, {}
     for _ in range(rounds):
-        for way in (ours, theirs):
+        for contender in (ours, other):
             started = time.perf_counter()
-            ids[way] = way(prompts, tokens).tolist()  # waits for the device
-            seconds[way].append(time.perf_counter() - started)
-    equal = sum(a == b for a, b in zip(ids[ours], ids[theirs], strict=True))
+            ids[contender] = contender(prompts, tokens).tolist()  # waits for the device
+            seconds[contender].append(time.perf_counter() - started)
+    equal = sum(a == b for a, b in zip(ids[ours], ids[other], strict=True))
     speeds = [len(prompts) * tokens / median(taken) for taken in seconds.values()]
     distinct = min(len(set(row)) for row in ids[ours])
     print(
@@ -108,19 +112,19 @@ def compare(name: str, model: GPT, theirs: Way, prompts: torch.Tensor, tokens: i
         f" {speeds[0] / speeds[1]:6.2f}   {equal} of {len(prompts)} ({distinct} distinct ids)",
         flush=True,
     )
-    widest = max(map(gap, [model] * len(prompts), prompts, ids[ours], ids[theirs]))
+    widest = max(map(gap, [model] * len(prompts), prompts, ids[ours], ids[other]))
     if widest > 1e-5:
-        sys.exit(f"the texts differ where two logits are {widest:.1e} deviations apart")
+        sys.exit(f"the texts differ where the logits differ by {widest:.1e} standard deviations")
     if widest:
-        print(f"where texts part, two logits are at most {widest:.1e} deviations apart: a tie")
+        print(f"where texts differ, the logits differ by {widest:.1e} standard deviations: a tie")
 
 
 @torch.inference_mode()
 def floor(model: GPT, where: torch.device, rounds: int) -> tuple[float, float]:
-    """All matrices once, in ms: added up, which is reading; and times a vector with F.linear."""
+    """The ms to read all weight matrices once (their sum), and to multiply each by a vector."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".wpe." not in name]
     vectors = [torch.randn(1, p.shape[1], device=where) for p in matrices]
-    taken = {"read": [], "linear": []}
+    taken: dict[str, list[float]] = {"read": [], "linear": []}
     for _ in range(10 * rounds):
         for name, times in taken.items():
             started = time.perf_counter()
@@ -140,19 +144,19 @@ def main() -> None:
     options = parser.parse_args()
     where, tokens, rounds = device.resolve_device(options.device), options.tokens, options.rounds
     torch.manual_seed(2)
-    prompts = torch.randint(ROWS, (max([1, *options.batches]), PROMPT), device=where)
-    print(f"on {device.describe(where)}; tokens/s, medians of {rounds}")
-    print(f"{'Folio beside':<34} batch tokens     Folio     other  ratio   the same text")
-    model = gpt(1_024, where)
-    theirs = transformers(model, where)
+    prompts = torch.randint(VOCAB_SIZE, (max([1, *options.batches]), PROMPT_TOKENS), device=where)
+    print(f"on {device.describe(where)}; tokens/s, medians of {rounds} rounds")
+    print(f"{'Folio, compared with':<34} batch tokens     Folio     other  ratio   same text")
+    model = build_model(1_024, where)
+    theirs = with_transformers(model, where)
     for batch in options.batches:
         name = "transformers, context 1,024"
         compare(name, model, theirs, prompts[:batch], tokens, rounds)
     read, linear = floor(model, where, rounds)
-    short = gpt(128, where)
+    short = build_model(128, where)
     name = "no cache, beyond a context of 128"
     compare(name, short, without_cache(short), prompts[:1], tokens, rounds)
-    print(f"a token's weights, 120 MB: {read:.2f} ms to read, {linear:.2f} ms through F.linear")
+    print(f"per token, 120 MB of weights: {read:.2f} ms to read, {linear:.2f} ms with F.linear")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What benchmarks/project.py puts on a project's path as sitecustomize.py.
+"""Injects a fault into a stage: benchmarks/project.py copies this file to sitecustomize.py.
 
-Python runs that first in every process. In one stage it counts the lines that one function is about
-to run, and at one of them does the deed: so no line of the product knows of it. FOLIO_FAULT is
-stage|end of the file's path|function|a word of the line|the how manieth|deed; a deed that is no
-kill is to be slow until the file ../go is there.
+Python imports sitecustomize at the start of every process. In the stage of the fault it counts the
+lines that a function is about to run, and acts on one of them; the product needs no code for this.
+FOLIO_FAULT is stage|end of the file's path|function|part of the line|number of the line|action. An
+action other than a kill slows the process down until the file ../continue exists.
 """
 
 import linecache
@@ -14,29 +14,29 @@ import threading
 import time
 from pathlib import Path
 
-stage, file, function, word, count, deed = os.environ.get("FOLIO_FAULT", "|||||").split("|")
-passed = 0
+stage, file, function, part, number, action = os.environ.get("FOLIO_FAULT", "|||||").split("|")
+lines = 0  # that matched
 
 
 def on_line(frame, event, _):
-    global passed
-    if event == "line" and word in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
-        passed += 1
-        if passed == int(count):
+    global lines
+    if event == "line" and part in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+        lines += 1
+        if lines == int(number):
             Path("../reached").write_text(f"{os.getpid()}\n")
-            if deed == "kill the stage":
+            if action == "kill the stage":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if deed == "kill the group":
+            if action == "kill the group":
                 os.killpg(0, signal.SIGKILL)
-        if passed >= int(count) and not Path("../go").exists():  # the deed is to be slow
+        if lines >= int(number) and not Path("../continue").exists():
             time.sleep(0.05)
     return on_line
 
 
 def on_call(frame, *_):
     code = frame.f_code
-    if function in ("Store.send", "Store._open") and code.co_qualname == "Step.__call__":
-        time.sleep(0.2)  # MLflow's thread takes seconds to begin: as many steps as a training has
+    if function.startswith("RunWriter.") and code.co_qualname == "TrainStep.__call__":
+        time.sleep(0.2)  # MLflow's thread takes seconds to start, as long as a whole training
     return on_line if code.co_qualname == function and code.co_filename.endswith(file) else None
 
 

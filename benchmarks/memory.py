@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory gpt2-124m --steps 50
 
-Needs data/prepared (`dvc repro prepare`). The last step's loss shows that it trains.
+Requires data/prepared (`dvc repro prepare`). The loss of the last step shows that it trains.
 """
 
 import argparse
@@ -13,23 +13,23 @@ from statistics import median
 import torch
 
 from benchmarks.recipe import build
-from folio.sweeps import variants
 from folio.errors import one_line_errors
-from stages.train import Trainer
+from folio.sweeps import variants
+from folio.training.trainer import Trainer
 
 
 def measure(trainer: Trainer, steps: int) -> tuple[float, float, float]:
-    """Peak memory in GB, tokens/s (the median step's), the last step's loss."""
+    """Peak memory in GB, tokens/s of the median step, and the loss of the last step."""
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps):
+    seconds, metrics = [], {"train_loss": 0.0}
+    for step in range(steps):
         started = time.perf_counter()
-        trainer.advance()
-        loss = trainer.take_step.read().loss  # waits for the device
-        trainer.take_step.reset()
+        trainer.step(trainer.batches(step), trainer.learning_rate(step))
+        metrics = trainer.read()  # waits for the device
+        trainer.log(metrics)
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    return peak, trainer.tokens_a_step / median(seconds), loss
+    return peak, trainer.tokens_per_step / median(seconds), metrics["train_loss"]
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
     print("precision  gradient checkpointing  peak GB  tokens/s  last loss")
     for precision in ("bf16", "fp16", "fp32"):
         for checkpointing in (False, True):
-            chosen = {"precision": precision, "gradient_checkpointing": checkpointing}
-            trainer, _ = build(variant | {f"train.{key}": v for key, v in chosen.items()})
+            settings = {"precision": precision, "gradient_checkpointing": checkpointing}
+            trainer, _ = build(variant | {f"train.{key}": v for key, v in settings.items()})
             peak, speed, loss = measure(trainer, options.steps)
             on = "on" if checkpointing else "off"
             print(f"{precision:<9}  {on:<22}  {peak:7.1f}  {speed:8,.0f}  {loss:9.3f}", flush=True)

@@ -1,12 +1,12 @@
-"""How long the prepare stage takes, and what memory, on one core and on all.
+"""The time and the memory that the prepare stage takes, on one core and on all cores.
 
     python -m benchmarks.prepare --sizes 32 128 --rounds 5
     python -m benchmarks.prepare --sizes 2048 --rounds 1        seven minutes on two cores
 
-The texts are the plays, repeated. The stage runs as a process of its own, in turn held to one core,
-where it encodes in one thread, and on all. A row gives the median time of the whole command; rate
-and gain are without the start-up, which is the time for a text of one line. The peak is the
-resident memory of the process. All that the stage makes is compared: it is to be the same.
+The texts are the plays, repeated. The stage runs as a separate process, in turn on one core, where
+it encodes in one thread, and on all cores. A row shows the median time of the whole command; rate
+and speedup exclude the startup, which is the time for a text of one line. The peak is the resident
+memory of the process. All runs of a text must create the same files.
 """
 
 import argparse
@@ -32,17 +32,17 @@ prepare:
 
 
 def write_text(path: Path, mebibytes: int) -> None:
-    """The plays, again and again, to a size; for 0 MiB their first line."""
-    markdown = shakespeare.plays()
-    plays = (shakespeare.other_plays(markdown) + shakespeare.tinyshakespeare(markdown)).encode()
+    """Write the plays, repeated up to a size; for 0 MiB, only their first line."""
+    text, _ = shakespeare.load_all_plays()
+    plays = text.encode()
     left = mebibytes << 20 or plays.index(b"\n")
     with path.open("wb") as file:
         while left:
-            left -= file.write(plays[:left])  # of one byte a character, nearly all of them
+            left -= file.write(plays[:left])  # nearly all characters are one byte long
 
 
 def prepare(folder: Path, cores: set[int]) -> tuple[float, float]:
-    """Run the stage on these cores: seconds, and the most memory that it held, in MiB."""
+    """Run the stage on these cores. Returns the seconds and the peak memory in MiB."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.prepare"],
@@ -55,54 +55,55 @@ def prepare(folder: Path, cores: set[int]) -> tuple[float, float]:
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"prepare ended with {process.returncode}")
+        sys.exit(f"prepare failed with exit status {process.returncode}")
     return seconds, used.ru_maxrss / 1024
 
 
-def made(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that the stage makes."""
+def hash_outputs(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that the stage creates."""
     paths = [path for path in (folder / "data").rglob("*") if path.is_file()]
     return {str(path): files.sha256(path) for path in paths if "raw" not in path.parts}
 
 
-def compare(folder: Path, mebibytes: int, rounds: int, start_up: list[float]) -> list[float]:
-    """Print the rows of a text, one core and all in turn; their median times, in seconds."""
+def compare(folder: Path, mebibytes: int, rounds: int, startup: list[float]) -> list[float]:
+    """Print the rows of a text: one core, then all cores. Returns their median times in seconds."""
     write_text(folder / "data/raw/text.txt", mebibytes)
     every = os.sched_getaffinity(0)
-    ways, turns, outs = [{min(every)}, every], [], []
+    choices, outs = [{min(every)}, every], []
+    runs: list[list[tuple[float, float]]] = [[], []]  # for each choice, (seconds, MiB) of each run
     for _ in range(rounds):
-        turns.append([])
-        for cores in ways:
-            turns[-1].append(prepare(folder, cores))
-            outs.append(made(folder))
-    ways_turns = [list(zip(*way, strict=True)) for way in zip(*turns, strict=True)]
-    times = [median(seconds) for seconds, _ in ways_turns]
-    alone = [time - start for time, start in zip(times, start_up, strict=True)]
-    for cores, seconds, net, (_, peaks) in zip(ways, times, alone, ways_turns, strict=True):
+        for cores, measured in zip(choices, runs, strict=True):
+            measured.append(prepare(folder, cores))
+            outs.append(hash_outputs(folder))
+    times = [median(seconds for seconds, _ in measured) for measured in runs]
+    alone = [time - start for time, start in zip(times, startup, strict=True)]
+    for cores, seconds, net, measured in zip(choices, times, alone, runs, strict=True):
         print(f"{mebibytes:8,}  {len(cores):5}  {seconds:7.1f}", end="")
         print(f"  {times[0] / seconds:13.2f}", end="")
-        print(f"  {mebibytes / net:9.2f}  {alone[0] / net:4.2f}" if mebibytes else " " * 17, end="")
-        print(f"  {max(peaks):8.0f}", flush=True)
+        print(f"  {mebibytes / net:9.2f}  {alone[0] / net:7.2f}" if mebibytes else " " * 20, end="")
+        print(f"  {max(peak for _, peak in measured):8.0f}", flush=True)
     if any(each != outs[0] for each in outs):
-        sys.exit("the runs did not make the same files")
+        sys.exit("the runs did not create the same files")
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128], help="of texts, in MiB")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 128], help="sizes of the texts in MiB"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    print(f"medians of {options.rounds} rounds; MiB/s and gain are without the start-up")
-    print("text MiB  cores  whole s  gain of whole      MiB/s  gain  peak MiB")
+    print(f"medians of {options.rounds} rounds; MiB/s and speedup exclude the startup")
+    print("text MiB  cores  total s  total speedup      MiB/s  speedup  peak MiB")
     with tempfile.TemporaryDirectory(prefix="prepare-") as place:
         folder = Path(place)
         (folder / "data/raw").mkdir(parents=True)
         (folder / "params.yaml").write_text(PARAMS)
-        start_up = compare(folder, 0, options.rounds, [0.0, 0.0])
+        startup = compare(folder, 0, options.rounds, [0.0, 0.0])
         for size in options.sizes:
-            compare(folder, size, options.rounds, start_up)
-    print("every run of a text made the same files")
+            compare(folder, size, options.rounds, startup)
+    print("all runs of a text created the same files")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Where the time of a training step goes, and how far it is from what the machine allows.
+"""Which operations take the time of a training step, and the lower bounds that the machine sets.
 
     python -m benchmarks.profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
 
-Two floors: the step's arithmetic at the rate of a large matrix product, and the bytes that weights,
-gradients and AdamW's moments must move at the rate of a copy. Both rates are measured beside it.
+There are two lower bounds: the step's arithmetic at the rate of a large matrix product, and the
+memory traffic of weights, gradients and AdamW's moments at the rate of a copy. Both rates are
+measured on the same machine.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import add_options, folio, read_options
+from benchmarks.step import add_options, build_folio, read_options
 from folio import device
 from folio.errors import one_line_errors
 
 STEPS = 10
-OPERATORS = {  # on a CPU: what an operator is shown as, and what its name begins with
+OPERATORS = {  # on a CPU: a kind of operator, and how the names of its operators begin
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
     "the head's softmax": ("aten::exp", "aten::amax", "aten::sub", "aten::_log_softmax"),
@@ -32,7 +33,7 @@ OPERATORS = {  # on a CPU: what an operator is shown as, and what its name begin
     ),
 }
 
-KERNELS = {  # on a GPU: what a kernel is shown as, and what its name contains; the first that fits
+KERNELS = {  # on a GPU: a kind of kernel, and what the names of its kernels contain; first match
     "attention": ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "gemv"),
     "the head's softmax": ("_cross_entropy",),
@@ -43,8 +44,8 @@ KERNELS = {  # on a GPU: what a kernel is shown as, and what its name contains; 
 }
 
 
-def seconds(work: Callable[[], object], where: torch.device, rounds: int = 9) -> float:
-    """The median time that some work takes."""
+def measure(work: Callable[[], object], where: torch.device, rounds: int = 9) -> float:
+    """The median seconds that a call takes."""
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
     taken = []
     for _ in range(rounds + 2):
@@ -57,21 +58,21 @@ def seconds(work: Callable[[], object], where: torch.device, rounds: int = 9) ->
 
 
 def product_rate(where: torch.device, precision: str) -> float:
-    """Operations a second in a large matrix product."""
+    """Operations per second in a large matrix product."""
     n = 8192 if where.type == "cuda" else 2048
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / seconds(lambda: a @ b, where)
+    return 2 * n**3 / measure(lambda: a @ b, where)
 
 
 def copy_rate(where: torch.device) -> float:
-    """Bytes a second, read or written, in a copy of 400 MB."""
+    """Bytes per second, read or written, in a copy of 400 MB."""
     a, b = (torch.empty(100_000_000, device=where) for _ in range(2))
-    return 2 * 4 * a.numel() / seconds(lambda: b.copy_(a), where)
+    return 2 * 4 * a.numel() / measure(lambda: b.copy_(a), where)
 
 
-def by_kind(step: Callable[[], object], where: torch.device) -> Counter[str]:
-    """ms of a step by kind of operator, on a GPU of kernel."""
+def profile_step(step: Callable[[], object], where: torch.device) -> Counter[str]:
+    """ms/step by kind of operator, or on a GPU by kind of kernel."""
     kind = ProfilerActivity.CUDA if where.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiled:
         for _ in range(STEPS):
@@ -87,37 +88,39 @@ def by_kind(step: Callable[[], object], where: torch.device) -> Counter[str]:
             )
         else:
             is_kind = (k for k, starts in OPERATORS.items() if event.key.startswith(starts))
-        found[next(is_kind, "all else")] += taken / 1000 / STEPS
+        found[next(is_kind, "other")] += taken / 1000 / STEPS
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--tie", action="store_true", help="one row for the unseen tokens")
-    parser.add_argument("--compiled", action="store_true", help="with kernels made for it")
+    parser.add_argument(
+        "--tie", action="store_true", help="one embedding row for all unseen tokens"
+    )
+    parser.add_argument("--compiled", action="store_true", help="compile the model")
     options = parser.parse_args()
     work, title = read_options(options)
-    step = folio(work, options.tie, compiled=options.compiled)
-    whole = 1000 * seconds(step, work.where)
-    print(f"{title}: {whole:.2f} ms a step")
-    found = by_kind(step, work.where)
+    step = build_folio(work, options.tie, compiled=options.compiled)
+    whole = 1000 * measure(step, work.where)
+    print(f"{title}: {whole:.2f} ms/step")
+    found = profile_step(step, work.where)
     for kind, ms in found.most_common():
         print(f"  {kind:<28}{ms:9.2f} ms{ms / found.total():7.1%}")
     p, tokens = work.size, work.batch_size * work.size.block_size
     matrices = 12 * p.n_layer * p.n_embd**2 + work.rows(options.tie) * p.n_embd
-    # forward and twice that backward; of attention's two products, the causal half
+    # the backward pass takes twice the forward pass; attention computes the causal half
     operations = 6 * matrices * tokens + 6 * p.n_layer * p.block_size * p.n_embd * tokens
-    # weights are read forward and backward, gradients written and read, in the step's precision;
-    # weights and moments are read and written in fp32
+    # In the step's precision, weights are read in both passes, and gradients written and read. In
+    # fp32, weights and both moments are read and written.
     width = 4 if work.precision == "fp32" else 2
     moved = matrices * (4 * width + 4 * 6)
     products, copies = product_rate(work.where, work.precision), copy_rate(work.where)
-    for name, floor, rate in (
-        ("its arithmetic", operations / products, f"{products / 1e12:.3g} TFLOP/s"),
-        ("its bytes", moved / copies, f"{copies / 1e9:.3g} GB/s"),
+    for name, bound, rate in (
+        ("arithmetic", operations / products, f"{products / 1e12:.3g} TFLOP/s"),
+        ("memory traffic", moved / copies, f"{copies / 1e9:.3g} GB/s"),
     ):
-        print(f"floor by {name:<19}{1000 * floor:9.2f} ms{1000 * floor / whole:7.1%}, at {rate}")
+        print(f"  bound by {name:<19}{1000 * bound:9.2f} ms{1000 * bound / whole:7.1%}, at {rate}")
     print(f"on {device.describe(work.where)}, {work.precision}, PyTorch {torch.__version__}")
 
 

@@ -1,9 +1,9 @@
-"""How long until a held-out loss is reached, from the start of the process.
+"""The time from the start of the process until a validation loss is reached.
 
     python -m benchmarks.race --loss 4.77 seed-30m quick-30m
 
-Each variant trains in a project of its own, in turn, without patience; the text is prepared
-beforehand. One that does not reach the loss shows its best, and when.
+The variants train in turn, in temporary projects whose text has been prepared, and without early
+stopping. For a variant that does not reach the loss, shows its best one and when it was reached.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks import project
 from benchmarks.project import Command
@@ -18,8 +19,8 @@ from folio import device, params
 from folio.errors import one_line_errors
 
 
-def train(folder: Path, variant: str) -> tuple[float, list[dict]]:
-    """When the process was started, in seconds, and the rows with a held-out loss."""
+def train(folder: Path, variant: str) -> tuple[float, list[dict[str, Any]]]:
+    """Train a variant. Returns the time of the start in seconds, and the rows of evaluations."""
     overlay: dict[str, dict] = {section: {} for section in params.SECTIONS}
     overlay["train"] = {"patience": None}
     project.write_project(folder, variant, overlay)
@@ -32,12 +33,12 @@ def train(folder: Path, variant: str) -> tuple[float, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="+", help="files in variants/, without .yaml")
-    parser.add_argument("--loss", type=float, default=4.77, help="nats a token")
+    parser.add_argument("--loss", type=float, default=4.77, help="validation loss in nats/token")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     where = device.describe(device.resolve_device("auto"))
-    print(f"seconds to a held-out loss of {options.loss}, on {where}; medians")
-    found: dict[str, list[tuple]] = {name: [] for name in options.variants}
+    print(f"seconds to a validation loss of {options.loss} on {where}; medians")
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in options.variants}
     for _ in range(options.rounds):
         for name in options.variants:
             with tempfile.TemporaryDirectory() as folder:
@@ -46,12 +47,12 @@ def main() -> None:
             row = reached or min(rows, key=lambda row: row["val_loss"])
             seconds, ended = (r["time"] / 1000 - started for r in (row, rows[-1]))
             found[name].append((seconds, row["step"], row["val_loss"], ended, bool(reached)))
-    print(f"{'':16}reached   seconds   at step   held-out   its last step, seconds")
-    for name, tries in found.items():
-        *columns, reached = zip(*tries, strict=True)
+    print(f"{'':16}reached   seconds   at step   val loss   last step, seconds")
+    for name, results in found.items():
+        *columns, reached = zip(*results, strict=True)
         seconds, step, loss, ended = map(median, columns)
         times = f"{seconds:10.1f}{step:10,.0f}{loss:11.4f}{ended:15.1f}"
-        print(f"{name:<16}{sum(reached)} of {len(tries)}{times}")
+        print(f"{name:<16}{sum(reached)} of {len(results)}{times}")
 
 
 if __name__ == "__main__":

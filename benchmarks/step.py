@@ -1,16 +1,18 @@
-"""One training step of Folio beside nanoGPT's and transformers': forward, backward, clip, AdamW.
+"""A training step of Folio, nanoGPT and transformers: forward, backward, clipping, AdamW.
 
     python -m benchmarks.step --nanogpt ../nanoGPT              params.yaml's size
     python -m benchmarks.step --variant seed-30m --nanogpt ../nanoGPT
 
-The same sizes, batch and precision, no dropout, random tokens. Each trains in a process of its own,
-as its users start it, and they take turns. nanoGPT is a clone of github.com/karpathy/nanoGPT.
+All have the same sizes, batch and precision, no dropout, and random tokens. Each contender trains
+in a separate process, as its users start it, and they take turns. --nanogpt names a clone of
+github.com/karpathy/nanoGPT.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -25,20 +27,21 @@ import torch
 import yaml
 
 from folio import device, params
-from folio.sweeps import variants
-from folio.tokens import batches, tokenizer, vocabulary
-from folio.training import optimizers
 from folio.errors import one_line_errors
 from folio.gpt.model import GPT, ModelParams
-from folio.training.step import Step
+from folio.sweeps import variants
+from folio.tokens import tokenizer, vocabulary
+from folio.tokens.batches import Batches
+from folio.training import optimizers
+from folio.training.step import TrainStep
 
 RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
-OCCUR = 11_234  # different tokens in tinyshakespeare's training part
+UNIQUE_TOKENS = 11_234  # in tinyshakespeare's training text
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender is given."""
+    """The training that every contender does."""
 
     size: ModelParams
     batch_size: int  # windows
@@ -53,28 +56,32 @@ class Work:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def rows(self, tie: bool) -> int:
-        """Of Folio's token embedding: the unseen tokens share one, or each has its own."""
-        return OCCUR + 1 if tie else tokenizer.VOCAB_SIZE
+        """Rows of Folio's token embedding; with tie, all unseen tokens share one."""
+        return UNIQUE_TOKENS + 1 if tie else tokenizer.VOCAB_SIZE
 
 
-def folio(work: Work, tie: bool = False, **how: bool) -> Callable[[], object]:
+def build_folio(work: Work, tie: bool = False, **options: bool) -> Callable[[], object]:
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
-    ids = np.arange(OCCUR if tie else size, dtype=np.uint16)
+    ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
     known = vocabulary.tied_vocabulary(ids, size) if tie else vocabulary.full_vocabulary(size)
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
     optimizer = optimizers.adamw(model, WEIGHT_DECAY, BETAS)
-    step = Step(model, optimizer, work.where, work.precision, CLIP, **how)
+    step = TrainStep(model, optimizer, work.where, work.precision, CLIP, **options)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
-    batches = batches.Batches(
-        known.rows_of(text), work.size.block_size, work.batch_size, 0, work.where
-    )
-    numbers = iter(range(1 << 30))
-    return lambda: step([batches[next(numbers)]], RATE)
+    rows = known.rows_of(text)
+    batches = Batches(rows, work.size.block_size, work.batch_size, 0, work.where)
+    indices = itertools.count()
+    return lambda: step([batches[next(indices)]], RATE)
 
 
-def peer_step(work: Work, model, loss_of, optimizer) -> Callable[[], object]:
-    """A plain training step, as nanoGPT's train.py has it."""
+def plain_step(
+    work: Work,
+    model: torch.nn.Module,
+    loss_of: Callable[..., torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> Callable[[], object]:
+    """A plain training step, as in nanoGPT's train.py."""
     x, y = work.batch()
     half = work.precision != "fp32"
     dtype = device.DTYPES[work.precision] if half else None
@@ -91,7 +98,7 @@ def peer_step(work: Work, model, loss_of, optimizer) -> Callable[[], object]:
     return step
 
 
-def nanogpt(work: Work, clone: Path) -> Callable[[], object]:
+def build_nanogpt(work: Work, clone: Path) -> Callable[[], object]:
     spec = importlib.util.spec_from_file_location("nanogpt", clone / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -103,10 +110,10 @@ def nanogpt(work: Work, clone: Path) -> Callable[[], object]:
         model = module.GPT(config).to(work.where)
         optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, kind)
     model = torch.compile(model) if kind == "cuda" else model
-    return peer_step(work, model, lambda model, x, y: model(x, y)[1], optimizer)
+    return plain_step(work, model, lambda model, x, y: model(x, y)[1], optimizer)
 
 
-def transformers(work: Work) -> Callable[[], object]:
+def build_transformers(work: Work) -> Callable[[], object]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     p = work.size
@@ -119,12 +126,15 @@ def transformers(work: Work) -> Callable[[], object]:
         model.parameters(), RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=fused
     )
     model = torch.compile(model) if fused else model
-    # transformers moves the labels on by one: it is given x, and learns one token less a window.
-    return peer_step(work, model, lambda model, x, y: model(x, labels=x).loss, optimizer)
+    # transformers shifts the labels itself, so they are x, and a window has one target less.
+    return plain_step(work, model, lambda model, x, y: model(x, labels=x).loss, optimizer)
 
 
-def serve(build: Callable, work: Work, steps: int, pipe: Connection) -> None:
-    """In a contender's process: at each word, time some steps and tell the ms of one."""
+def run_contender(
+    build: Callable[[Work], Callable[[], object]], work: Work, steps: int, pipe: Connection
+) -> None:
+    """In a contender's process: send the ms/step of some steps whenever True is received, and the
+    peak memory in GB at the end."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     step, wait = build(work), torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
@@ -140,12 +150,17 @@ def serve(build: Callable, work: Work, steps: int, pipe: Connection) -> None:
     pipe.send(torch.cuda.max_memory_allocated() / 1e9 if work.where.type == "cuda" else 0.0)
 
 
-def in_turn(contenders: dict[str, Callable], work: Work, rounds: int, steps: int):
-    """{name: (median ms a step, peak GB)}; the first round does not count."""
+def measure_in_turn(
+    contenders: dict[str, Callable[[Work], Callable[[], object]]],
+    work: Work,
+    rounds: int,
+    steps: int,
+) -> dict[str, tuple[float, float]]:
+    """The median ms/step and the peak memory in GB of each contender, after a warm-up round."""
     context, pipes, times = multiprocessing.get_context("spawn"), {}, {}
     for name, build in contenders.items():
         pipes[name], end = context.Pipe()
-        context.Process(target=serve, args=(build, work, steps, end), daemon=True).start()
+        context.Process(target=run_contender, args=(build, work, steps, end), daemon=True).start()
         end.close()
         times[name] = []
     for _ in range(rounds + 1):
@@ -158,13 +173,13 @@ def in_turn(contenders: dict[str, Callable], work: Work, rounds: int, steps: int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What read_options reads."""
+    """Add the options that read_options reads."""
     parser.add_argument("--variant", help="one of the files in variants/, without .yaml")
-    parser.add_argument("--batch", type=int, help="windows a batch; the variant's own")
+    parser.add_argument("--batch", type=int, help="windows per batch; default: the variant's")
 
 
 def read_options(options: argparse.Namespace) -> tuple[Work, str]:
-    """The work, and a title that says what and where it is."""
+    """The training that the options describe, and its sizes as a title."""
     tree = yaml.safe_load(params.FILE.read_text())
     for name, value in (variants.read(options.variant) if options.variant else {}).items():
         section, key = name.split(".")
@@ -179,36 +194,38 @@ def read_options(options: argparse.Namespace) -> tuple[Work, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--nanogpt", type=Path, help="the folder of a clone of nanoGPT")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="a round; 3, on a GPU 20")
-    parser.add_argument("--contenders", nargs="*", help="of those it has, by name; all")
+    parser.add_argument("--steps", type=int, help="steps per round; default: 3, on a GPU 20")
+    parser.add_argument("--contenders", nargs="*", help="names of contenders; default: all")
     options = parser.parse_args()
     if options.nanogpt and not (options.nanogpt / "model.py").exists():
-        parser.error(f"--nanogpt: {options.nanogpt} is no clone of nanoGPT, it has no model.py")
+        parser.error(f"--nanogpt: {options.nanogpt} is not a clone of nanoGPT: it has no model.py")
     work, title = read_options(options)
-    contenders = {"nanoGPT": partial(nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
-    contenders |= {"transformers": transformers, "Folio": folio}
+    contenders = (
+        {"nanoGPT": partial(build_nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
+    )
+    contenders |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
-        contenders["Folio, compiled"] = partial(folio, compiled=True)
+        contenders["Folio, compiled"] = partial(build_folio, compiled=True)
         name = "Folio, compiled, deterministic: false"
-        contenders[name] = partial(folio, compiled=True, exact=False)
-    contenders["Folio, unseen tokens tied"] = partial(folio, tie=True)
+        contenders[name] = partial(build_folio, compiled=True, exact=False)
+    contenders["Folio, unseen tokens tied"] = partial(build_folio, tie=True)
     for name in options.contenders or contenders:
         if name not in contenders:
-            parser.error(f"--contenders: no {name!r} among {', '.join(contenders)}")
+            parser.error(f"--contenders: {name!r} is not one of {', '.join(contenders)}")
     contenders = {name: contenders[name] for name in options.contenders or contenders}
     steps = options.steps or (20 if work.where.type == "cuda" else 3)
     on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
     print(f"{title}, {on}; medians of {options.rounds} rounds")
-    results = in_turn(contenders, work, options.rounds, steps)
+    results = measure_in_turn(contenders, work, options.rounds, steps)
     peers = [name for name in results if not name.startswith("Folio")]
     width = max(map(len, results))
-    speeds = (f"  speed of {p}" for p in peers)
-    print(f"{'':{width}}  ms a step   tokens/s   peak GB", *speeds, sep="")
+    speeds = (f"  vs. {p}" for p in peers)
+    print(f"{'':{width}}    ms/step   tokens/s   peak GB", *speeds, sep="")
     for name, (ms, peak) in results.items():
         speed = 1000 * work.batch_size * work.size.block_size / ms
-        ratios = "".join(f"{results[p][0] / ms:{11 + len(p)}.2f}" for p in peers)
+        ratios = "".join(f"{results[p][0] / ms:{6 + len(p)}.2f}" for p in peers)
         print(f"{name:<{width}}{ms:11.2f}{speed:11,.0f}{peak:10.2f}{ratios}")
 
 

@@ -1,19 +1,24 @@
-"""What the page shows, as HTML.
+"""The HTML that the page shows.
 
-All text goes through `escape`: a model may write anything, HTML too.
+All text is escaped: a model may generate anything, HTML included.
 """
 
 import html
 import math
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from folio.gpt.model import GPT, parameter_counts
 from folio.inference.token_logprobs import TokenLogprobs
 from folio.tokens import tokenizer
 
-HEADER = "<header><h1>Folio</h1><p>Text from a trained model, and how sure it was.</p></header>"
+HEADER = (
+    "<header><h1>Folio</h1><p>Generate text with a trained model, and see the probability of each"
+    " token.</p></header>"
+)
 
-# The least probability of each shade, and its name.
+# The lower bound of each shade's probabilities, and its label.
 _SHADES = (
     (0.5, "\u2265 50 %"),
     (0.2, "\u2265 20 %"),
@@ -21,50 +26,48 @@ _SHADES = (
     (0.01, "\u2265 1 %"),
     (0.0, "< 1 %"),
 )
-_CURVES = {"train_loss": "training text", "val_loss": "held-out text"}
-_POINTS = 300  # of a curve at most
-_WIDTH, _HEIGHT, _LEFT, _ABOVE, _BELOW = 400, 210, 30, 8, 24  # of their picture, and its margins
+_CURVES = {"train_loss": "training", "val_loss": "validation"}
+_MAX_POINTS = 300  # per curve
+_WIDTH, _HEIGHT = 400, 210  # of the loss curve, in pixels
+_LEFT, _TOP, _RIGHT, _BOTTOM = 30, 8, 18, 24  # its margins
 
 
 def escape(text: str) -> str:
-    """Text as HTML that shows it, in gr.HTML, too, which takes its value for a template."""
+    """HTML that shows the text. Also escapes what gr.HTML would interpret as a template."""
     return html.escape(text).translate({ord(c): f"&#{ord(c)};" for c in "{}$`\\"})
 
 
-def line(text: str, problem: bool = False) -> str:
-    return f"<p class='line{' problem' if problem else ''}' role='status'>{escape(text)}</p>"
+def status(text: str, is_error: bool = False) -> str:
+    return f"<p class='status{' error' if is_error else ''}' role='status'>{escape(text)}</p>"
 
 
-# --- how sure
+# --- token probabilities
 
 
 def no_tokens() -> str:
-    empty = "The tokens of a text, each on a shade that says how likely the model held it."
-    return f"<div class='sure'>{_legend()}<p class='empty'>{empty}</p></div>"
+    empty = "The tokens of the text appear here, each shaded by its probability."
+    return f"<div class='probabilities'>{_legend()}<p class='empty'>{empty}</p></div>"
 
 
 def tokens(ids: list[int], found: TokenLogprobs, prompt: int) -> str:
-    """A text's tokens, each on a shade that says how likely it was, with its alternatives.
+    """A text's tokens, each shaded by its probability, with the most likely alternatives.
 
-    prompt: how many of them the model was given.
+    prompt: the number of tokens at the start that are the prompt.
     """
     texts = list(tokenizer.decode_stream(ids))
     spans = [f"<span class='prompt'>{_visible(texts[0])}</span>"]
-    columns = zip(found.probability, found.alternatives, found.probabilities, strict=True)
-    for place, (own, others, theirs) in enumerate(columns, start=1):
-        token = ids[place]
-        bars = "".join(_bar(int(o), p, o == token) for o, p in zip(others, theirs, strict=True))
-        shade = next(i for i, (least, _) in enumerate(_SHADES) if own >= least)
+    columns = zip(np.exp(found.logprobs), found.top_ids, np.exp(found.top_logprobs), strict=True)
+    for i, (p, top_ids, top_p) in enumerate(columns, start=1):
+        shade = next(number for number, (bound, _) in enumerate(_SHADES) if p >= bound)
         spans.append(
-            f"<span class='token shade{shade}{' prompt' if place < prompt else ''}'"
-            f" tabindex='{0 if place == 1 else -1}'>{_visible(texts[place]) or _alone(token)}"
-            f"<span class='alternatives' role='tooltip'><span><em>{_alone(token)}</em> had"
-            f" {percent(own)}. Likeliest here:</span>{bars}</span></span>"
+            f"<span class='token shade{shade}{' prompt' if i < prompt else ''}'"
+            f" tabindex='{0 if i == 1 else -1}'>{_visible(texts[i]) or _alone(ids[i])}"
+            f"{_alternatives(ids[i], p, top_ids, top_p)}</span>"
         )
     return (
-        f"<div class='sure'>{_legend()}<div class='tokens'>{''.join(spans)}</div><p class='hint'>"
-        "Point at a token, or go there by Tab and the arrow keys: here is what else was likely."
-        " Bold: the prompt.</p></div>"
+        f"<div class='probabilities'>{_legend()}<div class='tokens'>{''.join(spans)}</div>"
+        "<p class='hint'>Point at a token, or move to one with Tab and the arrow keys, to see the"
+        " most likely alternatives. The prompt is bold.</p></div>"
     )
 
 
@@ -79,23 +82,29 @@ def _legend() -> str:
         f"<span class='swatch shade{i}'>{escape(name)}</span>"
         for i, (_, name) in enumerate(_SHADES)
     )
-    return f"<h2>How sure <small>each token's probability</small></h2><div>{shades}</div>"
+    return f"<h2>Token probabilities</h2><div>{shades}</div>"
 
 
-def _bar(token: int, p: float, own: bool) -> str:
+def _alternatives(token: int, p: float, top_ids: np.ndarray, top_p: np.ndarray) -> str:
+    """A token's probability, and a bar for each of the most likely tokens in its position."""
+    bars = "".join(
+        f"<span class='bar{' own' if other == token else ''}' style='--p:{other_p:.1%}'>"
+        f"<b>{percent(other_p)}</b> {_alone(other)}</span>"
+        for other, other_p in zip(top_ids.tolist(), top_p.tolist(), strict=True)
+    )
     return (
-        f"<span class='bar{' own' if own else ''}' style='--p:{p:.1%}'>"
-        f"<b>{percent(p)}</b> {_alone(token)}</span>"
+        f"<span class='alternatives' role='tooltip'><span><em>{_alone(token)}</em>: {percent(p)}."
+        f" Most likely:</span>{bars}</span>"
     )
 
 
 def _visible(text: str) -> str:
-    """A token's text, with a mark before each line's end, which would not show."""
+    """A token's text, with a visible mark before each line break."""
     return escape(text).replace("\n", "<i>\u21b5</i>\n")
 
 
 def _alone(token: int) -> str:
-    """One token by itself: marks for white space, its bytes where they are no text."""
+    """A token on its own: white space as marks, and bytes in hex if they are not valid UTF-8."""
     content = tokenizer.token_bytes(token)
     try:
         text = content.decode()
@@ -107,8 +116,8 @@ def _alone(token: int) -> str:
 # --- the model
 
 
-def report(name: str, model: GPT) -> str:
-    """What a model is made of."""
+def parameter_table(name: str, model: GPT) -> str:
+    """The model's sizes, and the number of parameters of each of its parts."""
     p, counts = model.params, parameter_counts(model)
     rows = "".join(
         f"<tr><th scope='row'>{part}</th><td>{count:,}</td>"
@@ -116,35 +125,45 @@ def report(name: str, model: GPT) -> str:
         for part, count in counts.items()
     )
     return (
-        f"<div class='report'><h2>{escape(name)}</h2><p>{p.n_layer} layers, {p.n_head} heads,"
-        f" {p.n_embd} wide, {p.block_size:,} tokens of context</p><table><thead><tr>"
+        f"<div class='parameters'><h2>{escape(name)}</h2><p>{p.n_layer} layers, {p.n_head} heads,"
+        f" width {p.n_embd}, context {p.block_size:,}</p><table><thead><tr>"
         "<th scope='col'>parameters</th><td>number</td><td>share</td></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
 def loss_curve(history: list[dict[str, Any]]) -> str:
-    """Training and held-out loss by step, drawn in the page's own colours.
+    """Training and validation loss by step, as SVG in the page's colors.
 
-    What is no number in a row, which may be a stranger's, is passed over.
+    A history may come from anywhere: values that are not numbers are skipped.
     """
     curves = [_points(history, key) for key in _CURVES]
-    steps = [step for points in curves for step, _ in points]
+    if not any(curves):
+        missing = "No training history is stored with this model."
+        return f"<div class='curve'><h2>Loss</h2><p>{missing}</p></div>"
+    keys = "".join(f"<span class='key{i}'>{name}</span>" for i, name in enumerate(_CURVES.values()))
+    return (
+        f"<div class='curve'><h2>Loss <small>nats/token, by step</small></h2><div>{keys}</div>"
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='Loss by step'>"
+        f"{_drawing(curves)}</svg></div>"
+    )
+
+
+def _drawing(curves: list[list[tuple[float, float]]]) -> str:
+    """Grid, labels and curves; there is at least one point."""
     losses = [loss for points in curves for _, loss in points]
-    if not steps:
-        none = "The history of its training is not kept beside this model."
-        return f"<div class='curve'><h2>Loss</h2><p>{none}</p></div>"
-    grid, marks = _ticks(min(losses), max(losses)), _ticks(0, max(steps))
-    across, down = _WIDTH - _LEFT - 18, _HEIGHT - _ABOVE - _BELOW
+    grid = _ticks(min(losses), max(losses))
+    marks = _ticks(0, max(step for points in curves for step, _ in points))
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def x(step: float) -> str:
-        return f"{_LEFT + across * step / marks[-1]:.1f}"
+        return f"{_LEFT + width * step / marks[-1]:.1f}"
 
     def y(loss: float) -> str:
-        return f"{_ABOVE + down * (grid[-1] - loss) / (grid[-1] - grid[0]):.1f}"
+        return f"{_TOP + height * (grid[-1] - loss) / (grid[-1] - grid[0]):.1f}"
 
     drawn = [
-        f"<path d='M{_LEFT} {y(v)}h{across}'/>"
+        f"<path d='M{_LEFT} {y(v)}h{width}'/>"
         f"<text x='{_LEFT - 6}' y='{y(v)}' dy='4' text-anchor='end'>{v:g}</text>"
         for v in grid
     ]
@@ -154,26 +173,21 @@ def loss_curve(history: list[dict[str, Any]]) -> str:
     for number, points in enumerate(curves):
         line = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
         drawn.append(f"<polyline class='curve{number}' points='{line}'/>")
-    keys = "".join(f"<span class='key{i}'>{name}</span>" for i, name in enumerate(_CURVES.values()))
-    return (
-        f"<div class='curve'><h2>Loss <small>nats a token, by step</small></h2><div>{keys}</div>"
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='Loss by step'>"
-        f"{''.join(drawn)}</svg></div>"
-    )
+    return "".join(drawn)
 
 
 def _points(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    points = [(row.get("step"), row.get(key)) for row in history if isinstance(row, dict)]
-    points = [point for point in points if all(map(_is_number, point))]
-    return points[:: max(1, math.ceil(len(points) / _POINTS))]
+    found = [(row.get("step"), row.get(key)) for row in history if isinstance(row, dict)]
+    points = [(step, loss) for step, loss in found if _is_number(step) and _is_number(loss)]
+    return points[:: max(1, math.ceil(len(points) / _MAX_POINTS))]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 <= value < 1e12
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """Four to nine round numbers that hold both between them."""
+    """Four to nine round numbers, from at most `least` to at least `most`."""
     span = max(most - least, 1e-3)
     power = 10 ** math.floor(math.log10(span / 4))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= 6)

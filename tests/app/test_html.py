@@ -1,66 +1,65 @@
-"""What the page shows: all that a model wrote is text, what a file holds is drawn or left out."""
+"""The page's HTML: whatever a model generates is escaped, and a damaged history does no harm."""
 
-import html
 import re
+from html import unescape
 
 import numpy as np
 import pytest
 
 from folio.app import html
-from folio.tokens import tokenizer
 from folio.inference.token_logprobs import TokenLogprobs
+from folio.tokens import tokenizer
 
 EVIL = "<script>alert(1)</script> ${x} {{y}} `z` \\u003c &lt; ' \" @children"
 
 
 def shown(ids: list[int], prompt: int = 1) -> str:
-    """The tokens' HTML, where each was as likely as not and had itself for an alternative."""
+    """The tokens' HTML; each has a probability of 50 % and is its only alternative."""
     n = len(ids) - 1
-    found = TokenLogprobs(
-        np.full(n, 0.5), np.array([ids[1:]]).T.reshape(n, 1), np.full((n, 1), 0.5)
-    )
+    half = np.full((n, 1), np.log(0.5))
+    found = TokenLogprobs(half[:, 0], np.array([ids[1:]]).T.reshape(n, 1), half)
     return html.tokens(ids, found, prompt)
 
 
 def text_of(page: str) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", page))
+    return unescape(re.sub(r"<[^>]*>", "", page))
 
 
-def test_whatever_a_model_writes_is_text():
+def test_generated_html_is_escaped():
     page = shown(tokenizer.encode(EVIL).tolist())
-    assert set(re.findall(r"</?(\w+)", page)) == {"div", "span", "h2", "small", "em", "b", "p"}
+    assert set(re.findall(r"</?(\w+)", page)) == {"div", "span", "h2", "em", "b", "p"}
     without = re.sub(r"<span class='alternatives'.*?</span></span></span>", "</span>", page)
     assert EVIL in text_of(without)
-    assert not set("{}$`\\") & set(page)  # gr.HTML takes them for a template's
+    assert not set("{}$`\\") & set(page)  # gr.HTML would interpret them as a template
 
 
-def test_every_token_can_be_shown_by_itself():
+def test_every_token_can_be_shown_on_its_own():
     page = shown([0, *range(256), 50_256, 50_300])
-    assert "\\xc3" in text_of(page)  # half a character by its byte
+    assert "\\xc3" in text_of(page)  # the byte of half a character
     assert "<|endoftext|>" in text_of(page)
     assert "\ufffd" in text_of(page)
 
 
-def test_a_character_of_several_tokens_is_whole_in_the_last_of_them():
+def test_a_character_of_several_tokens_is_shown_with_the_last_one():
     page = shown(tokenizer.encode("a\U0001d518").tolist())
     starts = re.findall(r"<span class='token[^>]*>(.*?)<span class='alternatives'", page)
-    assert [html.unescape(start) for start in starts] == ["\\xf0\\x9d", "\\x94", "\U0001d518"]
+    assert [unescape(start) for start in starts] == ["\\xf0\\x9d", "\\x94", "\U0001d518"]
 
 
-def test_the_prompts_tokens_are_marked():
+def test_the_tokens_of_the_prompt_are_marked():
     assert shown([1, 2, 3, 4], prompt=3).count(" prompt'") == 2
     assert shown([1, 2, 3, 4], prompt=3).count("<span class='prompt'>") == 1
 
 
 @pytest.mark.parametrize(
-    "p, said",
+    ("p", "text"),
     [(1, "100 %"), (0.314, "31 %"), (0.0314, "3.1 %"), (0.00314, "0.31 %"), (0, "&lt; 0.01 %")],
 )
-def test_a_probability_in_percent(p, said):
-    assert html.percent(p) == said
+def test_percent_keeps_two_significant_digits(p, text):
+    assert html.percent(p) == text
 
 
-def test_a_loss_curve_lies_within_its_picture():
+def test_loss_curve_stays_within_its_view_box():
     history = [{"step": step, "train_loss": 11 / step} for step in range(1, 2_000)]
     history += [{"step": 2_000, "val_loss": 4.7}]
     page = html.loss_curve(history)
@@ -82,12 +81,12 @@ def test_a_loss_curve_lies_within_its_picture():
         [{"step": True, "train_loss": 1}, {"step": 1, "train_loss": 10**400}],
     ],
 )
-def test_a_history_without_a_loss_has_no_curve(history):
+def test_loss_curve_is_left_out_if_the_history_has_no_losses(history):
     page = html.loss_curve(history)
-    assert "not kept" in page and "<svg" not in page and "<b>" not in page
+    assert "No training history" in page and "<svg" not in page and "<b>" not in page
 
 
 @pytest.mark.parametrize("point", [(0, 0), (1, 5), (3_000, 1e-9), (1, 1e11)])
-def test_one_point_is_a_curve_too(point):
+def test_loss_curve_accepts_a_single_point(point):
     step, loss = point
     assert "<polyline" in html.loss_curve([{"step": step, "train_loss": loss}])

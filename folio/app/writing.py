@@ -1,0 +1,95 @@
+"""Generating a text for the page: checks of the input, the tokens as they come, the progress."""
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+
+from folio.app.models import OpenModel
+from folio.errors import UserError
+from folio.inference import generation
+from folio.inference.prompt import encode_prompt
+from folio.tokens import tokenizer
+
+MAX_PROMPT = 2_000  # characters
+MAX_TOKENS = 1_000
+
+
+@dataclasses.dataclass
+class Text:
+    """A text while it is generated, and afterwards."""
+
+    source: OpenModel
+    ids: list[int]  # the prompt's, then the generated ones
+    prompt_tokens: int
+    wanted: int  # tokens to generate
+    seed: int
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # from the start to the newest token
+    stopped: bool = False
+
+    @property
+    def content(self) -> str:
+        return tokenizer.decode(self.ids)
+
+
+def start(source: OpenModel, prompt: str, length: float, seed: str) -> Text:
+    """A text that consists of the prompt so far. Raises UserError for invalid input."""
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"the prompt has {len(prompt):,} characters: the maximum is {MAX_PROMPT:,}")
+    ids = encode_prompt(source.model, prompt or "\n")
+    return Text(source, ids, len(ids), min(int(length), MAX_TOKENS), _parse_seed(seed))
+
+
+def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iterator[str]:
+    """Yield the content after each token that completes a character, and extend `text.ids`.
+
+    top_k: 0 allows every token. top_p: 1 allows every token.
+    """
+    content = text.content
+    ids = generation.generate(
+        text.source.model,
+        list(text.ids),
+        text.wanted,
+        round(temperature, 2),
+        int(top_k) or None,
+        None if top_p == 1 else round(top_p, 2),
+        torch.Generator().manual_seed(text.seed),
+    )
+    for piece in tokenizer.decode_stream(_collect(ids, text)):
+        content += piece
+        yield content
+
+
+def progress(text: Text) -> str:
+    """One line: how many tokens there are, the speed and the seed."""
+    done = len(text.ids) - text.prompt_tokens
+    parts = [f"{done:,} tokens" if done == text.wanted else f"{done:,} of {text.wanted:,} tokens"]
+    if done and text.seconds:
+        parts.append(f"{done / text.seconds:,.0f} tokens/s")
+    parts.append(f"seed {text.seed}")
+    given, context = text.prompt_tokens, text.source.model.params.block_size
+    if given > context:
+        parts.append(f"the model sees only the last {context:,} of the prompt's {given:,} tokens")
+    return ("Stopped: " if text.stopped else "") + ", ".join(parts)
+
+
+def _parse_seed(seed: str) -> int:
+    """A random seed if none is given. Raises UserError unless it is a whole number."""
+    if not seed.strip():
+        return random.randrange(10_000)
+    try:
+        return int(seed[:10]) % 2**32
+    except ValueError:
+        raise UserError(
+            f"the seed is {seed[:10]!r}: enter a whole number, or leave it empty"
+        ) from None
+
+
+def _collect(ids: Iterator[int], text: Text) -> Iterator[int]:
+    for token in ids:
+        text.ids.append(token)
+        text.seconds = time.perf_counter() - text.started
+        yield token

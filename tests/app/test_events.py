@@ -1,0 +1,80 @@
+"""What the page's events return, without a server or a browser."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+from folio.tokens.tokenizer import VOCAB_SIZE
+
+
+@pytest.fixture(scope="module")
+def events() -> Any:
+    """Imported here because Gradio takes seconds to import."""
+    from folio.app import events
+
+    return events
+
+
+def save(folder: Path, rows: int) -> str:
+    torch.manual_seed(1)
+    sizes = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.0)
+    huggingface.save(GPT(sizes, rows), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory) -> str:
+    return save(tmp_path_factory.mktemp("events") / "gpt2", VOCAB_SIZE)
+
+
+def test_generate_sends_the_state_once_and_the_probabilities_last(events, name):
+    updates = list(events.generate(name, "ROMEO:\n", 1, 0, 1, 20, "1"))
+    skip = events.gr.skip()
+    assert [update[3] for update in updates[1:]] == [skip] * (len(updates) - 1)
+    assert updates[0][0] == "ROMEO:\n"
+    assert updates[-1][1].count("<span class='token") == 20 + 4 - 1
+    assert "20 tokens" in updates[-1][2]
+
+
+def test_generate_reports_bad_input_in_the_status(events, tmp_path):
+    small = save(tmp_path / "small", 100)
+    [update] = events.generate(small, "hello", 1, 0, 1, 3, "")
+    assert "vocabulary of 100" in update[2] and update[3] is None
+
+
+def test_stop_overrides_updates_that_reach_the_page_later(events, name):
+    updates = list(events.generate(name, "ROMEO:\n", 1, 0, 1, 20, "1"))
+    text, skip = updates[0][3], events.gr.skip()
+    stopped = events.stop(text)[2]  # the state from now on: no update replaces it
+    content, tokens, line = events.after_stop(stopped)
+    assert content == updates[-1][0] and tokens == updates[-1][1] and "Stopped: 20 tokens" in line
+    # another text was requested in the meantime
+    assert events.after_stop(text) == events.after_stop(None) == (skip,) * 3
+
+
+def test_stop_before_the_first_token_says_so(events):
+    assert "Stopped before the first token" in events.stop(None)[1]
+
+
+def test_a_failure_without_a_text_means_that_the_queue_is_full(events, name):
+    assert "The queue is full: 8 requests are waiting" in events.after_failure(None)[0]
+    text = events.writing.start(events.models.open_model(name), "a", 1, "1")
+    assert events.after_failure(text)[0] == events.gr.skip()
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "~nobody-of-that-name/x", "a\0b", "", None, "/x\n"])
+def test_show_model_reports_an_invalid_name_in_one_line(events, name):
+    parameters, curve, line = events.show_model(name)
+    assert "error" in line and not re.search(r"\n", line)
+    assert not parameters["visible"] and not curve["visible"]
+
+
+def test_show_model_shows_parameters_and_a_missing_history(events, name):
+    parameters, curve, line = events.show_model(name)
+    assert "1 layers, 1 heads, width 8, context 8" in parameters["value"]
+    assert "No training history" in curve["value"] and "error" not in line
