@@ -1,10 +1,10 @@
-"""Interrupts training in many ways and checks that `dvc repro` still produces the same results.
+"""Interrupts trainings in every way and checks that `dvc repro` then ends with the same results.
 
     python -m benchmarks.faults                                     # everything, on a tiny model
     python -m benchmarks.faults --only kills --variant seed-30m --precision bf16
 
 Trains temporary projects without interruption and with each fault, and compares the weights byte by
-byte, the history row by row and MLflow's data point by point. Does not use the network.
+byte, the history row by row and MLflow's data point by point. Uses no network.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.project import Command, Server, repro, seconds_to_end, trainers
 
 
 def stop(number: signal.Signals, cause: str, bench: Bench) -> list[Row]:
-    """Send SIGTERM to the trainer alone, or Ctrl-C to the whole process group."""
+    """SIGTERM is sent to the trainer alone, Ctrl-C to the terminal's whole process group."""
     folder = bench.new_project()
     command = repro(folder, fault=bench.half_way())
     trainer = command.wait_for_fault()
@@ -46,13 +46,13 @@ def stop(number: signal.Signals, cause: str, bench: Bench) -> list[Row]:
 
 
 def check_output(command: Command, line: str) -> list[str]:
-    """The problems with a command's output, which must contain the line and no traceback."""
+    """The problems of a command's output, which must contain the line and no traceback."""
     problems = [] if line in command.output else [f"it did not print {line!r}"]
     return problems + (["a traceback"] if "Traceback" in command.output else [])
 
 
 def dvc_killed(bench: Bench) -> list[Row]:
-    """The trainer must exit when dvc does. A `dvc repro` started right away must wait for that."""
+    """The trainer must end with dvc. A `dvc repro` started right away must wait for that."""
     folder = bench.new_project()
     command = repro(folder, fault=bench.half_way())
     trainer = command.wait_for_fault()
@@ -103,7 +103,7 @@ def damage(kind: str, bench: Bench) -> list[Row]:
 
 
 def damage_all(bench: Bench) -> list[Row]:
-    """Training must stop with a message. Once all checkpoints are removed, it must start over."""
+    """The training must stop with a message. After their removal, it starts over."""
     folder, states = killed_half_way(bench)
     for state in states:
         DAMAGES["truncated"](state)
@@ -113,12 +113,12 @@ def damage_all(bench: Bench) -> list[Row]:
     shutil.rmtree(folder / ".checkpoints")
     repro(folder).finish()
     problems += compare_outs(bench.uninterrupted, folder)
-    note = "stops with one line; once they are removed, trains to the same weights"
+    note = "stops with one line; after their removal, trains to the same weights"
     return [("all checkpoints damaged", 1, int(not problems), "; ".join([note, *problems]))]
 
 
 def server_outage(from_start: bool, bench: Bench) -> list[Row]:
-    """The MLflow server is down from the start or killed halfway, and then comes back."""
+    """The MLflow server does not answer from the start, or from the middle, and comes back."""
     folder, line = bench.new_project(), "continuing without it"
     with Server(folder.parent) as server:
         if not from_start:
@@ -134,7 +134,7 @@ def server_outage(from_start: bool, bench: Bench) -> list[Row]:
         command.finish()
         problems = check_output(command, line)
         name = "MLflow server down at the start" if from_start else "MLflow server killed"
-        note = f"reported {command.output.count(line)} times; back in the middle of training"
+        note = f"reported {command.output.count(line)} times; back in the middle of the training"
         return bench.verdict(name, folder, note, problems, server.uri)
 
 
@@ -195,7 +195,7 @@ def main() -> None:
         for name in [options.only] if options.only else FAULTS:
             try:
                 rows = FAULTS[name](bench)
-            except Exception as error:  # a fault that breaks this script was not survived
+            except Exception as error:  # a fault that stops this script was not survived
                 rows = [(name, 1, 0, str(error) or repr(error))]
             for fault, tried, survived, note in rows:
                 print(f"{fault:<42}  {tried:5}  {survived:8}  {note}", flush=True)

@@ -1,8 +1,8 @@
-"""The files of a run: record.json, history.jsonl, and the working folder of an unfinished run.
+"""A run as files: record.json, history.jsonl, and the working folder of an unfinished training.
 
-The train stage writes a record next to its history, and evaluate writes one next to its metrics.
-DVC tracks both, so a run that was restored from its cache or pulled from another machine can still
-be written to any MLflow store later (folio/tracking/sync.py).
+The train stage writes a record beside its history, and evaluate one beside its metrics. DVC keeps
+both, so a run that comes out of its cache, or from another machine, can be written to any MLflow
+store at any later time (folio/tracking/sync.py).
 """
 
 import dataclasses
@@ -25,20 +25,9 @@ from folio.errors import UserError
 
 TRAINING = Path("models/training")
 EVALUATION = Path("models/evaluation")
-MODEL = Path("models/gpt2")
 RECORD = "record.json"  # in both folders
 HISTORY = "history.jsonl"  # in TRAINING
-UNFINISHED = ".checkpoints"  # contains a folder for each unfinished training run, by train_key
-
-# The artifacts of a training run and of an evaluation: file or folder -> folder in MLflow.
-ARTIFACTS = {
-    TRAINING: {
-        "data/diagnostics": "data",
-        "data/diagnostics.json": "data",
-        TRAINING.as_posix(): "training",
-    },
-    EVALUATION: {EVALUATION.as_posix(): "evaluation"},
-}
+UNFINISHED = ".checkpoints"  # a folder for each unfinished training, by its train_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +54,13 @@ class Run:
 
 
 def project_root() -> Path:
-    """The folder that contains the MLflow store and unfinished training runs: DVC's root, even if
-    DVC runs an experiment in a copy of the project."""
+    """The folder of the MLflow store and of unfinished trainings: DVC's root, even where DVC runs
+    an experiment in a copy of the project."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def run_name(name: str) -> str:
-    """The name, prefixed with the name of the DVC experiment if the run belongs to one."""
+    """The name, preceded by the name of the DVC experiment, if the run belongs to one."""
     return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name]))
 
 
@@ -89,7 +78,7 @@ def write_record(record: Record, path: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record. Raises UserError if the file is missing or damaged."""
+    """Raises UserError if the file is missing or damaged."""
     try:
         return parse_record(path.read_bytes(), path)
     except OSError:
@@ -97,7 +86,7 @@ def read_record(path: Path) -> Record:
 
 
 def parse_record(content: bytes, path: Path) -> Record:
-    """Parse a file's content as a record. If it is damaged, raises UserError with the path."""
+    """The record in a file's content. Raises UserError, naming the path, if it is damaged."""
     try:
         record = Record(**json.loads(content))
         if not isinstance(record.id, str) or not all(
@@ -109,17 +98,13 @@ def parse_record(content: bytes, path: Path) -> Record:
         raise _damaged(path) from None
 
 
-def format_history(history: list[dict[str, Any]]) -> str:
-    """The content of a history file: one JSON object per line."""
-    return "".join(json.dumps(row) + "\n" for row in history)
-
-
 def write_history(history: list[dict[str, Any]], path: Path) -> None:
-    files.write_text(path, format_history(history))
+    """Write one JSON object per line."""
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in history))
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a history. Raises UserError if the file is missing or damaged."""
+    """Raises UserError if the file is missing or damaged."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError):
@@ -133,8 +118,12 @@ def read_training(root: Path) -> Run:
         record=read_record(folder / RECORD),
         history=read_history(folder / HISTORY),
         summary=_read_metrics(folder / "metrics.json"),
-        files=[(root / path, place) for path, place in ARTIFACTS[TRAINING].items()],
-        model=root / MODEL,
+        files=[
+            (root / "data/diagnostics", "data"),
+            (root / "data/diagnostics.json", "data"),
+            (folder, "training"),
+        ],
+        model=root / "models/gpt2",
     )
 
 
@@ -145,22 +134,22 @@ def read_evaluation(root: Path) -> Run:
     return Run(
         record=read_record(folder / RECORD),
         summary={f"evaluate/{name}": value for name, value in metrics.items()},
-        files=[(root / path, place) for path, place in ARTIFACTS[EVALUATION].items()],
+        files=[(folder, "evaluation")],
         parent_files=[(folder / "loss.png", "training")],
     )
 
 
 @contextmanager
 def lock_for_training(folder: Path) -> Iterator[None]:
-    """Create and lock the folder of an unfinished training run. While another process is training
-    in it, prints a message and waits."""
+    """Create an unfinished training's folder and lock it. Waits, with a message, while another
+    process is training in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         print(
-            f"another process is training this variant ({folder.name}): waiting for it to finish",
+            f"another process is training this variant ({folder.name}): waiting for it to end",
             file=sys.stderr,
         )
         lock.acquire(poll_interval=0.5)
@@ -173,8 +162,8 @@ def lock_for_training(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_if_idle(folder: Path) -> Iterator[bool]:
-    """Yield True if no process is training in the folder, and keep any from starting within the
-    block; otherwise yield False."""
+    """Yield whether no process is training in the folder; if so, none can start within the
+    block."""
     lock = _lock(folder)
     try:
         lock.acquire(blocking=False)
@@ -188,8 +177,8 @@ def lock_if_idle(folder: Path) -> Iterator[bool]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the checkpoints of a training run, then the files that identify it. The caller must
-    hold lock_if_idle."""
+    """Remove a training's checkpoints, then the files that identify its run. Requires
+    lock_if_idle."""
     for checkpoint in folder.glob("step-*"):
         files.remove_folder(checkpoint)
     shutil.rmtree(folder)

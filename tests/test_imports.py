@@ -17,8 +17,7 @@ SOURCES = sorted((ROOT / "folio").rglob("*.py")) + sorted((ROOT / "stages").glob
 LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "folio")]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 
-GROUND = ("errors", "strict_yaml", "params", "files", "inputs", "signals", "device", "run", "plots")
-GROUND += ("runtime", "output", "loopback")
+GROUND = ("errors", "params", "files", "signals", "device", "run", "plots", "runtime")
 # What each room may import, besides itself and the ground floor.
 ARROWS = {
     "corpus": {"tokens"},
@@ -31,10 +30,9 @@ ARROWS = {
     "cli": {"tokens", "gpt", "inference", "training", "corpus", "tracking", "sweeps"},
     "app": {"tokens", "gpt", "inference", "tracking"},
 }
-# What can change nothing that a stage writes: how an error is worded, how a signal is handled,
-# whether a stage fails at its end, what MLflow is sent, where a stage runs and how often it logs.
-HARMLESS = {"folio/errors.py", "folio/inputs.py", "folio/signals.py", "folio/runtime.py"}
-HARMLESS |= {"folio/tracking", "folio/output.py", "folio/loopback.py"}
+# What can change nothing that a stage writes: how an error is worded, how a signal is handled, what
+# MLflow is sent, where a stage runs and how often it logs.
+HARMLESS = {"folio/errors.py", "folio/signals.py", "folio/runtime.py", "folio/tracking"}
 # A library, and the only rooms or modules that may import it.
 ONLY_IN = {
     "mlflow": {"folio/tracking"},
@@ -95,8 +93,7 @@ def source_deps(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_depends_on_the_sources_that_can_change_its_outs(stage):
-    part = name_of if stage == "check" else room  # check uses a module of a room, not the room
-    imported = {part(path) for path in closure(ROOT / f"stages/{stage}.py")}
+    imported = {room(path) for path in closure(ROOT / f"stages/{stage}.py")}
     assert source_deps(stage) == sorted(imported - HARMLESS)
 
 
@@ -108,13 +105,7 @@ def test_train_key_hashes_the_sources_that_train_depends_on():
 def test_module_imports_only_rooms_below_its_own(path):
     imported = {room(other) for other in own_imports(path)}
     parts = path.relative_to(ROOT).parts
-    if parts[-1] == "sections.py":  # all params of params.yaml, above the rooms that define them
-        allowed = {room(other) for other in LIBRARY if other.name in ("params.py", "runtime.py")}
-        allowed |= {"folio/errors.py"}
-        assert all(
-            other.name in ("params.py", "runtime.py", "errors.py") for other in own_imports(path)
-        )
-    elif parts[0] == "stages":
+    if parts[0] == "stages":
         allowed = {room(other) for other in LIBRARY} | {"stages/__init__.py"}
         allowed -= {"folio/cli", "folio/sweeps", "folio/app"}
     elif len(parts) == 2:  # the ground floor; the package and its command line
@@ -123,7 +114,6 @@ def test_module_imports_only_rooms_below_its_own(path):
     else:
         rooms = {parts[1]} | ARROWS[parts[1]]
         allowed = {f"folio/{name}.py" for name in GROUND} | {f"folio/{name}" for name in rooms}
-        allowed |= {"folio/sections.py"} if parts[1] in ("sweeps", "cli") else set()
     assert imported <= allowed
 
 
@@ -143,12 +133,12 @@ def test_library_is_imported_only_where_it_belongs(library):
 
 def test_model_imports_only_its_own_room_and_the_device():
     own = {name_of(path) for path in closure(ROOT / "folio/gpt/model.py")}
-    ground = {"folio/device.py", "folio/errors.py", "folio/output.py", "folio/signals.py"}
+    ground = {"folio/device.py", "folio/errors.py", "folio/signals.py"}
     assert {name for name in own if not name.startswith("folio/gpt/")} <= ground
 
 
-@pytest.mark.parametrize("module", ["cli/compare", "cli/promote", "tracking/sync", "sections"])
-def test_module_does_not_import_pytorch(module):
+@pytest.mark.parametrize("module", ["cli/compare", "cli/promote", "tracking/sync", "runtime"])
+def test_reading_from_mlflow_does_not_import_pytorch(module):
     assert not [path for path in closure(ROOT / f"folio/{module}.py") if "torch" in imports(path)]
 
 
@@ -162,14 +152,6 @@ def test_train_stage_has_at_most_200_lines():
 
 
 def test_params_sections_are_each_in_one_stage_except_runtime():
-    described = stages()
+    listed = [section for stage in stages().values() for section in stage["params"]]
     sections = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert described.pop("check")["params"] == list(sections)
-    listed = [section for stage in described.values() for section in stage["params"]]
     assert sorted(listed) == sorted(set(sections) - {"runtime"})
-
-
-def test_every_stage_runs_after_the_check_of_params():
-    described = stages()
-    [out] = described.pop("check")["outs"]
-    assert all(out in stage["deps"] for stage in described.values())

@@ -32,19 +32,15 @@ Check = Callable[[], Iterator[Finding]]
 def doctor() -> None:
     """Check the installation and the project.
 
-    Checks Python and its packages, PyTorch and the GPU, git, DVC and its cache, the MLflow store,
-    free disk space, interrupted training runs and params.yaml. Prints a hint for each problem; the
-    exit status is 1 if there are any.
+    Checks Python and its packages, PyTorch and its GPU, git, DVC and its cache, the MLflow store,
+    the disk, interrupted trainings and params.yaml. Prints a hint for each problem; the exit status
+    is 1 if there are any.
 
     Example: python -m folio doctor
     """
     findings = [finding for check in CHECKS for finding in _report(check)]
     failed = sum(bool(finding.hint) for finding in findings)
-    print(
-        f"{failed} of {len(findings)} checks failed"
-        if failed
-        else f"all {len(findings)} checks passed"
-    )
+    print(f"{failed} of {len(findings)} failed" if failed else f"all {len(findings)} are ok")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -95,7 +91,7 @@ def accelerator() -> Iterator[Finding]:
         precision = device.resolve_precision("auto", found)
         free, total = (size / 1e9 for size in torch.cuda.mem_get_info(found))
         yield Finding(
-            f"GPU: {device.describe(found)}, {free:.0f} of {total:.0f} GB free, default precision"
+            f"GPU: {device.describe(found)}, {free:.0f} of {total:.0f} GB free, computes in"
             f" {precision}"
         )
         hint = "" if device.can_compile() else "it needs triton, gcc and Python's header files"
@@ -127,9 +123,7 @@ def git_and_dvc() -> Iterator[Finding]:
         hint = "`git init && git add -A && git commit -m start`; DVC experiments need one"
         yield Finding("no git commit", hint)
     if not Path(".dvc").is_dir():
-        yield Finding(
-            "no .dvc folder here", "run this in the root folder of the project, or run `dvc init`"
-        )
+        yield Finding("no .dvc here", "run this in the root folder of the project, or `dvc init`")
         return
     cache = Path(_output(sys.executable, "-m", "dvc", "cache", "dir") or ".dvc/cache")
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e9
@@ -139,18 +133,12 @@ def git_and_dvc() -> Iterator[Finding]:
 
 def mlflow_store() -> Iterator[Finding]:
     from folio.cli.store import open_store, tracking_uri
-    from folio.run import project_root
-    from folio.tracking import queries, store, sync
+    from folio.tracking import queries, store
 
-    if not store.exists(tracking_uri()):
+    if store.exists(tracking_uri()):
+        yield Finding(f"MLflow store, {len(queries.list_runs(open_store()))} training runs")
+    else:
         yield Finding("no MLflow store yet; the first run creates one")
-        return
-    opened = open_store()
-    yield Finding(f"MLflow store, {len(queries.list_runs(opened))} training runs")
-    if lost := sync.runs_with_lost_files(opened, project_root()):
-        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        hint = f"{store.SYNC} sends those that are in DVC's cache again"
-        yield Finding(f"files are missing or damaged in MLflow: {names}", hint)
 
 
 def disk() -> Iterator[Finding]:
@@ -165,24 +153,27 @@ def unfinished_trainings() -> Iterator[Finding]:
     for record in sorted((project_root() / UNFINISHED).glob(f"*/{RECORD}")):
         folder = record.parent
         with lock_if_idle(folder) as idle:
-            interrupted = "was interrupted: `dvc repro` with the same params resumes it"
-            yield Finding(f"training run {folder.name} {interrupted if idle else 'is running'}")
+            interrupted = "was interrupted: `dvc repro` with its params resumes it"
+            yield Finding(f"training {folder.name} {interrupted if idle else 'is running'}")
 
 
 def params_file() -> Iterator[Finding]:
-    from folio import params, sections
+    from folio import params
 
-    sections.check(params.read(params.FILE), str(params.FILE))  # raises UserError
+    try:
+        from folio.cli.sections import param_sections
+
+        sections = param_sections()
+    except ImportError:  # reported by `packages`
+        return
+    params.load(**sections)  # raises UserError for invalid params
     yield Finding("params.yaml")
 
 
 def _output(*command: str) -> str:
     """The output of a command; empty if it fails."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="surrogateescape", check=True
-        )
-        return done.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

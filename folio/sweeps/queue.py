@@ -1,5 +1,6 @@
 """DVC's queue of experiments, through the `dvc` command."""
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,7 @@ from typing import Any
 
 import psutil
 
-from folio import commands
 from folio.errors import UserError
-from folio.sweeps.overrides import param_options
 
 _ROW = re.compile(r"\w{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*")
 
@@ -24,6 +23,15 @@ class QueueStatus:
     workers: int  # live worker processes
 
 
+def param_options(settings: dict[str, Any]) -> list[str]:
+    """The options of `dvc exp run` that override params.yaml with {"train.steps": 1650, ...}."""
+    return [
+        word
+        for key, value in settings.items()
+        for word in ("--set-param", f"{key}={json.dumps(value, default=str)}")
+    ]
+
+
 def require_dvc() -> None:
     """Raise UserError if `dvc` is not on the PATH."""
     if not shutil.which("dvc"):
@@ -31,13 +39,12 @@ def require_dvc() -> None:
 
 
 def add(name: str, settings: dict[str, Any]) -> None:
-    """Queue an experiment. Raises UserError with DVC's message if DVC rejects it, or if DVC would
-    change a value."""
+    """Queue an experiment. Raises UserError with DVC's message if DVC rejects it."""
     _dvc("exp", "run", "--queue", "--name", name, *param_options(settings))
 
 
 def read() -> QueueStatus:
-    """The queue's current status. Raises UserError while DVC is cleaning up the queue."""
+    """The queue's present status. Raises UserError while DVC is cleaning the queue up."""
     rows = map(_ROW.fullmatch, _dvc("queue", "status").splitlines())
     return QueueStatus(states={row[1]: row[2] for row in rows if row}, workers=count_workers())
 
@@ -45,8 +52,8 @@ def read() -> QueueStatus:
 def count_workers() -> int:
     """The number of this project's worker processes.
 
-    They are counted in the process table, because DVC considers a worker dead if it responds slowly
-    on a busy machine.
+    They are counted in the process table, because DVC considers a worker dead that is slow to
+    answer on a busy machine.
     """
     here = str(Path.cwd())
     return sum(
@@ -58,7 +65,7 @@ def count_workers() -> int:
 def start(workers: int, **variables: str) -> None:
     """Start workers in the background, with these environment variables.
 
-    They run everything in the queue, including other experiments, and exit once it is empty.
+    They run everything in the queue, including other experiments, and exit when it is empty.
     """
     _dvc("queue", "start", "--jobs", str(workers), **variables)
 
@@ -66,29 +73,29 @@ def start(workers: int, **variables: str) -> None:
 def stop() -> None:
     """Stop the workers and the experiments they run. Queued experiments stay queued.
 
-    DVC kills only its own processes. The train stage detects that, saves a checkpoint and exits
+    DVC kills only its own processes. A training notices that, saves a checkpoint and exits
     (folio/signals.py).
     """
     _dvc("queue", "stop", "--kill")
 
 
 def remove(names: list[str]) -> None:
-    """Remove experiments from the queue. They must not be running."""
+    """Remove experiments that are not running from the queue."""
     if names:
         _dvc("queue", "remove", *names)
 
 
 def mark_failed(names: list[str]) -> None:
-    """Mark experiments whose worker no longer exists as failed."""
+    """Mark experiments as failed whose worker no longer exists."""
     if names:
         _dvc("queue", "kill", "--force", *names)
 
 
 def _dvc(*words: str, **variables: str) -> str:
-    """Run a dvc command and return its output. Ctrl-C does not reach the command, which could
-    otherwise stop halfway through a change. Raises UserError with DVC's message if it fails."""
-    # A file instead of a pipe, because the workers started by `start` would keep a pipe open.
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as output:
+    """The output of a dvc command. Ctrl-C does not reach the command, which could otherwise stop
+    halfway through a change. Raises UserError with DVC's message if it fails."""
+    # A file and not a pipe, because the workers that `start` leaves behind would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(
             ["dvc", *words],
             env=os.environ | variables,
@@ -100,5 +107,7 @@ def _dvc(*words: str, **variables: str) -> str:
         output.seek(0)
         text = output.read()
     if done.returncode:
-        raise UserError(f"`dvc {' '.join(words[:2])}` failed: {commands.dvc_error(text)}")
+        lines = text.strip().splitlines() or ["no reason given"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise UserError(f"`dvc {' '.join(words[:2])}` failed: {reason.removeprefix('ERROR: ')}")
     return text

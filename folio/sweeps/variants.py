@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from folio import commands, params
+from folio import params
 from folio.errors import UserError
-from folio.sweeps import overrides, queue
+from folio.sweeps import queue
 
 FOLDER = Path("variants")
 
@@ -24,9 +24,7 @@ def read(name: str) -> dict[str, Any]:
     """
     names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     if name not in names:
-        raise UserError(
-            f"there is no variant {name!r} in {FOLDER}; available: {', '.join(names) or 'none'}"
-        )
+        raise UserError(f"no variant {name!r} in {FOLDER}; available: {', '.join(names) or 'none'}")
     file = FOLDER / f"{name}.yaml"
     tree = params.read(file)
     for section, values in tree.items():
@@ -42,16 +40,12 @@ def read(name: str) -> dict[str, Any]:
 
 
 def train(name: str, queued: bool = False) -> None:
-    """Replace this process with the `dvc exp run` command that trains a variant or queues it.
+    """Replace this process by the `dvc exp run` that trains a variant, or queues it.
 
-    Raises UserError if there is no such variant, its settings are invalid, dvc is not installed, or
-    git does not find a commit, from which an experiment starts.
+    Raises UserError if there is no such variant, its file is invalid or dvc is not installed.
     """
-    settings = read(name)
-    overrides.check(params.read(params.FILE), settings, f"{params.FILE} with variant {name}")
-    queue.require_dvc()
-    commands.head()
     command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
-    command += overrides.param_options(settings)
+    command += queue.param_options(read(name))
+    queue.require_dvc()
     sys.stdout.flush()
     os.execvp("dvc", command)

@@ -1,4 +1,4 @@
-"""Logs a training run to MLflow from another thread, without delaying training."""
+"""Logging a training run to MLflow from another thread, without delaying the training."""
 
 import dataclasses
 import sys
@@ -15,9 +15,9 @@ from folio.tracking.writer import RunWriter
 class RunLogger:
     """An asynchronous MLflow logger.
 
-    If the store or the network fails, the failure is reported once and no data is lost: the points
-    stay in the history and are sent with the next ones. Leaving the `with` block waits until
-    everything has been sent or MLflow has failed.
+    A failure of the store or the network is reported once and loses nothing: the points stay in the
+    history and are sent with the next ones. Leaving the `with` block waits until everything is sent
+    or MLflow has failed.
     """
 
     def __init__(self, uri: str | None, record: Record):
@@ -34,7 +34,7 @@ class RunLogger:
         return self
 
     def send(self, history: list[dict[str, Any]]) -> None:
-        """Send the rows of a history that are not yet in the store."""
+        """Send the rows of a history that are not in the store yet."""
         run = dataclasses.replace(self._latest[0], history=list(history))
         self._update(run, "RUNNING")
 
@@ -57,7 +57,7 @@ class RunLogger:
         self._updated.set()
 
     def _work(self) -> None:
-        writer, closing = None, False
+        writer, sent, closing = None, 0, False  # sent: the number of rows in the store
         while not closing:
             self._updated.wait()
             self._updated.clear()
@@ -65,8 +65,9 @@ class RunLogger:
             run, status, stopped = self._latest
             try:
                 writer = writer or RunWriter(store.Store(self._uri))
-                writer.send(run, status, stopped)
-                self._failed = False
+                rest = dataclasses.replace(run, history=run.history[sent:])
+                writer.send(rest, status, stopped)
+                sent, self._failed = len(run.history), False
             except Exception as problem:  # whatever a store, a network or a disk can raise
                 if not self._failed:
                     store.warn(problem)

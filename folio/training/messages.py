@@ -1,4 +1,4 @@
-"""The messages printed during training."""
+"""What a training prints."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from folio.training.trainer import Trainer
 
 
 def introduction(trainer: Trainer) -> str:
-    """The data, machine and model, printed before the first step."""
+    """Data, machine and model, before the first step."""
     p, data = trainer.params, trainer.data
     counts = parameter_counts(trainer.model)
     width = max(map(len, counts))
@@ -36,7 +36,7 @@ def introduction(trainer: Trainer) -> str:
 
 
 def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
-    """A one-line summary of an evaluation."""
+    """One evaluation in a line."""
     mark = "  best so far" if trainer.early_stopping.best_step == trainer.steps_done else ""
     train_loss = metrics.get("train_loss")
     training = f"training loss {train_loss:.3f}" if train_loss is not None else "before training   "
@@ -47,13 +47,13 @@ def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
 
 
 def fine_tuning_result(trainer: Trainer) -> str:
-    """How training from existing weights changed their validation loss."""
+    """What the training made of the weights that it started from."""
     name, before = trainer.params.init_from, trainer.history.rows[0]["val_loss"]
     best = trainer.early_stopping
     if best.best_step == 0:
         return (
             f"no evaluation was better than {before:.3f}, the validation loss of {name} before"
-            " training, so models/gpt2 is that model, unchanged; try a lower train.learning_rate"
+            " training: models/gpt2 is that model, unchanged; try a lower train.learning_rate"
         )
     return (
         f"validation loss {before:.3f} before training,"

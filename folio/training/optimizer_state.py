@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-# Options of a parameter group that depend on the machine or that are set in every step.
+# Options of a parameter group that depend on the machine, or that every step sets anew.
 _NOT_SAVED = {"params", "lr", "fused", "foreach", "capturable", "differentiable"}
 
 
 def save(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return the tensors of the optimizer's state by name, and the rest as JSON that refers to
-    them."""
+    """The tensors of the optimizer's state by name, and the rest as JSON that refers to them."""
     state = optimizer.state_dict()
     groups = [
         {key: value for key, value in group.items() if key not in _NOT_SAVED}
@@ -25,10 +24,10 @@ def save(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], Any
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: Any) -> None:
-    """Restore what `save` returned, in an optimizer of the same type with the same parameters.
+    """Put back what `save` returned, into an optimizer of the same kind over the same parameters.
 
-    PyTorch's load_state_dict moves the tensors to the device of the parameters and casts them to
-    their dtype, which would break step counters. So the original dtypes are restored afterwards.
+    PyTorch's load_state_dict moves the tensors to the parameters' device, and casts them to the
+    parameters' type, which would change a counter; so the original type is restored afterwards.
     """
     state, saved_groups = _unflatten(rest, tensors)
     groups = optimizer.state_dict()["param_groups"]
@@ -60,7 +59,7 @@ def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {type(value).__name__: items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"optimizer state {name} has unsupported type {type(value).__name__}")
+    raise TypeError(f"the optimizer's state {name} is of type {type(value).__name__}")
 
 
 def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -1,5 +1,4 @@
-"""The files written by training: the record at its start, models/gpt2 and models/training at its
-end."""
+"""What a training writes: the record when it starts, models/gpt2 and models/training at its end."""
 
 import json
 from dataclasses import replace
@@ -27,10 +26,9 @@ from folio.training.trainer import Trainer
 
 
 def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str]) -> Record:
-    """Write the record of this training run to its folder, and return it. A resumed run keeps its
-    id.
+    """The record of this training, written to its folder; a resumed training keeps its id.
 
-    tags: additional tags, such as the git commit.
+    tags: more tags, such as the git commit.
     """
     path = folder / RECORD
     known = read_record(path) if path.exists() else None
@@ -47,7 +45,7 @@ def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str
         | {"precision": trainer.precision, "device": device.describe(trainer.device)}
         | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {}),
     )
-    write_record(record, path)  # before MLflow gets it, so that a killed run resumes the same one
+    write_record(record, path)  # before MLflow gets it: after a kill there is still one run
     return record
 
 
@@ -72,7 +70,7 @@ def write(trainer: Trainer, record: Record, root: Path) -> None:
 
 
 def metrics(trainer: Trainer) -> dict[str, float]:
-    """The summary metrics of the training run."""
+    """The training in figures."""
     rows = trainer.history.rows
     evaluations = [row for row in rows if "val_loss" in row]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
@@ -90,13 +88,13 @@ def metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def parameters_written(model: GPT, vocabulary: Vocabulary) -> int:
-    """The number of parameters in models/gpt2, where each token has its own embedding row."""
+    """Parameters of the model in models/gpt2, where each token has an embedding row of its own."""
     trained = sum(p.numel() for p in model.parameters())
     return trained + (len(vocabulary.row) - vocabulary.rows) * model.params.n_embd
 
 
 def _facts(trainer: Trainer, root: Path) -> dict[str, Any]:
-    """The corpus statistics and the parameter counts, to be logged as params of the run."""
+    """The corpus statistics and the model's size, as params of the run."""
     file, meta = root / "data/diagnostics.json", trainer.data.meta
     found = {"corpus": meta["corpus"], "sha256": meta["text_sha256"]}
     found |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -107,7 +105,7 @@ def _facts(trainer: Trainer, root: Path) -> dict[str, Any]:
 
 
 def _csv(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """The rows that have all these columns, as CSV for DVC's plots, which do not support JSON lines
-    and would draw an empty cell as 0."""
+    """The rows that have all the columns, for DVC's plots, which read no JSON lines and draw an
+    empty cell as 0."""
     cells = [[row[column] for column in columns] for row in rows if set(columns) <= row.keys()]
     return "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])

@@ -1,4 +1,4 @@
-"""Initial weights loaded from a GPT-2 folder in data/pretrained, instead of random ones."""
+"""Initial weights from a GPT-2 folder in data/pretrained, instead of random ones."""
 
 import difflib
 import reprlib
@@ -7,33 +7,28 @@ from pathlib import Path
 
 import torch
 
+from folio import files
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
-from folio.training.params import RANDOM
 
 # In dvc.yaml the train stage depends on data/pretrained/${train.init_from} and on no other folder
 # there. So random weights need an entry too: an empty file called `random`.
 FOLDER = Path("data", "pretrained")
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
     path: Path  # of the folder
-    sha256: str  # of its weights, by huggingface.weights_sha256; "" if they cannot be read
+    sha256: str  # of its model.safetensors, like the tag weights_sha256 of a run
 
     def weights(self, model: ModelParams, vocabulary: int) -> dict[str, torch.Tensor]:
-        """The state dict for a GPT of that size, with the first block_size position embeddings.
+        """The state of a GPT of that size, with the first block_size position embeddings.
 
-        Raises UserError if the folder is damaged, if its model has a different size, or if its
-        weights have changed since `find`.
+        Raises UserError if the folder is damaged, or its model has another size.
         """
         loaded = huggingface.load(self.path)
-        if huggingface.weights_sha256(self.path) != self.sha256:
-            raise UserError(
-                f"{FOLDER / self.path.name} has changed while it was read: run the same command"
-                " again"
-            )
         self._check(loaded.params, loaded.transformer.wte.num_embeddings, model, vocabulary)
         weights, positions = loaded.state_dict(), "transformer.wpe.weight"
         return weights | {positions: weights[positions][: model.block_size]}
@@ -42,7 +37,7 @@ class PretrainedWeights:
         where = FOLDER / self.path.name
         if tokens != vocabulary:
             raise UserError(
-                f"{where} has {tokens:,} tokens, but the text is encoded with GPT-2's"
+                f"{where} has {tokens:,} tokens, and the text is encoded with GPT-2's"
                 f" {vocabulary:,}: choose a folder whose vocab_size is {vocabulary}"
             )
         changes = [
@@ -53,13 +48,13 @@ class PretrainedWeights:
         if ours.block_size > theirs.block_size:
             changes.append(f"model.block_size to at most {theirs.block_size}")
         if changes:
-            raise UserError(f"{where} has a model of a different size: set {', '.join(changes)}")
+            raise UserError(f"{where} has a model of another size: set {', '.join(changes)}")
 
 
 def find(name: str, root: Path) -> PretrainedWeights | None:
-    """Find the folder of that name in root/data/pretrained. Returns None for random weights.
+    """The folder of that name in root/data/pretrained; None for random weights.
 
-    Raises UserError if it is not there: DVC would not detect changes anywhere else.
+    Raises UserError if it is not there: DVC would not notice a change elsewhere.
     """
     if name == RANDOM:
         return None
@@ -69,10 +64,8 @@ def find(name: str, root: Path) -> PretrainedWeights | None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"train.init_from: {reprlib.repr(name)} is not a GPT-2 folder in {FOLDER}{hint};"
-            f" put one there (docs/fine-tuning.md) and use its name, or use {RANDOM}"
+            f" put one there (docs/fine-tuning.md) and give its name, or set {RANDOM}"
         )
     path = root / FOLDER / name
-    try:
-        return PretrainedWeights(path, huggingface.weights_sha256(path))
-    except UserError:
-        return PretrainedWeights(path, "")  # `weights` reports the problem
+    weights = path / "model.safetensors"
+    return PretrainedWeights(path, files.sha256(weights) if weights.is_file() else "")

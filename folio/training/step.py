@@ -1,12 +1,12 @@
 """One optimizer step: forward and backward in the chosen precision, clipping, update.
 
-The host never waits for the device here. Losses and gradient norms are accumulated on the device,
-which also skips non-finite updates by itself; the host reads the sums when a row of the history is
-due.
+The host never waits for the device here. What a step measures is accumulated on the device, and the
+device itself skips an update that is not finite; the host reads the sums when a row of the history
+is due.
 
-In half precision, the passes run on a copy of the model, which is synchronised from the fp32 master
-weights after each update, so that small updates are not lost to rounding (Micikevicius et al. 2018,
-section 3.1). On a GPU the whole step is one CUDA graph.
+In half precision a copy of the model computes, synchronised from the fp32 master weights after each
+update, so no update is too small to count (Micikevicius et al. 2018, section 3.1). On a GPU the
+whole step is one CUDA graph.
 """
 
 import copy
@@ -18,34 +18,33 @@ import torch
 from folio.device import DTYPES, can_compile, capture, deterministic
 from folio.gpt.model import GPT
 
-# In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after
-# _DOUBLE_AFTER consecutive updates and halves after an overflow. An overflow at _MIN_SCALE is an
-# error.
+# In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after this
+# many updates in a row and halves after an overflow. An overflow at the minimum scale is an error.
 _INITIAL_SCALE, _MIN_SCALE, _DOUBLE_AFTER = 2.0**16, 2.0**-10, 2000
 _PROBLEMS = (None, "loss", "gradient")
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is infinite or NaN. The weights were not updated."""
+    """The loss or the gradient is infinite or NaN. The weights are as they were before."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Sums over the steps since the last reset, up to the first non-finite step, if any."""
+    """Sums over the steps since the last reset, up to one that was not finite."""
 
     loss: float  # sum of the steps' losses, nats
     norm: float  # sum of the finite gradient norms, before clipping
     norms: int  # number of finite gradient norms
     steps: int  # number of steps, including those that fp16 skipped
-    problem: str | None  # what was not finite in the step after them, which ended training
+    problem: str | None  # what was not finite in the step after them, which ended the training
 
 
 class TrainStep:
     """`step(batches, learning_rate)` makes one update from one or more micro-batches.
 
     The gradient is that of the mean loss over all micro-batches, so accumulation is equivalent to
-    one large batch. An update whose gradient overflows in fp16 is skipped. After any other
-    non-finite loss or gradient, there are no further updates.
+    one large batch. An update whose gradient overflows in fp16 is skipped. After a loss or gradient
+    that is not finite otherwise, no update is made any more.
     """
 
     def __init__(
@@ -58,16 +57,15 @@ class TrainStep:
         compiled: bool = False,
         exact: bool = True,
     ):
-        """Works with any optimizer. One that supports grad_scale and found_inf, like PyTorch's
-        fused ones, unscales gradients and skips updates on the device; for any other, TrainStep
-        does both, and the host waits for the device.
+        """Any optimizer will do. One that reads grad_scale and found_inf, as PyTorch's fused ones
+        do, unscales and skips on the device; for the others the step does both, and the host waits.
 
-        compiled: torch.compile the model if possible, that is, on a GPU in half precision.
-        exact: make repeated steps bitwise reproducible.
+        compiled: torch.compile the model where that is possible: on a GPU in half precision.
+        exact: compute the same bits whenever the same step is repeated.
         """
         self.model, self.optimizer = model, optimizer
         self.device, self.grad_clip = device, grad_clip
-        self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
+        self.exact = exact and device.type == "cuda"  # on a CPU they always are the same
         self.fp16 = precision == "fp16"
         self.optimizer_skips = _reads_found_inf(optimizer, device)
         self.scale = torch.tensor(_INITIAL_SCALE if self.fp16 else 1.0, device=device)
@@ -95,7 +93,7 @@ class TrainStep:
     ) -> None:
         """Make one update. batches: (x, y) of each micro-batch, [B, T]. `read` returns the stats.
 
-        A parameter group's rate is learning_rate times its `lr_scale` (1 by default).
+        A parameter group's rate is learning_rate times its `lr_scale` (1 where it has none).
         """
         for group, buffer in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             rate = learning_rate * group.get("lr_scale", 1.0)
@@ -103,7 +101,7 @@ class TrainStep:
         inputs = [t.to(self.device, non_blocking=True) for batch in batches for t in batch]
         if self.captures and self._graph is None:
             before = self.stats.clone()
-            self.stats[4] = 1  # as after a non-finite step, so that capturing changes no weights
+            self.stats[4] = 1  # as after a step that was not finite: capturing changes no weight
             with deterministic(self.exact):
                 self._graph = capture(self._step, *inputs)
             self.stats.copy_(before)
@@ -147,7 +145,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _update(self, loss: torch.Tensor) -> None:
-        """Unscale, clip and update, unless a value is not finite. Adds to the stats."""
+        """Unscale, clip and update, unless something is not finite; add to the stats."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         state = (self.stats, self.scale, self.updates)
@@ -169,11 +167,11 @@ class TrainStep:
         self.stats.zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state that the next step depends on, and the sums not yet read into the history."""
+        """What the next step depends on, and the sums that no row of the history has yet."""
         return {"scale": self.scale, "updates": self.updates, "stats": self.stats[:4]}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Must be called after those of the model and the optimizer."""
+        """To be called after the model's and the optimizer's."""
         self.reset()
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
@@ -183,20 +181,19 @@ class TrainStep:
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether the optimizer divides gradients by grad_scale and skips the update if found_inf.
+    """Whether the optimizer divides gradients by grad_scale and skips the update at found_inf.
 
-    PyTorch marks such optimizers with this attribute for its GradScaler, but on MPS they ignore
-    both.
+    PyTorch marks such optimizers by the attribute, for its GradScaler; on MPS they still do not.
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False) and device.type != "mps"
 
 
 def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
-    """Return the divisor for the gradients, and 1.0 if the update must be skipped, else 0.0.
+    """Return the divisor of the gradients, and 1.0 if the update must be skipped, else 0.0.
 
-    All arguments except the last two are tensors on the device; all of those except stats are
-    scalars. norm is the gradient norm before unscaling. Updates stats and, in fp16, scale and
-    updates.
+    All arguments but the last two are tensors on the device, and scalars but for stats. Updates
+    stats and, in fp16, scale. norm is the norm of the gradients, which are still multiplied by
+    scale.
     """
     divisor = scale * (norm / scale / grad_clip).clamp(min=1)
     finite = norm.isfinite()
@@ -217,7 +214,7 @@ def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
 
 
 def _copy(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy of the model with its parameters, but not its constants, in another precision."""
+    """The model with its parameters, not its constants, in another precision."""
     copied = copy.deepcopy(model)
     for p in copied.parameters():
         p.data = p.data.to(dtype)

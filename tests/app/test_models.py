@@ -76,7 +76,7 @@ def test_open_model_reports_an_invalid_name_in_one_line(project, name):
 def test_open_model_opens_only_the_pipelines_model_in_a_space(project, monkeypatch):
     monkeypatch.setattr(models, "IN_SPACE", True)
     assert models.open_model(models.PIPELINE).name == models.PIPELINE
-    with pytest.raises(UserError, match="only the model models/gpt2 is available"):
+    with pytest.raises(UserError, match="only has the model models/gpt2"):
         models.open_model(str(project))
 
 

@@ -85,7 +85,7 @@ def test_long_title_is_shortened_at_its_start():
         statistics_of(TEXT), "data/raw/" + "long/" * 50 + "verses.txt"
     )
     title = figure.get_suptitle()
-    assert title.startswith("...") and "/verses.txt: line and" in title and len(title) < 80
+    assert title.startswith("...") and "/verses.txt: lengths of" in title and len(title) < 80
 
 
 def test_saved_plot_is_not_blank_and_is_reproducible(tmp_path):

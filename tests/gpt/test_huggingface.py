@@ -387,25 +387,12 @@ def test_tensors_of_another_model_are_named_in_the_error(folder, change, reason)
     assert "does not match config.json" in error and reason in error
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(
-    "name", ["transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"]
-)
-def test_weights_that_are_not_finite_are_named_in_the_error(folder, name, dtype, value):
+def test_weights_that_are_not_finite_are_loaded(folder):
     path = folder / "model.safetensors"
-    tensors = {n: t.to(dtype) for n, t in safetensors.torch.load_file(path).items()}
-    tensors[name].view(-1)[-1] = float(value)
+    tensors = safetensors.torch.load_file(path)
+    tensors["transformer.ln_f.bias"][0] = float("nan")
     safetensors.torch.save_file(tensors, path)
-    assert f"{name} has values that are NaN or infinite" in load_error(folder)
-
-
-def test_weights_beyond_the_range_of_fp32_are_named_in_the_error(folder):
-    path = folder / "model.safetensors"
-    tensors = {n: t.double() for n, t in safetensors.torch.load_file(path).items()}
-    tensors["transformer.ln_f.bias"][0] = 1e300
-    safetensors.torch.save_file(tensors, path)
-    assert "transformer.ln_f.bias has values that are NaN or infinite" in load_error(folder)
+    assert huggingface.load(folder).transformer.ln_f.bias[0].isnan()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

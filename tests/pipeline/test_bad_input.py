@@ -66,16 +66,16 @@ def outs() -> dict[str, bytes]:
         (
             "train",
             {"model.n_embd": 17},
-            "model.n_embd: 17 is not divisible by n_head 2; try 16",
+            "model.n_embd: 17 is not divisible by n_head 2; take 16",
         ),
         ("train", {"model.block_size": 100_000}, "training part has only"),
         ("train", {"model.block_size": 2_000}, "validation part has only"),
-        ("train", {"runtime.device": "cuda"}, "runtime.device: PyTorch found no cuda device"),
+        ("train", {"runtime.device": "cuda"}, "runtime.device: PyTorch finds no cuda device"),
         ("prepare", {"prepare.corpus": "data/raw/none.txt"}, "data/raw/none.txt"),
         ("prepare", {"prepare.corpus": "tinyshakespear"}, "did you mean tinyshakespeare?"),
         ("prepare", {"prepare.validation_fraction": 1.5}, "prepare.validation_fraction: 1.5"),
         ("evaluate", {"evaluate.stride": 17}, "evaluate.stride: 17 is longer than"),
-        ("evaluate", {"evaluate.prompts": [""]}, "evaluate.prompts: a prompt is empty"),
+        ("evaluate", {"evaluate.prompts": [""]}, "evaluate.prompts: one is empty"),
     ],
 )
 def test_invalid_param_is_named(project, capsys, stage, settings, words):

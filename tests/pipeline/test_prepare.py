@@ -147,56 +147,6 @@ def test_own_text_is_split_by_the_validation_fraction(root, capsys):
     assert "Corpus: data/raw/mine.txt" in capsys.readouterr().out
 
 
-def report_of_folder(root, capsys, texts):
-    for name, text in texts.items():
-        (root / "data/raw/set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "data/raw/set" / name).write_text(text)
-    run(settings(corpus="data/raw/set"), root)
-    return capsys.readouterr().out
-
-
-def letters(start: int) -> str:
-    return "".join(
-        f"Letter {n}: the moon, {n * 7919 % 1000} stars.\n" for n in range(start, start + 99)
-    )
-
-
-def test_report_names_what_is_left_out_of_a_folder(root, capsys):
-    leftovers = [f".ipynb_checkpoints/{name}-checkpoint.txt" for name in "abcdefg"]
-    texts = {"a.txt": letters(0), "b.txt": letters(100), **dict.fromkeys(leftovers, letters(100))}
-    report = report_of_folder(root, capsys, texts)
-    assert "  Files                            2\n" in report
-    assert f"\nLeft out: {', '.join(leftovers[:5])} and 2 more\n" in report
-    assert "Warning" not in report
-
-
-def test_report_warns_about_files_with_the_same_text(root, capsys):
-    texts = {"a.txt": letters(0), "b.txt": letters(100), "z/b copy.txt": letters(100)}
-    report = report_of_folder(root, capsys, texts)
-    assert (
-        "\nWarning: the same text is in b.txt, z/b copy.txt: remove all but one of them\n" in report
-    )
-    assert "\nWarning: 100.0% of the validation text is also in the training text" in report
-
-
-def test_report_warns_about_validation_text_within_a_training_file(root, capsys):
-    texts = {"all.txt": letters(0) + letters(100), "b.txt": letters(140)[:1500]}
-    report = report_of_folder(root, capsys, texts)
-    assert "\nWarning: 100.0% of the validation text is also in the training text" in report
-    assert "the same text" not in report
-
-
-def test_report_warns_about_the_end_of_text_token(root, capsys, monkeypatch):
-    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (100,))
-    text = "".join(f"Letter {n}.<|endoftext|>\n" for n in range(1_234))
-    (root / "data/raw/mine.txt").write_text(text)
-    run(settings(corpus="data/raw/mine.txt"), root)
-    report = capsys.readouterr().out
-    assert "\nWarning: <|endoftext|> occurs 1,234 times. It is plain text of seven tokens" in report
-    data = token_files.read(root / "data/prepared")
-    assert 50256 not in data.train and 50256 not in data.val
-
-
 def test_report_escapes_control_characters(root, capsys):
     (root / "data/raw/mine.txt").write_bytes(b"\x1b]0;title\x07one\0\r\n" * 20)
     run(settings(corpus="data/raw/mine.txt"), root)

@@ -92,7 +92,7 @@ def test_report_option_writes_the_report_of_an_earlier_sweep(swept):
     assert path.read_text() == text
     with inside(folder):
         for name in ("yours", "../sweeps/mine"):
-            with pytest.raises(UserError, match=f"there is no sweep '{name}'; available: mine"):
+            with pytest.raises(UserError, match=f"no sweep '{name}' here; available: mine"):
                 read_plan(name)
 
 
@@ -101,7 +101,7 @@ def test_invalid_trial_or_taken_name_queues_nothing(swept):
     before = run(folder, "dvc", "queue", "status").stdout
     for settings, message in (
         (["train.steps=6,1"], "train.steps=1: train.warmup_steps: 1 "),
-        (["train.seed=1,2", "--name", "mine"], "another sweep named 'mine'"),
+        (["train.seed=1,2", "--name", "mine"], "another sweep is named 'mine'"),
     ):
         with pytest.raises(UserError, match=message) as error:
             folio(folder, "sweep", *settings)

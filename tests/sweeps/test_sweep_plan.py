@@ -5,8 +5,11 @@ import json
 import pytest
 from conftest import ROOT
 
+from folio.cli.sections import param_sections
 from folio.errors import UserError
 from folio.sweeps.plan import Plan, check_trials, make_plan, read_plan
+
+SECTIONS = param_sections()
 
 
 def plan(trials: dict[str, dict]) -> Plan:
@@ -18,14 +21,14 @@ def plan(trials: dict[str, dict]) -> Plan:
     [
         ({"train.steps": 100}, "train.steps=100: train.warmup_steps: 300"),
         ({"model.n_embd": 130}, "model.n_embd=130: model."),
-        ({"model.block_size": 16}, "evaluate.stride 32 is longer than model.block_size 16"),
+        ({"model.block_size": 16}, "evaluate.stride 32 is larger than model.block_size 16"),
     ],
 )
 def test_check_trials_reports_params_that_contradict_each_other(trial, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_trials([{"train.steps": 400}], {})
+    check_trials([{"train.steps": 400}], {}, SECTIONS)
     with pytest.raises(UserError) as error:
-        check_trials([{"train.steps": 400}, trial], {})
+        check_trials([{"train.steps": 400}, trial], {}, SECTIONS)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -206,7 +206,7 @@ def test_damaged_checkpoint_is_reported_and_skipped(folder, damage, capsys):
 def test_renamed_checkpoint_is_reported_and_skipped(folder, capsys):
     (folder / "step-00000003").rename(folder / "step-00000009")
     assert checkpoint.load_latest(folder).step == 2
-    assert "step-00000009 is damaged: it belongs to step 3; skipping it" in capsys.readouterr().err
+    assert "step-00000009 is damaged: it is of step 3; skipping it" in capsys.readouterr().err
 
 
 def test_undamaged_checkpoint_is_used_silently(folder, capsys):

@@ -99,5 +99,5 @@ def test_optimizer_state_without_steps_is_restored():
 def test_optimizer_state_of_unknown_type_is_refused_by_name():
     optimizer = Unusual(network().parameters())
     optimizer.param_groups[0]["average"] = object()
-    with pytest.raises(TypeError, match=r"state 1\.0\.average has unsupported type object"):
+    with pytest.raises(TypeError, match=r"state 1\.0\.average is of type object"):
         optimizer_state.save(optimizer)

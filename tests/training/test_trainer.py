@@ -164,18 +164,3 @@ def test_history_keeps_rows_that_mlflow_has_when_steps_are_repeated(tmp_path):
     assert trainer.history.rows == sent[:2]
     trainer.save(tmp_path)
     assert read_history(tmp_path / HISTORY) == sent
-
-
-def test_repeated_step_gets_a_row_if_it_had_one_before(tmp_path):
-    sent = [{"step": step, "time": step, "train_loss": 1.0} for step in (1, 3, 5)]
-    write_history(sent, tmp_path / HISTORY)  # its checkpoints were removed
-    trainer = make_trainer(train=replace(TRAIN, steps=6, eval_interval=6))
-    trainer.resume(tmp_path)
-    due = []
-    for step in range(1, 7):
-        trainer.steps_done = step
-        if trainer.row_is_due(log_interval=4):
-            due.append(step)
-            trainer.log({})
-    assert due == [1, 3, 4, 5, 6]
-    assert [row for row in trainer.history.rows if row in sent] == sent
