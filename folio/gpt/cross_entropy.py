@@ -1,11 +1,11 @@
 """Fused linear cross-entropy: the output head, its loss and its gradient, chunk by chunk.
 
-At a vocabulary of 50,257 the logits of 1,024 tokens take 206 MB in fp32, and reading and writing
-them costs as much as the matrix products. So the head processes a chunk of rows at a time, and the
-forward pass computes the gradient while the chunk's logits are in memory (Hsu et al. 2024, "Liger
-Kernel", section 3.2, FusedLinearCrossEntropy).
+With a vocabulary of 50,257, the logits of 1,024 tokens take up 206 MB in fp32, and reading and
+writing them costs as much as the matrix products. The head therefore processes a chunk of rows at a
+time, and the forward pass computes the gradient while the chunk's logits are in memory (Hsu et al.
+2024, "Liger Kernel", section 3.2, FusedLinearCrossEntropy).
 
-N is the number of tokens, R that of one chunk, C the channels and V the vocabulary.
+N is the number of tokens, R the number in one chunk, C the channels and V the vocabulary size.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 
 from folio.gpt import cross_entropy_kernel
 
-CHUNK_ROWS = 512  # rows per chunk on a CPU, and for losses without gradient: 103 MB of logits
-GPU_CHUNK_ROWS = 16_384  # rows per chunk in training on a GPU in half precision: 1.6 GB of logits
+CHUNK_ROWS = 512  # rows per chunk on a CPU, and for losses without gradients: 103 MB of logits
+GPU_CHUNK_ROWS = 16_384  # rows per chunk when training on a GPU in half precision: 1.6 GB of logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -48,12 +48,12 @@ def linear_cross_entropy(
     y: torch.Tensor,
     scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats/token of softmax(x @ weight.T + bias) at y, with its gradient.
+    """Mean cross-entropy of softmax(x @ weight.T + bias) at y in nats/token, with its gradient.
 
     x [N, C], weight [V, C], bias [V] in fp32 or None, y [N]. The bias is a constant and gets no
-    gradient. The gradients of x and weight are those of the loss times `scale`. The forward pass
-    computes them, so call `backward` directly on the result: later operations on the loss do not
-    change them.
+    gradient. The gradients of x and weight are those of the loss times `scale`. They are computed
+    in the forward pass, so call `backward` directly on the result: operations on the loss would not
+    affect them.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, y, scale)
 
@@ -62,7 +62,7 @@ def linear_cross_entropy(
 def token_losses(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy in nats [N] at each of y [N]; the arguments are as in linear_cross_entropy."""
+    """The loss of each target in y, [N], in nats. Arguments as in linear_cross_entropy."""
     buffer = _logits_buffer(x, weight)
     return torch.cat(
         [
@@ -79,10 +79,10 @@ def _loss_and_gradients(
     y: torch.Tensor,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of the losses, and its gradients by x [N, C] and weight [V, C], times factor.
+    """The sum of the losses, and its gradients w.r.t. x [N, C] and weight [V, C] times factor.
 
-    For a GPU or half precision. The logits are [R, V], where V is padded to a multiple of 64 by
-    rows of zeros: with an odd number of columns, a GPU's matrix products take five times as long.
+    For GPUs or half precision. The logits are [R, V], with V padded to a multiple of 64 by rows of
+    zeros: with an odd number of columns, matrix products on a GPU take five times as long.
     """
     size = len(weight)
     weight = torch.nn.functional.pad(weight, (0, 0, 0, -size % 64))
@@ -108,10 +108,10 @@ def _loss_and_gradients_transposed(
     y: torch.Tensor,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As _loss_and_gradients, for a CPU in fp32 or fp64.
+    """Like _loss_and_gradients, for CPUs in fp32 or fp64.
 
-    The logits are transposed, [V, R]: on a CPU the product of the tall weight with few columns is
-    faster than the product of few rows with the transposed weight.
+    The logits are transposed, [V, R]: on a CPU, multiplying the tall weight matrix by a few columns
+    is faster than multiplying a few rows by the transposed weight matrix.
     """
     loss = torch.zeros_like(factor)
     x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
@@ -120,8 +120,8 @@ def _loss_and_gradients_transposed(
     for rows, targets, rows_grad in chunks:
         exponentials, sums, losses = _transposed_softmax(rows, weight, bias, targets, buffer)
         loss += losses.sum()
-        # The gradient by the logits is softmax - one_hot(y). Here it is multiplied by `sums`, and
-        # the division takes place in rows of C numbers instead of V.
+        # The gradient w.r.t. the logits is softmax - one_hot(y). Here it is multiplied by `sums`;
+        # the division is done later, on rows of C numbers instead of V.
         logits_grad = exponentials.scatter_add_(0, targets[None], -sums[None])
         rows_factor = factor / sums[:, None]
         torch.mm(logits_grad.T, weight, out=rows_grad).mul_(rows_factor)
@@ -140,7 +140,7 @@ def _transposed_softmax(
     targets: torch.Tensor,
     buffer: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A softmax before its division: exponentials [V, R], their sums [R], and the losses [R].
+    """An unnormalised softmax: exponentials [V, R], their sums [R], and the losses [R].
 
     The exponentials are a view of `buffer`.
     """

@@ -1,8 +1,8 @@
-"""The cross-entropy of many logits and its gradient, in one Triton kernel that reads each once.
+"""Cross-entropy and its gradient in one Triton kernel that reads the logits from memory only once.
 
 PyTorch's own operators make five passes over the logits. The kernel computes a running maximum and
 sum of exponentials (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax",
-algorithm 3); when it turns a row into its gradient, it finds the row in the GPU's cache.
+algorithm 3). When it replaces a row with its gradient, the row is still in the GPU's cache.
 """
 
 import torch
@@ -23,11 +23,11 @@ def cross_entropy_(
     y: torch.Tensor,
     factor: torch.Tensor,
 ) -> torch.Tensor:
-    """Losses [N] in nats of softmax(logits + bias) at y [N]. Overwrites logits by their gradient.
+    """The losses [N] of softmax(logits + bias) at y [N] in nats. Overwrites logits [N, V].
 
-    The gradient by logits [N, V] is that of the sum of the losses, times factor, a scalar in fp32.
-    Only the first `size` columns belong to the vocabulary; the others are 0 and stay 0. bias [size]
-    is in fp32, or None. Without Triton or a GPU, PyTorch's operators compute the same.
+    logits become the gradient of the sum of the losses, times factor, a scalar in fp32. Only the
+    first `size` columns belong to the vocabulary; the others are 0 and stay 0. bias [size] is in
+    fp32, or None. Without Triton or a GPU, PyTorch operators compute the same result.
     """
     if device.can_compile() and logits.is_cuda:
         losses = torch.empty(len(y), device=logits.device)
@@ -51,9 +51,9 @@ if device.can_compile():
     def _load(
         logits, bias, start, size, has_bias: tl.constexpr, masked: tl.constexpr, block: tl.constexpr
     ):
-        """Load logits + bias from column `start` on, [block / 8, 8], and their column numbers.
+        """Load logits + bias, [block / 8, 8], starting at column `start`, and the column numbers.
 
-        Each thread loads 8. If masked, those from column `size` on are -3e38.
+        Each thread loads 8 of them. If masked, columns from `size` on are set to -3e38.
         """
         column = start + tl.arange(0, block // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
         if masked:

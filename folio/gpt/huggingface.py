@@ -1,7 +1,6 @@
 """Save and load GPT-2 as a Hugging Face folder: safetensors, config.json, tokenizer files."""
 
 import json
-import reprlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
-from folio import files
 from folio.errors import UserError
+from folio.gpt import model_files, safetensors_files
 from folio.gpt.model import GPT, ModelParams
+from folio.gpt.model_files import MissingModelError, ModelFiles
+from folio.gpt.safetensors_files import FLOATS, HINT, WEIGHTS, StoredTensor, shorten
 from folio.tokens import tokenizer
 
 # In transformers these are Conv1D layers, whose weight is [in, out], the transpose of a Linear's.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # as in the header of a safetensors file
-
-_HINT = "download the folder or save the model again"
+_MAX_CONFIG = 1 << 20  # bytes
 
 # The values in config.json of GPT-2's arithmetic. A missing key defaults to its value here.
 _GPT2 = {
@@ -41,8 +39,8 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
     """Write a folder that transformers' GPT2LMHeadModel and AutoTokenizer can open.
 
     `row` [vocabulary size] is the embedding row of each token, for a model in which tokens share
-    rows. The folder is written under another name and then renamed. A failure raises OSError and
-    leaves the previous folder as it was.
+    rows. The folder is written under a temporary name and then renamed. A failure raises OSError
+    and leaves the previous folder untouched.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -55,7 +53,7 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
     temporary.mkdir(parents=True)
     try:
         weights = safetensors.torch.save(tensors, {"format": "pt"})
-        (temporary / "model.safetensors").write_bytes(weights)
+        (temporary / WEIGHTS).write_bytes(weights)
         config = _config(model.params, len(tensors["transformer.wte.weight"]))
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save(temporary)
@@ -73,14 +71,20 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
-    """Load a GPT-2 folder that Folio or transformers wrote. The model is in fp32 and eval mode.
+    """Load a GPT-2 folder written by Folio or transformers. The model is in fp32 and eval mode.
 
-    Raises UserError if the folder is missing or damaged, or is not a GPT-2 in safetensors. The
-    folder may come from an untrusted source: no code in it is run, and the sizes in config.json are
-    compared with those in model.safetensors before a model is built from them.
+    Raises UserError if the folder is missing or damaged, or does not contain a GPT-2 model in
+    safetensors format, or if a weight is NaN or infinite. The folder may come from an untrusted
+    source: no code in it is run, and the sizes in config.json are compared with those in the
+    weight files before a model is built. It may also be replaced during the load: see model_files.
     """
-    config = _read_config(folder / "config.json")
-    weights = _read_weights(folder / "model.safetensors", config)
+    return model_files.read(folder, _load).to(device).eval()
+
+
+def _load(files: ModelFiles) -> GPT:
+    folder, config = files.folder, _read_config(files)
+    tensors = _by_our_names(safetensors_files.stored_tensors(files), folder)
+    _check_sizes(tensors, folder, config)
     try:
         params = ModelParams(
             n_layer=config["n_layer"],
@@ -93,17 +97,41 @@ def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"), _SkipRandomWeights():
         model = GPT(params, config["vocab_size"])
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError:
-        raise _mismatch(folder, "names or shapes are not GPT-2's") from None
-    return model.to(device).eval()
+    state = {}
+    for name, parameter in model.named_parameters():
+        transposed = name.endswith(_TRANSPOSED)
+        expected = list(parameter.T.shape if transposed else parameter.shape)
+        if name not in tensors:
+            raise _mismatch(folder, f"{name} is missing")
+        if tensors[name].shape != expected:
+            raise _mismatch(folder, f"{name} is {shorten(tensors[name].shape)}, not {expected}")
+        tensor = tensors[name].read()
+        state[name] = (tensor.t() if transposed else tensor).float().contiguous()
+    model.load_state_dict(state, assign=True)
+    _check_finite(model, folder)
+    return model
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of a folder's weights: of model.safetensors, or of all shards and their index.
+
+    Raises UserError if the folder has no weights, or if they cannot be read.
+    """
+    return safetensors_files.sha256(folder)
+
+
+@torch.no_grad()
+def _check_finite(model: GPT, folder: Path) -> None:
+    """Raise UserError if a weight is NaN or infinite: such a model would generate nonsense."""
+    for name, parameter in model.named_parameters():
+        if not torch.stack(parameter.aminmax()).isfinite().all():  # NaN spreads to both
+            raise UserError(f"{folder}: {name} has values that are NaN or infinite: {HINT}")
 
 
 class _SkipRandomWeights(TorchFunctionMode):
-    """Skips `normal_` for tensors on the device "meta", where it has no effect.
+    """Skips `normal_` for tensors on the "meta" device, where it has no effect.
 
-    To find that out, PyTorch would import its compiler, which takes 1.4 s.
+    PyTorch would import its compiler just to find that out, which takes 1.4 s.
     """
 
     def __torch_function__(
@@ -138,105 +166,69 @@ def _config(p: ModelParams, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of config.json. Raises UserError unless it describes a GPT-2."""
+def _read_config(files: ModelFiles) -> dict[str, Any]:
+    """The content of config.json. Raises UserError unless it describes a GPT-2 model."""
+    path = files.folder / "config.json"
     try:
-        config = json.loads(files.read(path, max_bytes=1 << 20))
+        config = json.loads(files.read("config.json", _MAX_CONFIG))
         if not isinstance(config, dict):
             raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"there is no model in {path.parent}: `dvc repro train` trains one"
-        ) from None
-    except (ValueError, RecursionError, OSError):
-        raise UserError(f"{path} cannot be read as JSON: {_HINT}") from None
+    except FileNotFoundError:
+        raise MissingModelError(files.folder) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} cannot be read as JSON: {HINT}") from None
     for key, value in _GPT2.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {_shorten(config[key])}; "
-                f"Folio reads only GPT-2, in which it is {value!r}"
+                f"{path}: {key} is {shorten(config[key])}; "
+                f"Folio only supports GPT-2, where it is {value!r}"
             )
     for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         size = config.get(key)
         if type(size) is not int or not 0 < size < 1 << 63:
-            raise UserError(f"{path}: {key} is {_shorten(size)}; it must be an int from 1 to 2**63")
+            raise UserError(f"{path}: {key} is {shorten(size)}; it must be an int from 1 to 2**63")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner is {_shorten(config['n_inner'])}; GPT-2's is 4 x n_embd")
+        raise UserError(f"{path}: n_inner is {shorten(config['n_inner'])}; it must be 4 x n_embd")
     dropout = config.get("resid_pdrop", 0.1)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise UserError(f"{path}: resid_pdrop is {_shorten(dropout)}; it must be >= 0 and < 1")
+        raise UserError(f"{path}: resid_pdrop is {shorten(dropout)}; it must be >= 0 and < 1")
     return config
 
 
-def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The state dict of our GPT, from the names and layout of transformers.
-
-    The sizes in the config are compared with the header of the file first. They cannot exceed what
-    the file contains, so neither can the model that is built from them.
-    """
-    try:
-        if not path.is_file() and path.exists():
-            raise OSError("it is not a regular file")
-        with safe_open(path, framework="pt") as file:
-            stored_names = _stored_names(file, path.parent)
-            _check_header(file, stored_names, path.parent, config)
-            state = {}
-            for name, stored_name in stored_names.items():
-                tensor = file.get_tensor(stored_name)
-                tensor = tensor.t() if name.endswith(_TRANSPOSED) else tensor
-                state[name] = tensor.float().contiguous()
-            return state
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, and Folio does not read pickled weights:"
-            " convert them with transformers' save_pretrained, which writes safetensors"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        reason = repr(str(error)[:150])  # it may quote the file
-        raise UserError(f"{path} is damaged ({reason}): {_HINT}") from None
-
-
-def _stored_names(file: safe_open, folder: Path) -> dict[str, str]:
-    """The name in the file of each of our parameters; OpenAI's names have no prefix."""
-    names: dict[str, str] = {}
-    for stored_name in file.keys():  # noqa: SIM118
+def _by_our_names(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The stored tensors by the names of our parameters; OpenAI's names have no prefix."""
+    found: dict[str, StoredTensor] = {}
+    for stored_name, tensor in tensors.items():
         prefix = "" if stored_name.startswith(("transformer.", "lm_head.")) else "transformer."
         name = prefix + stored_name
         # Not parameters: a copy of the tied head, and causal masks, which older files contain.
         if name != "lm_head.weight" and not name.endswith((".attn.bias", ".attn.masked_bias")):
-            if name in names:
-                raise _mismatch(folder, f"{_shorten(stored_name)} occurs twice")
-            names[name] = stored_name
-    return names
+            if name in found:
+                raise _mismatch(folder, f"{shorten(stored_name)} occurs twice")
+            if tensor.dtype not in FLOATS:
+                reason = f"{shorten(stored_name)} has dtype {shorten(tensor.dtype)}, not a float"
+                raise _mismatch(folder, reason)
+            found[name] = tensor
+    return found
 
 
-def _check_header(
-    file: safe_open, stored_names: dict[str, str], folder: Path, config: dict[str, Any]
-) -> None:
-    """Raise UserError unless the tensors' dtypes, number and sizes fit the config."""
-    shapes = {}
-    for name, stored_name in stored_names.items():
-        header = file.get_slice(stored_name)
-        if header.get_dtype() not in _FLOAT_DTYPES:
-            reason = f"{_shorten(stored_name)} has dtype {header.get_dtype()}, not a float"
-            raise _mismatch(folder, reason)
-        shapes[name] = header.get_shape()
-        if name.endswith(_TRANSPOSED) and len(shapes[name]) != 2:
-            raise _mismatch(folder, f"{_shorten(stored_name)} is not a matrix")
+def _check_sizes(tensors: dict[str, StoredTensor], folder: Path, config: dict[str, Any]) -> None:
+    """Raise UserError if the sizes in the config are not those of the weights.
+
+    This ensures that a model built from the config is no larger than the files.
+    """
     for name, rows in (("wte", "vocab_size"), ("wpe", "n_positions")):
-        found, expected = shapes.get(f"transformer.{name}.weight"), [config[rows], config["n_embd"]]
+        tensor = tensors.get(f"transformer.{name}.weight")
+        found, expected = tensor and tensor.shape, [config[rows], config["n_embd"]]
         if found != expected:
-            reason = f"{name}.weight is {_shorten(found)}, not {_shorten(expected)}"
+            reason = f"{name}.weight is {shorten(found)}, not {shorten(expected)}"
             raise _mismatch(folder, reason)
-    tensors = 4 + 12 * config["n_layer"]  # two embeddings, ln_f's weight and bias; 12 per block
-    if len(stored_names) != tensors:
-        raise _mismatch(folder, f"{len(stored_names)} tensors instead of {_shorten(tensors)}")
-
-
-def _shorten(value: Any) -> str:
-    """An untrusted value, shortened to one line. (reprlib alone shows 6 levels of 6 items each.)"""
-    return reprlib.repr(value)[:100]
+    number = 4 + 12 * config["n_layer"]  # two embeddings, ln_f's weight and bias; 12 per block
+    if len(tensors) != number:
+        raise _mismatch(folder, f"{len(tensors)} tensors instead of {shorten(number)}")
 
 
 def _mismatch(folder: Path, reason: str) -> UserError:
-    return UserError(f"{folder}: model.safetensors does not match config.json ({reason}): {_HINT}")
+    return UserError(f"{folder}: {WEIGHTS} does not match config.json ({reason}): {HINT}")

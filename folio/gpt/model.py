@@ -1,13 +1,12 @@
-"""GPT-2 (Radford et al. 2019, section 2.3), with the names and the arithmetic of OpenAI's release.
+"""GPT-2 (Radford et al. 2019, section 2.3), with the names and arithmetic of OpenAI's release.
 
-B is the batch, T the time (tokens), C the channels (n_embd), D the channels of one attention head,
-and V the number of rows of the token embedding.
+B is the batch size, T the sequence length in tokens, C the number of channels (n_embd), D the
+number of channels per attention head, and V the number of rows in the token embedding.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from folio.gpt import cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelParams:
-    n_layer: Annotated[int, ">= 1"]  # number of blocks
-    n_head: Annotated[int, ">= 1"]  # attention heads per block
-    n_embd: Annotated[int, ">= 1"]  # channels; a multiple of n_head
-    block_size: Annotated[int, ">= 2"]  # length of the context, tokens
-    dropout: Annotated[float, ">= 0, < 1"]  # after the embeddings, in attention, after projections
-
-    def __post_init__(self) -> None:
-        if self.n_embd % self.n_head:
-            nearest = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ValueError(
-                f"n_embd: {self.n_embd} is not divisible by n_head {self.n_head}; take {nearest}"
-            )
+from folio.gpt.params import ModelParams as ModelParams
 
 
 class KVCache:
@@ -46,7 +30,7 @@ class KVCache:
     def extend(self, layer: int, new: torch.Tensor) -> torch.Tensor:
         """Append keys and values [2, B, n_head, T, D] to a layer's, and return all of them.
 
-        The result is [2, B, n_head, length + T, D]. `length` stays the same, so that every layer
+        The result is [2, B, n_head, length + T, D]. `length` does not change, so that every layer
         appends at the same position; the caller increases it after the last layer.
         """
         end = self.length + new.shape[3]
@@ -103,7 +87,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers below the head, under OpenAI's names. GPT.hidden runs them."""
+    """The layers below the head, with OpenAI's names. GPT.hidden runs them."""
 
     def __init__(self, p: ModelParams, rows: int):
         super().__init__()
@@ -115,12 +99,12 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with `rows` rows in the token embedding, whose weight is also that of the head.
+    """GPT-2 with `rows` rows in the token embedding, which shares its weight with the head.
 
-    `multiplicity` [V] is the number of vocabulary tokens that share each row (1 each when not
-    given). A row shared by m tokens counts m times in the softmax, and each of its tokens gets one
-    m-th of the row's probability. The loss is therefore that of the model in which the row is
-    repeated m times (see folio/tokens/vocabulary.py).
+    `multiplicity` [V] is the number of vocabulary tokens that share each row (by default 1). A row
+    shared by m tokens counts m times in the softmax, and each of its tokens gets 1/m of the row's
+    probability. The loss is therefore that of a model in which the row is repeated m times (see
+    folio/tokens/vocabulary.py).
     """
 
     log_multiplicity: torch.Tensor | None
@@ -137,9 +121,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Draw weights from Normal(0, 0.02), as OpenAI did; biases are 0, layer norms 1.
+        """Draw weights from Normal(0, 0.02), as OpenAI did; set biases to 0 and layer norms to 1.
 
-        The standard deviation of projections into the residual stream is divided by
+        For projections into the residual stream, the standard deviation is divided by
         sqrt(2 n_layer).
         """
         for name, p in self.named_parameters():
@@ -155,8 +139,8 @@ class GPT(nn.Module):
     def hidden(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Map token ids [B, T] to the inputs of the head, [B, T, C].
 
-        An empty cache, if given, is filled with the tokens' keys and values. From there
-        folio.inference.decoder.Decoder continues token by token.
+        A cache, if given, must be empty; it is filled with the tokens' keys and values, so that
+        folio.inference.decoder.Decoder can continue from there, token by token.
         """
         t, T = self.transformer, x.shape[1]
         assert self.params.block_size >= T, "more tokens than the context"
@@ -179,10 +163,10 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def compile(self, **options: Any) -> None:
-        """Compile the blocks and the last layer norm, with torch.compile's options.
+        """Compile the blocks and the final layer norm. options: those of torch.compile.
 
-        The embeddings and the head are not compiled; uncompiled, the gradient of the embeddings is
-        summed in a fixed order.
+        The embeddings and the head are not compiled: without compilation, the gradient of the
+        embeddings is summed in a fixed order.
         """
         self._compiled_blocks = torch.compile(self._run_blocks, **options)
 
@@ -194,9 +178,9 @@ class GPT(nn.Module):
     def loss(
         self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float = 1.0
     ) -> torch.Tensor:
-        """Mean cross-entropy in nats/token of y [B, T] given x [B, T], for training.
+        """Mean cross-entropy of y [B, T] given x [B, T] in nats/token, for training.
 
-        Call `backward` directly on the result: it yields `scale` times the gradient of the loss
+        Call `backward` directly on the result: it computes `scale` times the gradient of the loss
         (see cross_entropy.linear_cross_entropy).
         """
         hidden, weight, bias = self.hidden(x), self.transformer.wte.weight, self.log_multiplicity
@@ -205,16 +189,16 @@ class GPT(nn.Module):
         return loss if bias is None else loss + bias[y].mean()
 
     def token_losses(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats [B, T] of each token of y [B, T] given x [B, T]."""
+        """The loss of each token in y [B, T] given x [B, T], in nats. The result is [B, T]."""
         weight, bias = self.transformer.wte.weight, self.log_multiplicity
         losses = cross_entropy.token_losses(self.hidden(x).flatten(0, 1), weight, bias, y.flatten())
         return losses.view_as(y) if bias is None else losses.view_as(y) + bias[y]
 
 
 def parameter_counts(model: GPT) -> dict[str, int]:
-    """The number of trained parameters of each part, and `total`.
+    """The number of trained parameters in each part of the model, and their `total`.
 
-    The head adds none: its weight is the token embedding.
+    The head adds none, because its weight is the token embedding.
     """
     parts = {
         "token embedding and head": ".wte.",

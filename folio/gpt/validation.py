@@ -1,4 +1,4 @@
-"""The loss on a whole text, window by window, in fp32. Train and evaluate compute the same."""
+"""The loss over an entire text, window by window, in fp32; used by both train and evaluate."""
 
 from collections.abc import Iterator
 
@@ -13,12 +13,12 @@ _BATCH_TOKENS = {"cpu": 1_024, "cuda": 65_536, "mps": 8_192}
 
 @torch.inference_mode()
 def token_losses(model: GPT, tokens: np.ndarray, stride: int | None = None) -> np.ndarray:
-    """Cross-entropy in nats of each token but the first, [N - 1] float64, given those before it.
+    """The loss of each token except the first, given those before it, in nats: [N - 1] float64.
 
     tokens [N]. Windows as long as the context start every `stride` tokens, and each scores only the
-    tokens that no earlier window has scored. By default the stride is the context, so windows do
-    not overlap; with a shorter one, every token after the first window is predicted from at least
-    context - stride tokens. The model is in eval mode meanwhile, and in its previous mode after.
+    tokens that no earlier window has scored. The default stride is the context length, so windows
+    do not overlap; with a shorter one, every token after the first window is predicted from at
+    least context - stride tokens. The model is put in eval mode, then back in its previous mode.
     """
     context = model.params.block_size
     stride = stride or context

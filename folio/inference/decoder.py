@@ -1,4 +1,4 @@
-"""The forward pass of one token after those in a KV cache."""
+"""The forward pass for a single token, using a KV cache for the preceding ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,10 +19,10 @@ _MIN_CAPACITY = 256  # tokens that the first CUDA graph attends to
 class Decoder:
     """GPT.hidden for one more token per sequence, followed by `predict`.
 
-    It works on the model's parameters directly: not calling the modules saves a seventh of the time
-    per token on a CPU. On a GPU a step is one CUDA graph. Its shapes are fixed, so it attends to a
-    fixed number of cached tokens, the capacity, through a mask; when they are used up, a new graph
-    is captured with twice the capacity.
+    It uses the model's parameters directly: bypassing the modules saves a seventh of the time per
+    token on a CPU. On a GPU, a step is one CUDA graph. Its shapes are fixed, so it attends to a
+    fixed number of cached tokens, the capacity, through a mask; when the cache outgrows it, a new
+    graph is captured with twice the capacity.
     """
 
     def __init__(self, model: GPT, cache: KVCache, predict: Callable[[torch.Tensor], torch.Tensor]):
@@ -33,7 +33,7 @@ class Decoder:
         self.position = torch.zeros(1, dtype=torch.long, device=cache.keys_values.device)
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Append token ids [B] and return the prediction, which the next step overwrites."""
+        """Append token ids [B] and return the prediction, which the next step will overwrite."""
         cache = self.cache
         if ids.is_cuda:
             if cache.length >= self.capacity:
@@ -75,7 +75,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Map token ids [B] to the inputs of the head, [B, C].
 
-        extend(layer, new) appends to the cache, as KVCache.extend does. mask [T] is added to the
+        extend(layer, new) appends to the cache, like KVCache.extend. mask [T] is added to the
         attention scores.
         """
         t, n_head = self.transformer, self.cache.keys_values.shape[3]
@@ -86,7 +86,7 @@ class Decoder:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by the fastest implementation for a few rows."""
+    """F.linear, using the fastest implementation for a small number of rows."""
     if _ONEDNN_LINEAR and x.device.type == "cpu":
         return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -99,7 +99,7 @@ def _block(
     extend: Callable[[torch.Tensor], torch.Tensor],
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """model.Block for one token per sequence, x [B, C]; parameters in the order of the module's."""
+    """model.Block for one token per sequence, x [B, C]. parameters: in the module's order."""
     g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = parameters
     B, C = x.shape
     qkv = linear(F.layer_norm(x, (C,), g1, b1), attn_w, attn_b)

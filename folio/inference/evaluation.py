@@ -1,13 +1,12 @@
-"""The metrics and samples of a trained model; the section `evaluate` of params.yaml.
+"""The metrics and samples of a trained model.
 
-To add a metric, add a key to the result of `compute_metrics`: metrics.json, `dvc metrics` and the
-MLflow run take every key from there.
+To add a metric, add a key to the result of `compute_metrics`, and its value to `format_report`.
+Every key appears in metrics.json, in `dvc metrics` and in the MLflow run.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Annotated
+import re
 
 import numpy as np
 import torch
@@ -15,23 +14,14 @@ import torch
 from folio.gpt.model import GPT
 from folio.gpt.validation import token_losses
 from folio.inference import generation
+from folio.inference.params import EvaluateParams
 from folio.tokens import tokenizer
 from folio.tokens.token_files import TokenData
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateParams:
-    stride: Annotated[int, ">= 1"]  # tokens that a sliding window moves; at most model.block_size
-    prompts: list[str]  # the beginnings of the samples
-    temperatures: Annotated[list[float], ">= 0"]  # one sample per prompt and temperature; 0: greedy
-    sample_tokens: Annotated[int, ">= 1"]  # tokens per sample, without the prompt
-    top_k: Annotated[int | None, ">= 1"]  # sample from the k most likely tokens; null: from all
-    top_p: Annotated[float | None, "> 0, <= 1"]  # ... from the most likely ones that sum to p
-    seed: Annotated[int, ">= 0"]  # of the samples
-
-    def __post_init__(self) -> None:
-        if not all(self.prompts):
-            raise ValueError("prompts: one is empty; use '\\n' for no prompt")
+_MAX_HEADING = 80  # characters
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#&|~$]")  # characters with a meaning in a line of Markdown
+# Control characters except "\t" and "\n", the separators of Unicode, and lone surrogates.
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def compute_metrics(
@@ -39,9 +29,9 @@ def compute_metrics(
 ) -> dict[str, float]:
     """The metrics of a model, by name; losses are in nats/token unless the name says otherwise.
 
-    losses [N - 1] are token_losses of the N tokens of data.val, in windows that do not overlap. The
-    losses per character and per byte divide by the length of the whole validation text, including
-    its first token, which has no loss. train_loss is of the last N tokens of the training text.
+    losses [N - 1] are the token_losses of the N tokens in data.val, in windows that do not overlap.
+    The losses per character and per byte are divided by the length of the whole validation text,
+    including its first token, which has no loss. train_loss covers the last N training tokens.
     """
     total, mean = float(losses.sum()), float(losses.sum()) / len(losses)
     sliding = token_losses(model, data.val, stride)
@@ -59,8 +49,8 @@ def compute_metrics(
 def samples_page(model: GPT, p: EvaluateParams) -> str:
     """A Markdown page with one sample per prompt and temperature.
 
-    Every sample has its own generator, whose seed is p.seed plus the number of the sample, so that
-    a change of one sample's length leaves the others the same.
+    Every sample has its own generator, seeded with p.seed plus the number of the sample, so that
+    changing the length of one sample does not affect the others.
     """
     page = ["# Samples\n"]
     samples = itertools.product(p.prompts, p.temperatures)
@@ -76,19 +66,39 @@ def samples_page(model: GPT, p: EvaluateParams) -> str:
             generator,
         )
         text = prompt + tokenizer.decode(ids)
-        indented = "\n".join(f"    {line}" for line in text.split("\n"))
-        page.append(f"## {prompt.strip() or 'No prompt'}, temperature {temperature:g}\n")
-        page.append(indented + "\n")
+        page.append(f"## {_heading(prompt) or 'No prompt'}, temperature {temperature:g}\n")
+        page.append(_code_block(text) + "\n")
     return "\n".join(page)
 
 
+def _heading(prompt: str) -> str:
+    """The start of a prompt as one line of plain text in Markdown."""
+    line = " ".join(prompt.split())
+    line = line if len(line) <= _MAX_HEADING else line[: _MAX_HEADING - 3] + "..."
+    return _MARKDOWN.sub(r"\\\g<0>", _escape(line))
+
+
+def _code_block(text: str) -> str:
+    """A text as a code block in Markdown, whatever the text contains.
+
+    The block is indented, because a line of the text could end a fenced block. Only line
+    terminators other than the newline could end it, and they are escaped as control characters.
+    """
+    return "\n".join(f"    {line}" for line in _escape(text).split("\n"))
+
+
+def _escape(text: str) -> str:
+    """Escape control characters and all characters that some program treats as a line break."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def format_report(m: dict[str, float]) -> str:
-    """The metrics as two lines of text."""
+    """Format the metrics as two lines of text."""
     return (
         f"validation loss {m['val_loss']:.4f} nats/token"
         f" ({m['val_loss_per_character']:.4f} nats/character,"
         f" {m['val_bits_per_byte']:.4f} bits/byte, perplexity {m['val_perplexity']:.1f}),"
         f" {m['val_loss_sliding']:.4f} with a sliding window\n"
-        f"training loss {m['train_loss']:.4f} on as many tokens,"
+        f"training loss {m['train_loss']:.4f} on the same number of tokens,"
         f" a gap of {m['val_loss'] - m['train_loss']:.4f}"
     )

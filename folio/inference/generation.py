@@ -1,13 +1,16 @@
 """Text generation, token by token."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 
 from folio.device import capture
+from folio.errors import UserError
 from folio.gpt.model import GPT, KVCache
 from folio.inference.decoder import Decoder, linear
 
+NOT_FINITE = -1  # in place of a token id
 _MIN_TEMPERATURE = 1e-6  # anything lower is greedy: dividing by it would overflow fp32
 
 
@@ -20,10 +23,18 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Yield the ids of `tokens` tokens that continue a prompt, as generate_batch does."""
+    """Yield the ids of `tokens` tokens that continue a prompt; see generate_batch.
+
+    Raises UserError if the model's logits are NaN or infinite.
+    """
     prompts = torch.tensor([prompt])
     for ids in generate_batch(model, prompts, tokens, temperature, top_k, top_p, generator):
-        yield int(ids)
+        if (token := int(ids)) == NOT_FINITE:
+            raise UserError(
+                "the model computes values that are NaN or infinite: its weights are too large or"
+                " damaged; choose another model"
+            )
+        yield token
 
 
 @torch.inference_mode()
@@ -36,24 +47,26 @@ def generate_batch(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield `tokens` times the next ids [B] of prompts [B, T], T >= 1. The model is in eval mode.
+    """Continue prompts [B, T], T >= 1, by `tokens` tokens each, and yield the ids [B] of each step.
 
-    Temperature 0 is greedy decoding. top_k keeps the k most likely tokens; top_p keeps, of these,
-    the fewest whose probabilities add up to p (Holtzman et al. 2020, section 3.1). The prompts draw
-    from the generator one after another.
+    The model must be in eval mode. Temperature 0 is greedy decoding. top_k keeps the k most likely
+    tokens; from these, top_p keeps the smallest set whose probabilities add up to p (Holtzman et
+    al. 2020, section 3.1), and at least the most likely token. The prompts take turns drawing from
+    the generator. The id is NOT_FINITE for a prompt whose logits are NaN or infinite.
 
-    The model reads at most its context. Once the text is longer, each token takes a forward pass
-    over the last block_size tokens, because all of them have moved to another position.
+    Once the text is longer than the context, each token requires a full forward pass over the last
+    block_size tokens, because the position of every token has changed.
     """
     assert prompts.shape[1], "a prompt must have at least one token"
     assert model.log_multiplicity is None, "tokens that share a row have no logits of their own"
+    assert math.isfinite(temperature), "temperature must be a number"
     temperature = 0 if temperature < _MIN_TEMPERATURE else temperature
     context, head = model.params.block_size, model.transformer.wte.weight
 
     def predict(hidden: torch.Tensor) -> torch.Tensor:
-        """Map inputs of the head, [B, C], to greedy ids [B], or to logits [B, V] to draw from."""
+        """Map inputs of the head, [B, C], to greedy ids [B], or to logits [B, V] for sampling."""
         logits = linear(hidden, head).float()
-        return logits.argmax(-1) if temperature == 0 else logits
+        return _most_likely(logits) if temperature == 0 else logits
 
     window = prompts[:, -context:].to(head.device)
     cache = KVCache(model, len(window))
@@ -74,8 +87,15 @@ def generate_batch(
         ids = prediction.clone()  # the next step overwrites the prediction
         if temperature > 0:
             ids = _sample(prediction, temperature, top_k, top_p, generator).to(head.device)
-        written.append(ids[:, None])
         yield ids
+        ids = ids.clamp(min=0)  # NOT_FINITE has no embedding
+        written.append(ids[:, None])
+
+
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """The ids [B] of the largest logits [B, V]; NOT_FINITE if one of them is NaN or infinite."""
+    largest, ids = logits.max(-1)  # NaN counts as the largest
+    return torch.where(largest.isfinite(), ids, NOT_FINITE)
 
 
 def _sample(
@@ -85,12 +105,13 @@ def _sample(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Draw ids [B] from logits [B, V]."""
+    """Sample ids [B] from logits [B, V]."""
     logits = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(logits / temperature, -1).cpu()
     descending, ids = probabilities.sort(descending=True, stable=True)
-    ranks = [_sample_rank(row, top_k, top_p, generator) for row in descending]
-    return ids.gather(1, torch.stack(ranks))[:, 0]
+    ranks = torch.stack([_sample_rank(row, top_k, top_p, generator) for row in descending])
+    drawn = ids.gather(1, ranks.clamp(min=0))
+    return torch.where(ranks == NOT_FINITE, NOT_FINITE, drawn)[:, 0]
 
 
 def _sample_rank(
@@ -99,10 +120,13 @@ def _sample_rank(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Draw an index [1] into probabilities [V], which are in descending order."""
+    """Sample an index [1] into probabilities [V], which are in descending order."""
+    if not probabilities[0].isfinite():
+        return torch.tensor([NOT_FINITE])
     if top_k is not None:
         probabilities = probabilities[:top_k] / probabilities[:top_k].sum()
     if top_p is not None:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities = probabilities[before < top_p]
+        kept = probabilities.cumsum(0) - probabilities < top_p
+        kept[0] = True  # in fp32, a tiny top_p is 0
+        probabilities = probabilities[kept]
     return torch.multinomial(probabilities, 1, generator=generator)

@@ -10,7 +10,7 @@ def encode_prompt(model: GPT, prompt: str) -> list[int]:
     ids, size = tokenizer.encode(prompt).tolist(), model.transformer.wte.num_embeddings
     if max(ids) >= size:
         raise UserError(
-            f"the prompt has tokens beyond this model's vocabulary of {size:,}: the model was"
-            " trained with another tokenizer"
+            f"the prompt has tokens outside this model's vocabulary of {size:,}: the model was"
+            " trained with a different tokenizer"
         )
     return ids

@@ -1,4 +1,4 @@
-"""The log-probability that a model assigns to each token of a text, and the most likely others."""
+"""The log-probabilities that a model assigns to the tokens of a text and to their alternatives."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ _CHUNK_ROWS = 256  # tokens whose logits are in memory at once: 51 MB at GPT-2's
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities at temperature 1, for all tokens but the first."""
+    """Natural log-probabilities at temperature 1, for all tokens except the first."""
 
     logprobs: np.ndarray  # [N] float32: of the text's own tokens
     top_ids: np.ndarray  # [N, k] int64: the k most likely tokens there, most likely first
@@ -22,13 +22,13 @@ class TokenLogprobs:
 
 @torch.inference_mode()
 def token_logprobs(model: GPT, ids: list[int], k: int = 5) -> TokenLogprobs:
-    """The log-probabilities of a text of at least two tokens, from a model in eval mode.
+    """The log-probabilities of a text of at least two tokens. The model must be in eval mode.
 
-    ids [N + 1]; k is reduced to the size of the vocabulary where it is larger.
+    ids [N + 1]; k is capped at the vocabulary size.
 
-    A text no longer than the context takes one forward pass. A longer one is read in windows that
-    advance by a quarter of the context, so a token far into the text is predicted from at least
-    three quarters of a context. (`generate` gives every token the whole context before it.)
+    A text that fits in the context takes one forward pass. A longer one is processed in windows
+    that advance by a quarter of the context, so a token after the first window is predicted from at
+    least three quarters of a context. (`generate` always uses the full context.)
     """
     assert len(ids) > 1, "the first token of a text has no probability"
     assert model.log_multiplicity is None, "tokens that share a row have no logits of their own"

@@ -1,4 +1,4 @@
-"""The two data packages of requirements/data.txt, used as files: their code is never imported."""
+"""The two data packages in requirements/data.txt, which are only read and never imported."""
 
 import importlib.util
 from pathlib import Path

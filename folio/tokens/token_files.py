@@ -1,4 +1,4 @@
-"""Token files on disk: written by the prepare stage, verified whenever they are opened."""
+"""Token files on disk: written by the prepare stage and verified whenever they are opened."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ META = {
 @dataclass(frozen=True)
 class TokenData:
     train: np.ndarray  # [N] uint16, read-only, mapped from the file
-    val: np.ndarray  # [M] uint16, as train; it follows train in the text
+    val: np.ndarray  # [M] uint16, like train; follows it in the text
     meta: dict[str, Any]  # as write() returned it: corpus, vocabulary, counts, checksums
     digest: str  # sha256 of the two files' sha256: it identifies the data a model is trained on
 
@@ -48,7 +48,7 @@ def write(
     """Write train.bin, val.bin and meta.json, and return the content of meta.json.
 
     `vocabulary` is the number of token ids. `pieces` are the consecutive pieces of the text, each
-    with the text and the token ids, [tokens], of its "train" and "val" part; in most pieces one of
+    with the text and the token ids, [tokens], of its "train" and "val" parts; in most pieces one of
     the two parts is empty. All three files are complete before the first one is renamed to its
     final name, and meta.json is renamed last.
     """
@@ -86,16 +86,16 @@ def read(folder: Path) -> TokenData:
 
 
 def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
-    """Raise UserError if a part ("training" or "validation"), [N], is shorter than one window.
+    """Raise UserError if the [N] tokens of a part are fewer than one window.
 
-    A window is block_size tokens and the next token, which is the target of the last one.
+    part: "training" or "validation". A window has block_size tokens, plus the target of the last.
     """
     if len(tokens) < block_size + 1:
         share = "larger" if part == "validation" else "smaller"
         raise UserError(
-            f"model.block_size is {block_size}, but the {part} part has only {len(tokens)} tokens "
-            f"and needs {block_size + 1}: use a smaller model.block_size, a longer text, or a "
-            f"{share} prepare.validation_fraction"
+            f"model.block_size is {block_size}, but the {part} part has only {len(tokens)} tokens"
+            f" and needs at least {block_size + 1}: use a smaller model.block_size, a longer text,"
+            f" or a {share} prepare.validation_fraction"
         )
 
 
@@ -104,7 +104,7 @@ def _write_parts(
     meta: dict[str, Any],
     pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
 ) -> None:
-    """Write the ids of "train" and "val" to their paths, and add counts and checksums to meta."""
+    """Write the train and val ids to their files, and add counts and checksums to meta."""
     hashes = {key: hashlib.sha256() for key in ("text", *PARTS)}
     with contextlib.ExitStack() as stack:
         outputs = {part: stack.enter_context(paths[part].open("wb")) for part in PARTS}
@@ -143,7 +143,7 @@ def _open(path: Path, part: str, meta: dict[str, Any]) -> np.ndarray:
 
 
 def _check(meta: dict[str, Any]) -> None:
-    """Raise ValueError unless meta has the form that write() gives it: it may come from an
+    """Raise ValueError unless meta has the form that write() produces. It may come from an
     untrusted source."""
     if {key: type(value) for key, value in meta.items()} != META:
         raise ValueError

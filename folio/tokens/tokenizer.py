@@ -84,7 +84,7 @@ def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Return the text of token ids.
+    """Decode token ids to text.
 
     Bytes that are not valid UTF-8, such as part of a character, become U+FFFD. So do ids outside
     GPT-2's vocabulary, which a model with a padded vocabulary can generate.
@@ -94,10 +94,10 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def decode_stream(ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of each token id as it arrives; concatenated, they equal decode(ids).
+    """Yield the text of each token id as it arrives; joined, the texts equal decode(ids).
 
-    For a character of several tokens, the last one yields the character and the others yield "". If
-    the ids end within a character, one U+FFFD is yielded in addition.
+    If a character spans several tokens, the last one yields the character and the others yield "".
+    If the ids end within a character, an additional U+FFFD is yielded.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in ids:
@@ -113,8 +113,7 @@ def token_bytes(token: int) -> bytes:
 
 
 def save(folder: Path) -> None:
-    """Write the files with which transformers' AutoTokenizer loads GPT-2's tokenizer from a
-    folder."""
+    """Write the files from which transformers' AutoTokenizer can load GPT-2's tokenizer."""
     for name, hugging_face in HUGGING_FACE.items():
         with files.replacing(folder / hugging_face) as temporary:
             temporary.write_bytes(_read(name))
@@ -124,6 +123,7 @@ def save(folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
         "add_prefix_space": False,
+        "split_special_tokens": True,  # <|endoftext|> in a text is plain text, as in `encode`
         "clean_up_tokenization_spaces": False,  # True would change "do n't" to "don't"
     }
     with files.replacing(folder / "tokenizer_config.json") as temporary:
@@ -131,7 +131,7 @@ def save(folder: Path) -> None:
 
 
 def _long_blanks(text: str) -> list[tuple[int, int]]:
-    """Return start and end of each run of at least LONG_BLANK white-space characters."""
+    """Return the start and end of each run of at least LONG_BLANK white-space characters."""
     # Such a run fills at least one window of half its length. Most texts have no such window.
     window = LONG_BLANK // 2
     if not any(text[at : at + window].isspace() for at in range(0, len(text), window)):

@@ -1,11 +1,11 @@
 """Which row of the token embedding each token of the vocabulary uses.
 
-A small corpus contains a fraction of GPT-2's 50,257 tokens (tinyshakespeare: 11,706), but a small
-model spends most of a training step on the output layer, whose cost grows with the number of rows.
-All that training can teach about a token that never occurs is that it is unlikely, and this is the
-same for all such tokens. They can therefore share one row, which the softmax counts as many times
-as there are tokens that share it. The loss is exactly that of a GPT-2 in which the rows of these
-tokens are equal; huggingface.save writes out a row for each token.
+A small corpus contains only a fraction of GPT-2's 50,257 tokens (tinyshakespeare: 11,706), yet a
+small model spends most of a training step on the output layer, whose cost grows with the number of
+rows. All a model can learn about a token that never occurs is that it is unlikely, which is the
+same for all such tokens. They can therefore share one row, which the softmax counts once for each
+token that shares it. The loss is exactly that of a GPT-2 in which the rows of these tokens are
+equal; huggingface.save writes a separate row for each token.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def full_vocabulary(size: int) -> Vocabulary:
 
 
 def tied_vocabulary(tokens: np.ndarray, size: int) -> Vocabulary:
-    """Return a vocabulary with a row for each id in `tokens`, [N]; all others share the last row.
+    """Return a vocabulary with a row for each id in `tokens`, [N]; all other ids share the last.
 
     `size` is the number of token ids.
     """

@@ -1,7 +1,7 @@
 """The complete training state on disk: written atomically, verified when read, never pickled.
 
-A training's folder holds a folder per checkpoint, `step-00000500/`, with `state.safetensors` (every
-tensor, and everything else as JSON in its header) and `sha256`.
+The folder of a training run has a subfolder per checkpoint, such as `step-00000500/`, which
+contains `state.safetensors` (every tensor, and everything else as JSON in its header) and `sha256`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from folio.errors import UserError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    step: int  # updates done
+    step: int  # number of updates so far
     tensors: dict[str, torch.Tensor]  # by name: model.*, optimizer.*, step.*, best.*
     state: dict[str, Any]  # everything that is not a tensor, as JSON
 
@@ -39,10 +39,10 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then remove all others except the one before it.
 
-    A kill or a full disk at any moment leaves the checkpoints that were there (except one of the
-    same step, which is replaced at the very end).
+    If the process is killed or the disk fills up, existing checkpoints stay intact (except one of
+    the same step, which is replaced at the very end).
     """
-    for leftover in folder.glob("step-*.tmp"):  # of a kill
+    for leftover in folder.glob("step-*.tmp"):  # from a process that was killed
         shutil.rmtree(leftover)
     place = _place(folder, checkpoint.step)
     temporary = place.with_suffix(".new.tmp")
@@ -68,7 +68,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path, step: int) -> Checkpoint:
-    """Raises UserError if there is no checkpoint of that step or it is damaged."""
+    """Load the checkpoint of a step. Raises UserError if it is missing or damaged."""
     place = _place(folder, step)
     try:
         if (place / "sha256").read_text() != files.sha256(place / "state.safetensors"):
@@ -77,7 +77,7 @@ def load(folder: Path, step: int) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata()
         if int(header["step"]) != step:
-            raise ValueError(f"it is of step {header['step']}")
+            raise ValueError(f"it belongs to step {header['step']}")
         state = json.loads(header["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
         raise UserError(f"checkpoint {place} is damaged: {problem}") from None
@@ -85,23 +85,33 @@ def load(folder: Path, step: int) -> Checkpoint:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint, or None where there is none at all.
+    """Load the newest undamaged checkpoint. Returns None if there are no checkpoints.
 
-    A damaged one is reported on stderr and skipped. Raises UserError if all of them are damaged.
+    A damaged one is reported on stderr and skipped. It is renamed to, for example,
+    `step-00000500.damaged`, so that `save` does not keep it instead of an undamaged one. If all of
+    them are damaged, none is renamed and UserError is raised.
     """
     found = steps(folder)
+    damaged = []
     for step in reversed(found):
         try:
-            return load(folder, step)
+            checkpoint = load(folder, step)
         except UserError as problem:
             print(f"{problem}; skipping it", file=sys.stderr)
+            damaged.append(_place(folder, step))
+            continue
+        for place in damaged:
+            renamed = place.with_suffix(".damaged")
+            files.remove_folder(renamed)  # from an earlier resume
+            place.rename(renamed)
+        return checkpoint
     if found:
         raise UserError(f"every checkpoint in {folder} is damaged: remove it to start over")
     return None
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, oldest first."""
+    """The steps for which there is a checkpoint, oldest first."""
     names = [place.name.removeprefix("step-") for place in folder.glob("step-*")]
     return sorted(int(name) for name in names if name.isdigit())
 

@@ -1,4 +1,4 @@
-"""The best weights so far, and when to stop because no better ones come."""
+"""Early stopping: keeps the best weights so far, and stops when they no longer improve."""
 
 import math
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 
 
 class EarlyStopping:
-    """Keeps the weights of the lowest validation loss in memory, on the model's device."""
+    """Keeps the weights with the lowest validation loss in memory, on the model's device."""
 
     def __init__(self, patience: int | None):
-        """patience: evaluations without improvement after which to stop; None: never."""
+        """patience: stop after this many evaluations without improvement; None: never stop."""
         self.patience = patience
         self.best_loss, self.best_step = math.inf, 0  # nats/token
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -21,7 +21,7 @@ class EarlyStopping:
         return self.patience is not None and self.evals_since_best >= self.patience
 
     def update(self, loss: float, step: int, model: torch.nn.Module) -> None:
-        """Take the validation loss of a model after `step` updates into account."""
+        """Record the validation loss of the model after `step` updates."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evals_since_best = loss, step, 0
             self.best_weights = {

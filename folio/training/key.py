@@ -1,4 +1,4 @@
-"""The identity of a training: a hash of everything that its weights depend on."""
+"""The identity of a training run: a hash of everything that its weights depend on."""
 
 import hashlib
 import json
@@ -9,14 +9,15 @@ from folio.gpt.model import ModelParams
 from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
 
-# The sources that can change what a training writes: the train stage's deps in dvc.yaml. After a
-# change in one of them a training starts over, instead of resuming what other code has computed.
+# The sources that can affect the results of training: the train stage's deps in dvc.yaml. When one
+# of them changes, training starts over, rather than resuming what different code has computed.
 FINGERPRINTED = (
     "folio/device.py",
     "folio/files.py",
     "folio/gpt",
     "folio/params.py",
     "folio/run.py",
+    "folio/strict_yaml.py",
     "folio/tokens",
     "folio/training",
     "stages/train.py",
@@ -29,7 +30,7 @@ def train_key(
 ) -> str:
     """The first 16 hex digits of the sha256 of params, data, initial weights and sources.
 
-    Equal keys are the same training: the same run in MLflow, and the same checkpoints.
+    Equal keys mean the same training run: the same MLflow run and the same checkpoints.
     """
     weights = pretrained.sha256 if pretrained else None
     content = json.dumps(

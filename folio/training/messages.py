@@ -1,16 +1,16 @@
-"""What a training prints."""
+"""The messages printed during training."""
 
 from typing import Any
 
 from folio import device
 from folio.gpt.model import parameter_counts
-from folio.training import pretrained
+from folio.training.init_from import FOLDER
 from folio.training.outputs import parameters_written
 from folio.training.trainer import Trainer
 
 
 def introduction(trainer: Trainer) -> str:
-    """Data, machine and model, before the first step."""
+    """The data, machine and model, printed before the first step."""
     p, data = trainer.params, trainer.data
     counts = parameter_counts(trainer.model)
     width = max(map(len, counts))
@@ -29,14 +29,14 @@ def introduction(trainer: Trainer) -> str:
             f" {len(trainer.vocabulary.row):,} tokens, models/gpt2 has {written:,} parameters)"
         )
     if trainer.pretrained:
-        lines.append(f"starting from {pretrained.FOLDER / trainer.pretrained.path.name}")
+        lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
     if trainer.steps_done:
         lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
     return "\n".join(lines)
 
 
 def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
-    """One evaluation in a line."""
+    """A one-line summary of an evaluation."""
     mark = "  best so far" if trainer.early_stopping.best_step == trainer.steps_done else ""
     train_loss = metrics.get("train_loss")
     training = f"training loss {train_loss:.3f}" if train_loss is not None else "before training   "
@@ -47,13 +47,14 @@ def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
 
 
 def fine_tuning_result(trainer: Trainer) -> str:
-    """What the training made of the weights that it started from."""
+    """Compare the best validation loss with that of the existing weights before training."""
     name, before = trainer.params.init_from, trainer.history.rows[0]["val_loss"]
     best = trainer.early_stopping
     if best.best_step == 0:
         return (
             f"no evaluation was better than {before:.3f}, the validation loss of {name} before"
-            " training: models/gpt2 is that model, unchanged; try a lower train.learning_rate"
+            " training, so models/gpt2 contains that model unchanged; try a lower"
+            " train.learning_rate"
         )
     return (
         f"validation loss {before:.3f} before training,"

@@ -1,7 +1,7 @@
 """The optimizers and their parameter groups.
 
-A group may have a peak learning rate of its own: TrainStep multiplies the scheduled rate by the
-group's `lr_scale` (default 1).
+A group may have its own peak learning rate: TrainStep multiplies the scheduled rate by the group's
+`lr_scale` (1 by default).
 """
 
 import inspect
@@ -12,14 +12,14 @@ from folio.training.params import TrainParams
 
 
 def build(model: torch.nn.Module, p: TrainParams) -> torch.optim.Optimizer:
-    """The optimizer that the section `train` of params.yaml describes."""
+    """Build the optimizer described by the `train` section of params.yaml."""
     return adamw(model, p.weight_decay, (p.beta1, p.beta2))
 
 
 def adamw(
     model: torch.nn.Module, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with weight decay on matrices, not on biases and norms."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices but not biases or norms."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -31,8 +31,8 @@ def adamw(
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW without PyTorch's decorators, which exist to exclude an optimizer from torch.compile.
-    They import the compiler, which takes 1.4 s, and no optimizer is compiled here."""
+    """AdamW without PyTorch's decorators, which exclude the optimizer from torch.compile. They
+    import the compiler, which takes 1.4 s, although no optimizer is compiled here."""
 
     step = inspect.unwrap(torch.optim.AdamW.step)
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)

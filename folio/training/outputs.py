@@ -1,4 +1,5 @@
-"""What a training writes: the record when it starts, models/gpt2 and models/training at its end."""
+"""The files written by training: the record at its start, models/gpt2 and models/training at its
+end."""
 
 import json
 from dataclasses import replace
@@ -7,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from folio import device, files, params
+from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, parameter_counts
 from folio.run import (
@@ -26,9 +28,10 @@ from folio.training.trainer import Trainer
 
 
 def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str]) -> Record:
-    """The record of this training, written to its folder; a resumed training keeps its id.
+    """Write the record of this training run to its folder, and return it. A resumed run keeps its
+    id.
 
-    tags: more tags, such as the git commit.
+    tags: additional tags, such as the git commit.
     """
     path = folder / RECORD
     known = read_record(path) if path.exists() else None
@@ -45,7 +48,7 @@ def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str
         | {"precision": trainer.precision, "device": device.describe(trainer.device)}
         | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {}),
     )
-    write_record(record, path)  # before MLflow gets it: after a kill there is still one run
+    write_record(record, path)  # before MLflow gets it, so that a killed run resumes the same one
     return record
 
 
@@ -70,7 +73,7 @@ def write(trainer: Trainer, record: Record, root: Path) -> None:
 
 
 def metrics(trainer: Trainer) -> dict[str, float]:
-    """The training in figures."""
+    """The summary metrics of the training run."""
     rows = trainer.history.rows
     evaluations = [row for row in rows if "val_loss" in row]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
@@ -88,24 +91,34 @@ def metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def parameters_written(model: GPT, vocabulary: Vocabulary) -> int:
-    """Parameters of the model in models/gpt2, where each token has an embedding row of its own."""
+    """The number of parameters in models/gpt2, where each token has its own embedding row."""
     trained = sum(p.numel() for p in model.parameters())
     return trained + (len(vocabulary.row) - vocabulary.rows) * model.params.n_embd
 
 
 def _facts(trainer: Trainer, root: Path) -> dict[str, Any]:
-    """The corpus statistics and the model's size, as params of the run."""
+    """The corpus statistics and the parameter counts, to be logged as params of the run."""
     file, meta = root / "data/diagnostics.json", trainer.data.meta
     found = {"corpus": meta["corpus"], "sha256": meta["text_sha256"]}
-    found |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found |= _read_statistics(file) if file.exists() else {}
     counts = parameter_counts(trainer.model)
     return {f"data.{key}": value for key, value in found.items()} | {
         f"parameters.{part}": count for part, count in counts.items()
     }
 
 
+def _read_statistics(path: Path) -> dict[str, Any]:
+    try:
+        statistics = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(statistics, dict):
+            raise ValueError
+        return statistics
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: `dvc repro --force prepare` recreates it") from None
+
+
 def _csv(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """The rows that have all the columns, for DVC's plots, which read no JSON lines and draw an
-    empty cell as 0."""
+    """The rows that have all these columns, as CSV for DVC's plots, which do not support JSON lines
+    and would draw an empty cell as 0."""
     cells = [[row[column] for column in columns] for row in rows if set(columns) <= row.keys()]
     return "".join(",".join(map(str, row)) + "\n" for row in [columns, *cells])

@@ -1,43 +1,45 @@
-"""The section `train` of params.yaml."""
+"""The `train` section of params.yaml."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from folio.device import Precision
-from folio.training.pretrained import RANDOM
-
-Compile = Literal["auto", "always", "never"]
+RANDOM = "random"  # init_from: no folder, but random weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainParams:
     init_from: str  # initial weights: random, or a GPT-2 folder in data/pretrained
-    seed: Annotated[int, ">= 0"]  # of the initial weights, the batches and dropout
+    seed: Annotated[int, ">= 0"]  # for the initial weights, the batches and dropout
     steps: Annotated[int, ">= 1"]  # maximum number of optimizer steps
     batch_size: Annotated[int, ">= 1"]  # windows of block_size tokens per micro-batch
     accumulation: Annotated[int, ">= 1"]  # micro-batches per optimizer step
-    precision: Precision  # auto: bf16 on a GPU with bf16, else fp32
-    deterministic: bool  # the same bits in every run; slower on a GPU with a long context
-    compile: Compile  # torch.compile on a GPU; auto: for long trainings
+    precision: Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 on a GPU with bf16, else fp32
+    deterministic: bool  # bitwise reproducible; slower on a GPU with a long context
+    compile: Literal["auto", "always", "never"]  # torch.compile on a GPU; auto: for long runs
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
-    learning_rate: Annotated[float, "> 0"]  # the peak, after warm-up
+    learning_rate: Annotated[float, "> 0"]  # peak value, after warm-up
     min_learning_rate: Annotated[float, ">= 0"]  # at the end of the cosine decay
     warmup_steps: Annotated[int, ">= 0"]  # steps of linear warm-up
-    weight_decay: Annotated[float, ">= 0"]  # of matrices and embeddings only
+    weight_decay: Annotated[float, ">= 0"]  # for matrices and embeddings only
     beta1: Annotated[float, ">= 0, < 1"]  # AdamW: decay of the mean gradient
     beta2: Annotated[float, ">= 0, < 1"]  # AdamW: decay of the mean squared gradient
-    grad_clip: Annotated[float, "> 0"]  # maximum norm of the gradient
+    grad_clip: Annotated[float, "> 0"]  # maximum gradient norm
     eval_interval: Annotated[int, ">= 1"]  # steps between evaluations on the validation text
     patience: Annotated[int | None, ">= 1"]  # evaluations without improvement; null: never
 
     def __post_init__(self):
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} leaves no step of {self.steps}")
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} is not less than steps {self.steps}"
+            )
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate: is above learning_rate {self.learning_rate}")
+            raise ValueError(
+                f"min_learning_rate: {self.min_learning_rate} is above learning_rate"
+                f" {self.learning_rate}"
+            )
         if self.tie_unseen_tokens and self.init_from != RANDOM:
             raise ValueError(
-                "tie_unseen_tokens: set it to false with init_from, whose model has a row of its"
-                " own for each token"
+                "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"
+                " separate row for each token"
             )

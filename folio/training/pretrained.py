@@ -1,34 +1,34 @@
-"""Initial weights from a GPT-2 folder in data/pretrained, instead of random ones."""
+"""Initial weights loaded from a GPT-2 folder in data/pretrained, instead of random ones."""
 
-import difflib
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from folio import files
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
-
-# In dvc.yaml the train stage depends on data/pretrained/${train.init_from} and on no other folder
-# there. So random weights need an entry too: an empty file called `random`.
-FOLDER = Path("data", "pretrained")
-RANDOM = "random"
+from folio.training.init_from import FOLDER, check_exists
+from folio.training.params import RANDOM
 
 
 @dataclass(frozen=True)
 class PretrainedWeights:
     path: Path  # of the folder
-    sha256: str  # of its model.safetensors, like the tag weights_sha256 of a run
+    sha256: str  # of its weights, by huggingface.weights_sha256; "" if they cannot be read
 
     def weights(self, model: ModelParams, vocabulary: int) -> dict[str, torch.Tensor]:
-        """The state of a GPT of that size, with the first block_size position embeddings.
+        """The state dict for a GPT of the given size.
 
-        Raises UserError if the folder is damaged, or its model has another size.
+        It contains only the first block_size position embeddings. Raises UserError if the folder is
+        damaged, if its model has a different size, or if its weights have changed since `find`.
         """
         loaded = huggingface.load(self.path)
+        if huggingface.weights_sha256(self.path) != self.sha256:
+            raise UserError(
+                f"{FOLDER / self.path.name} changed while it was being read: run the same command"
+                " again"
+            )
         self._check(loaded.params, loaded.transformer.wte.num_embeddings, model, vocabulary)
         weights, positions = loaded.state_dict(), "transformer.wpe.weight"
         return weights | {positions: weights[positions][: model.block_size]}
@@ -37,7 +37,7 @@ class PretrainedWeights:
         where = FOLDER / self.path.name
         if tokens != vocabulary:
             raise UserError(
-                f"{where} has {tokens:,} tokens, and the text is encoded with GPT-2's"
+                f"{where} has {tokens:,} tokens, but the text is encoded with GPT-2's"
                 f" {vocabulary:,}: choose a folder whose vocab_size is {vocabulary}"
             )
         changes = [
@@ -48,24 +48,19 @@ class PretrainedWeights:
         if ours.block_size > theirs.block_size:
             changes.append(f"model.block_size to at most {theirs.block_size}")
         if changes:
-            raise UserError(f"{where} has a model of another size: set {', '.join(changes)}")
+            raise UserError(f"{where} has a model of a different size: set {', '.join(changes)}")
 
 
 def find(name: str, root: Path) -> PretrainedWeights | None:
-    """The folder of that name in root/data/pretrained; None for random weights.
+    """Find the folder `name` in root/data/pretrained. Returns None for random weights.
 
-    Raises UserError if it is not there: DVC would not notice a change elsewhere.
+    Raises UserError if it is not there: DVC would not detect changes anywhere else.
     """
     if name == RANDOM:
         return None
-    names = sorted(path.parent.name for path in (root / FOLDER).glob("*/config.json"))
-    if name not in names:
-        near = difflib.get_close_matches(Path(name).name[:100], names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"train.init_from: {reprlib.repr(name)} is not a GPT-2 folder in {FOLDER}{hint};"
-            f" put one there (docs/fine-tuning.md) and give its name, or set {RANDOM}"
-        )
+    check_exists(name, root)
     path = root / FOLDER / name
-    weights = path / "model.safetensors"
-    return PretrainedWeights(path, files.sha256(weights) if weights.is_file() else "")
+    try:
+        return PretrainedWeights(path, huggingface.weights_sha256(path))
+    except UserError:
+        return PretrainedWeights(path, "")  # `weights` reports the problem

@@ -1,50 +1,53 @@
 """One optimizer step: forward and backward in the chosen precision, clipping, update.
 
-The host never waits for the device here. What a step measures is accumulated on the device, and the
-device itself skips an update that is not finite; the host reads the sums when a row of the history
-is due.
+The host never waits for the device here. Losses and gradient norms are accumulated on the device,
+which also skips non-finite updates by itself; the host reads the sums when a row of the history is
+due.
 
-In half precision a copy of the model computes, synchronised from the fp32 master weights after each
-update, so no update is too small to count (Micikevicius et al. 2018, section 3.1). On a GPU the
-whole step is one CUDA graph.
+In half precision, the passes run on a copy of the model, which is synchronised from the fp32 master
+weights after each update, so that small updates are not lost to rounding (Micikevicius et al. 2018,
+section 3.1). On a GPU the whole step is one CUDA graph.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from folio.device import DTYPES, can_compile, capture, deterministic
+from folio.errors import UserError
 from folio.gpt.model import GPT
+from folio.training import optimizer_state
 
-# In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after this
-# many updates in a row and halves after an overflow. An overflow at the minimum scale is an error.
+# In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after
+# _DOUBLE_AFTER consecutive updates and halves after an overflow. An overflow at _MIN_SCALE is an
+# error.
 _INITIAL_SCALE, _MIN_SCALE, _DOUBLE_AFTER = 2.0**16, 2.0**-10, 2000
 _PROBLEMS = (None, "loss", "gradient")
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is infinite or NaN. The weights are as they were before."""
+    """The loss or the gradient is infinite or NaN. The weights were not updated."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Sums over the steps since the last reset, up to one that was not finite."""
+    """Sums over the steps since the last reset, up to the first non-finite step, if any."""
 
     loss: float  # sum of the steps' losses, nats
     norm: float  # sum of the finite gradient norms, before clipping
     norms: int  # number of finite gradient norms
     steps: int  # number of steps, including those that fp16 skipped
-    problem: str | None  # what was not finite in the step after them, which ended the training
+    problem: str | None  # what was not finite in the step after them, which ended training
 
 
 class TrainStep:
     """`step(batches, learning_rate)` makes one update from one or more micro-batches.
 
     The gradient is that of the mean loss over all micro-batches, so accumulation is equivalent to
-    one large batch. An update whose gradient overflows in fp16 is skipped. After a loss or gradient
-    that is not finite otherwise, no update is made any more.
+    one large batch. An update whose gradient overflows in fp16 is skipped. After any other
+    non-finite loss or gradient, there are no further updates.
     """
 
     def __init__(
@@ -57,20 +60,24 @@ class TrainStep:
         compiled: bool = False,
         exact: bool = True,
     ):
-        """Any optimizer will do. One that reads grad_scale and found_inf, as PyTorch's fused ones
-        do, unscales and skips on the device; for the others the step does both, and the host waits.
+        """Works with any optimizer whose step needs no closure. PyTorch's fused Adam, AdamW and
+        Adagrad unscale gradients and skip updates on the device; for any other, TrainStep does
+        both, and the host waits for the device.
 
-        compiled: torch.compile the model where that is possible: on a GPU in half precision.
-        exact: compute the same bits whenever the same step is repeated.
+        compiled: torch.compile the model if possible, that is, on a GPU in half precision.
+        exact: make repeated steps bitwise reproducible.
+        Raises UserError if the optimizer is capturable but does not work on this device.
         """
+        _check_capturable(optimizer, device)
         self.model, self.optimizer = model, optimizer
         self.device, self.grad_clip = device, grad_clip
-        self.exact = exact and device.type == "cuda"  # on a CPU they always are the same
+        self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
         self.fp16 = precision == "fp16"
         self.optimizer_skips = _reads_found_inf(optimizer, device)
         self.scale = torch.tensor(_INITIAL_SCALE if self.fp16 else 1.0, device=device)
         self.updates = torch.zeros((), device=device)  # since the scale changed
-        self.stats = torch.zeros(5, device=device)  # StepStats' fields; the index of the problem
+        # The fields of StepStats, of which the last one is an index into _PROBLEMS.
+        self.stats = torch.zeros(len(fields(StepStats)), device=device)
         half = precision != "fp32"
         self.compute_model = _copy(model, DTYPES[precision]) if half else model
         self.check_and_scale = _check_and_scale
@@ -87,13 +94,15 @@ class TrainStep:
             torch.zeros((), device=device) if capturable else None for _ in optimizer.param_groups
         ]
         self._graph: Callable[..., None] | None = None
+        self._state_checked = False  # whether checkpoints can contain the optimizer's state
 
     def __call__(
         self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
     ) -> None:
         """Make one update. batches: (x, y) of each micro-batch, [B, T]. `read` returns the stats.
 
-        A parameter group's rate is learning_rate times its `lr_scale` (1 where it has none).
+        A parameter group's rate is learning_rate times its `lr_scale` (1 by default). The first
+        update raises UserError if the optimizer's state cannot be saved.
         """
         for group, buffer in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             rate = learning_rate * group.get("lr_scale", 1.0)
@@ -101,7 +110,7 @@ class TrainStep:
         inputs = [t.to(self.device, non_blocking=True) for batch in batches for t in batch]
         if self.captures and self._graph is None:
             before = self.stats.clone()
-            self.stats[4] = 1  # as after a step that was not finite: capturing changes no weight
+            self.stats[-1] = 1  # as after a non-finite step, so that capturing changes no weights
             with deterministic(self.exact):
                 self._graph = capture(self._step, *inputs)
             self.stats.copy_(before)
@@ -145,7 +154,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _update(self, loss: torch.Tensor) -> None:
-        """Unscale, clip and update, unless something is not finite; add to the stats."""
+        """Unscale, clip and update, unless a value is not finite. Adds to the stats."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         state = (self.stats, self.scale, self.updates)
@@ -153,10 +162,14 @@ class TrainStep:
         if self.optimizer_skips:
             setattr(self.optimizer, "grad_scale", divisor)  # noqa: B010 (for mypy)
             setattr(self.optimizer, "found_inf", skip)  # noqa: B010
-            self.optimizer.step()
-        elif not skip:
+        elif skip:
+            return
+        else:
             torch._foreach_div_(gradients, divisor)
-            self.optimizer.step()
+        self.optimizer.step()
+        if not self._state_checked:  # most optimizers create their state in the first update
+            optimizer_state.save(self.optimizer)
+            self._state_checked = True
 
     def read(self) -> StepStats:
         """Wait for the device, and return the sums since `reset`."""
@@ -167,11 +180,11 @@ class TrainStep:
         self.stats.zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the next step depends on, and the sums that no row of the history has yet."""
-        return {"scale": self.scale, "updates": self.updates, "stats": self.stats[:4]}
+        """The state that the next step depends on, and the sums not yet read into the history."""
+        return {"scale": self.scale, "updates": self.updates, "stats": self.stats[:-1]}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """To be called after the model's and the optimizer's."""
+        """Must be called after load_state_dict of the model and the optimizer."""
         self.reset()
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
@@ -181,30 +194,43 @@ class TrainStep:
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether the optimizer divides gradients by grad_scale and skips the update at found_inf.
+    """Whether the optimizer divides gradients by grad_scale and skips the update if found_inf.
 
-    PyTorch marks such optimizers by the attribute, for its GradScaler; on MPS they still do not.
+    PyTorch marks such optimizers with this attribute for its GradScaler, but on MPS they ignore
+    both. Fused SGD is left out: if its first update is skipped, its momentum is uninitialised.
     """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and device.type != "mps"
+    suitable = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.Adagrad)
+    marked = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return suitable and marked and device.type != "mps"
+
+
+def _check_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raise UserError instead of PyTorch's AssertionError in the first update."""
+    for group in optimizer.param_groups:
+        if group.get("capturable") and not group.get("fused") and device.type != "cuda":
+            raise UserError(
+                f"{type(optimizer).__name__} with capturable=True needs a CUDA device, not"
+                f" {device.type}; set capturable only on cuda, as folio/training/optimizers.py does"
+            )
 
 
 def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
-    """Return the divisor of the gradients, and 1.0 if the update must be skipped, else 0.0.
+    """Return the divisor for the gradients, and 1.0 if the update must be skipped, else 0.0.
 
-    All arguments but the last two are tensors on the device, and scalars but for stats. Updates
-    stats and, in fp16, scale. norm is the norm of the gradients, which are still multiplied by
-    scale.
+    All arguments except the last two are tensors on the device; all of those except stats are
+    scalars. norm is the gradient norm before unscaling. Updates stats and, in fp16, scale and
+    updates.
     """
     divisor = scale * (norm / scale / grad_clip).clamp(min=1)
     finite = norm.isfinite()
     fatal = ~finite & (scale <= (_MIN_SCALE if fp16 else 1.0))
     problem = (2 * fatal).masked_fill(~loss.isfinite(), 1)
-    stats[4] = torch.where(stats[4] > 0, stats[4], problem)
-    running = stats[4] == 0
+    stats[-1] = torch.where(stats[-1] > 0, stats[-1], problem)
+    running = stats[-1] == 0
     one = torch.ones_like(loss)
     new = torch.stack([loss, norm / scale, one, one])
     counted = torch.stack([running, running & finite, running & finite, running])
-    stats[:4] += new.masked_fill(~counted, 0)
+    stats[:-1] += new.masked_fill(~counted, 0)
     if fp16:
         full = updates + 1 == _DOUBLE_AFTER
         rescaled = torch.where(finite, torch.where(full, 2 * scale, scale), scale / 2)
@@ -214,7 +240,7 @@ def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
 
 
 def _copy(model: GPT, dtype: torch.dtype) -> GPT:
-    """The model with its parameters, not its constants, in another precision."""
+    """A copy of the model with its parameters, but not its constants, in another precision."""
     copied = copy.deepcopy(model)
     for p in copied.parameters():
         p.data = p.data.to(dtype)

@@ -1,4 +1,4 @@
-"""How fast a training is, and how often it can afford a checkpoint."""
+"""The speed of training, and how often it can afford a checkpoint."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ _SHARE, _NEGLIGIBLE = 0.1, 0.2
 
 
 class Throughput:
-    """Tokens per second of the steps alone, without evaluations and checkpoints."""
+    """Tokens per second during training steps, excluding evaluations and checkpoints."""
 
     def __init__(self, tokens_per_step: int, step: int):
         self._tokens_per_step = tokens_per_step
@@ -20,7 +20,7 @@ class Throughput:
         self._step, self._started = step, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float]:
-        """The metric tokens_per_second since `restart`; {} where there was no step since then."""
+        """The metric tokens_per_second since `restart`; {} if there has been no step since."""
         if step == self._step:
             return {}
         elapsed = time.perf_counter() - self._started
@@ -28,8 +28,8 @@ class Throughput:
 
 
 class CheckpointPacing:
-    """When a checkpoint is due: after an evaluation as far as that takes at most a tenth of the
-    time, and after every `interval` seconds."""
+    """Decides when a checkpoint is due: every `interval` seconds, and after each evaluation, as
+    long as checkpoints take at most a tenth of the time."""
 
     def __init__(self, interval: float):
         self._interval = interval
@@ -42,7 +42,7 @@ class CheckpointPacing:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """The block writes a checkpoint."""
+        """Measure the time of the block, which writes a checkpoint."""
         started = time.monotonic()
         yield
         self._last = time.monotonic()

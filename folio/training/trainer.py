@@ -1,4 +1,5 @@
-"""The training state: model, optimizer, batches, history, best weights; saved and resumed whole."""
+"""The training state: model, optimizer, batches, history and best weights, which are saved and
+resumed together."""
 
 import contextlib
 import math
@@ -22,9 +23,9 @@ from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
 from folio.training.step import NonFiniteError, StepStats, TrainStep
 
-# With train.compile auto, trainings of at least this many operations (6 per parameter and token)
-# are compiled: compiling takes some 20 s and then saves an eighth of each step. An H200 computes
-# as many in three minutes.
+# If train.compile is auto, the model is compiled when training takes at least this many operations
+# (6 per parameter and token): compiling takes some 20 s and then saves an eighth of each step. An
+# H200 computes this many in three minutes.
 _LONG = 6e16
 
 LOWER_RATE = "lower train.learning_rate or train.grad_clip, or set train.precision to fp32"
@@ -73,7 +74,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last row of the history is there."""
+        """Whether training is complete, including the last row of the history."""
         return self.history.last_step >= self.params.steps or self.early_stopping.triggered
 
     @property
@@ -83,9 +84,14 @@ class Trainer:
         )
 
     def row_is_due(self, log_interval: int) -> bool:
-        """Whether the history is to have a row of this step, and does not have it yet."""
-        is_log_point = self.steps_done % log_interval == 0 or self.evaluation_is_due
-        return is_log_point and self.steps_done > self.history.last_step
+        """Whether the history needs a row for this step and does not have it yet.
+
+        A repeated step needs one if it had one before, even if log_interval has changed since:
+        otherwise MLflow would contain points that are missing from the history.
+        """
+        step = self.steps_done
+        is_log_point = step % log_interval == 0 or self.evaluation_is_due
+        return (is_log_point or self.history.is_replayed(step)) and step > self.history.last_step
 
     def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The micro-batches (x, y), [B, T], of update number `step`, counted from 0."""
@@ -100,7 +106,7 @@ class Trainer:
         )
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> None:
-        """Forward, backward, clip, update. Does not wait for the device, which may fall behind."""
+        """Forward, backward, clip, update. Does not wait for the device, which may lag behind."""
         device.seed_step(self.params.seed, self.steps_done, self.device)
         self._step(batches, learning_rate)
         self.steps_done += 1
@@ -127,12 +133,12 @@ class Trainer:
         return loss
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append the row of this step to the history, and start to sum up the next one."""
+        """Append the row for this step to the history, and reset the sums for the next row."""
         self.history.add(self.steps_done, metrics)
         self._step.reset()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, then the history, which MLflow may be sent from then on."""
+        """Write a checkpoint, then the history, whose rows can then be sent to MLflow."""
         tensors, optimizer = optimizer_state.save(self.optimizer)
         best = self.early_stopping
         parts = {
@@ -152,23 +158,24 @@ class Trainer:
         self.history.save(folder)
 
     def save_last_finite(self, folder: Path) -> None:
-        """`save`, whether or not the steps since the last row were finite."""
+        """Like `save`, but also works after a step that was not finite."""
         with contextlib.suppress(NonFiniteError):
             self._wait()
         self.save(folder)
 
     def resume(self, folder: Path) -> None:
-        """Continue from the newest undamaged checkpoint, where there is one."""
+        """Continue from the newest undamaged checkpoint, if there is one."""
         found = checkpoint.load_latest(folder)
         if not found:
+            self.history.restore([], 0, folder)
             return
         state: dict[str, Any] = found.state
         try:
             self.model.load_state_dict(found.part("model"))
         except RuntimeError:
             raise UserError(
-                f"the checkpoint of step {found.step} is of another model (the code has changed):"
-                " remove .checkpoints to start over"
+                f"the checkpoint of step {found.step} is for a different model (the code has"
+                " changed): remove .checkpoints to start over"
             ) from None
         optimizer_state.restore(self.optimizer, found.part("optimizer"), state["optimizer"])
         self._step.load_state_dict(found.part("step"))
@@ -179,8 +186,8 @@ class Trainer:
         self.early_stopping.load_state_dict(state["early_stopping"], weights)
         if state["machine"] != self._machine:
             print(
-                f"the checkpoint was made {state['machine']}, and this run is {self._machine}:"
-                " the weights will not be bit for bit those of a single machine"
+                f"the checkpoint was made {state['machine']}, but this run is {self._machine}:"
+                " the weights will not be bitwise identical to those of a run on a single machine"
             )
 
     def _wait(self) -> StepStats:
@@ -191,7 +198,7 @@ class Trainer:
         return stats
 
     def _wants_compile(self) -> bool:
-        """Whether the model is to be compiled, where that is possible."""
+        """Whether to compile the model, if possible."""
         if self.params.compile != "auto":
             return self.params.compile == "always"
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -199,7 +206,7 @@ class Trainer:
 
     @property
     def _machine(self) -> str:
-        """Device, precision and software, on which the bits of the result depend."""
+        """The device, precision and software that bitwise reproducibility depends on."""
         where = f"on {device.describe(self.device)} in {self.precision}"
         compiled = ", compiled" if self._step.compiled else ""
         return f"{where} with PyTorch {torch.__version__}{compiled}"

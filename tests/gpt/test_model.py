@@ -76,7 +76,7 @@ def test_weights_depend_only_on_the_seed():
 
 
 @pytest.mark.parametrize(
-    ("n_embd", "n_head", "hint"), [(100, 6, "take 102"), (193, 12, "take 192"), (2, 4, "take 4")]
+    ("n_embd", "n_head", "hint"), [(100, 6, "try 102"), (193, 12, "try 192"), (2, 4, "try 4")]
 )
 def test_n_embd_not_divisible_by_n_head_is_rejected_with_the_nearest_one(n_embd, n_head, hint):
     with pytest.raises(ValueError, match=f"n_embd: {n_embd} is not divisible by n_head") as error:

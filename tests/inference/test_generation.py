@@ -1,10 +1,13 @@
 """Greedy decoding, and sampling from the probabilities of the model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, ROWS
 
+from folio.errors import UserError
 from folio.inference import generation
 from folio.inference.generation import generate, generate_batch
 
@@ -134,6 +137,74 @@ def test_top_p_draws_from_the_fewest_tokens_that_add_up_to_p(model):
 
 def test_top_p_of_1_has_no_effect(model):
     assert sample(model, top_p=1.0) == sample(model)
+
+
+# --- extreme settings
+
+TINY = (5e-324, 1e-300, 1e-50, 1e-30, 1e-10)
+
+
+@pytest.mark.parametrize("top_p", TINY)
+@pytest.mark.parametrize("top_k", [None, 1, 3, 2**63 - 1])
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e3])
+def test_most_likely_token_is_kept_however_small_top_p_is(model, top_p, top_k, temperature):
+    found = sample(model, tokens=20, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert found == greedy(model, PROMPT, 20)
+
+
+@pytest.mark.parametrize("temperature", [*TINY, 1e-7])
+def test_tiny_temperature_is_greedy(model, temperature):
+    assert sample(model, temperature=temperature) == greedy(model, PROMPT, 30)
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e30, 1e38, 1e39, 1e308])
+def test_huge_temperature_draws_from_all_tokens_alike(model, temperature):
+    counts = draw(model, 2_000, temperature)
+    assert_drawn_from(counts, torch.full((ROWS,), 1 / ROWS))
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf")])
+def test_temperature_must_be_finite(model, temperature):
+    with pytest.raises(AssertionError, match="temperature must be a number"):
+        sample(model, temperature=temperature)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.7), (5, 0.7), (None, 1.0), (3, None)])
+def test_samples_are_those_of_the_plain_definition(model, top_k, top_p):
+    generator, expected = torch.Generator().manual_seed(1), list(PROMPT)
+    for _ in range(30):
+        window = expected[-CONTEXT:]
+        p, ids = probabilities(model, window).sort(descending=True, stable=True)
+        p = p[:top_k] / p[:top_k].sum() if top_k else p
+        p = p[p.cumsum(0) - p < top_p] if top_p else p
+        expected.append(int(ids[torch.multinomial(p, 1, generator=generator)]))
+    assert sample(model, top_k=top_k, top_p=top_p) == expected[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["ln_f.weight", "wte.weight"])
+def test_values_that_are_not_finite_give_a_one_line_error(model, name, value, temperature):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.get_parameter(name).fill_(value)
+    with pytest.raises(UserError, match="computes values that are NaN or infinite"):
+        sample(broken, temperature=temperature)
+    prompts = torch.tensor([PROMPT, PROMPT])
+    [ids] = generate_batch(broken, prompts, 1, temperature)
+    assert ids.tolist() == [generation.NOT_FINITE] * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_values_that_become_infinite_later_give_a_one_line_error(model, temperature):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.wpe.weight[len(PROMPT) + 2] = float("inf")
+    found = []
+    with pytest.raises(UserError, match="computes values that are NaN or infinite"):
+        for token in generate(broken, PROMPT, 9, temperature):
+            found.append(token)
+    assert len(found) == 3
 
 
 def test_text_depends_on_the_seed_of_the_generator_only(model):

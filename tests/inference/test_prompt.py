@@ -14,6 +14,6 @@ def test_encode_prompt_gives_the_ids_of_gpt2():
     assert encode_prompt(GPT(SIZES, 50_257), "To be") == tokenizer.encode("To be").tolist()
 
 
-def test_encode_prompt_rejects_tokens_beyond_the_vocabulary():
-    with pytest.raises(UserError, match="beyond this model's vocabulary of 100"):
+def test_encode_prompt_rejects_tokens_outside_the_vocabulary():
+    with pytest.raises(UserError, match="outside this model's vocabulary of 100"):
         encode_prompt(GPT(SIZES, 100), "To be")

@@ -88,7 +88,7 @@ def test_text_shorter_than_a_window_is_a_one_line_error_with_a_hint():
     text = np.arange(16, dtype=np.uint16)
     with pytest.raises(UserError, match=r"model\.block_size is 16, but the training part") as error:
         Batches(text, 16, 1, seed=1)
-    assert "only 16 tokens and needs 17" in str(error.value)
+    assert "only 16 tokens and needs at least 17" in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"larger prepare\.validation_fraction"):
         token_files.check_length(text, "validation", 16)

@@ -169,8 +169,19 @@ def test_every_id_of_the_vocabulary_can_be_decoded():
 
 def test_end_of_text_in_a_text_is_encoded_as_plain_text():
     ids = tokenizer.encode("before<|endoftext|>after")
-    assert 50256 not in ids
+    assert 50256 not in ids and len(ids) == 2 + 7
     assert tokenizer.decode(ids) == "before<|endoftext|>after"
+
+
+@pytest.mark.parametrize(
+    "text", ["before<|endoftext|>after", "<|endoftext|>", " <|endoftext|>\n" * 3, "<|endoftext|"]
+)
+def test_end_of_text_has_the_same_ids_in_transformers(tokenizer_folder, text):
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert opened(text)["input_ids"] == opened.encode(text) == tokenizer.encode(text).tolist()
+    assert opened.eos_token_id == opened.convert_tokens_to_ids("<|endoftext|>") == 50256
 
 
 def test_lone_surrogate_becomes_the_replacement_character():

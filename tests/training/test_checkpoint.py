@@ -206,7 +206,7 @@ def test_damaged_checkpoint_is_reported_and_skipped(folder, damage, capsys):
 def test_renamed_checkpoint_is_reported_and_skipped(folder, capsys):
     (folder / "step-00000003").rename(folder / "step-00000009")
     assert checkpoint.load_latest(folder).step == 2
-    assert "step-00000009 is damaged: it is of step 3; skipping it" in capsys.readouterr().err
+    assert "step-00000009 is damaged: it belongs to step 3; skipping it" in capsys.readouterr().err
 
 
 def test_undamaged_checkpoint_is_used_silently(folder, capsys):
@@ -221,6 +221,29 @@ def test_load_latest_fails_in_one_line_when_all_are_damaged(folder, capsys):
         checkpoint.load_latest(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_damaged_checkpoint_does_not_displace_an_undamaged_one(folder):
+    flip(folder / "step-00000003" / "state.safetensors", 0.5)
+    damaged = contents(folder / "step-00000003")
+    for _ in range(2):  # the second time, there is no more damage
+        assert checkpoint.load_latest(folder).step == 2
+    write(folder, 4)
+    assert checkpoint.steps(folder) == [2, 4]
+    assert sorted(contents(folder / "step-00000003.damaged").values()) == sorted(damaged.values())
+    write(folder, 3)  # repeated after another resume, and damaged again
+    flip(folder / "step-00000003" / "state.safetensors", 0.2)
+    assert checkpoint.load_latest(folder).step == 2
+    names = ["step-00000002", "step-00000003.damaged"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_load_latest_fails_again_when_all_are_damaged(folder):
+    for step in (2, 3):
+        flip(folder / f"step-{step:08d}" / "state.safetensors", 0.5)
+    for _ in range(2):  # they are not renamed, or training would start over
+        with pytest.raises(UserError, match="is damaged: remove it to start over"):
+            checkpoint.load_latest(folder)
 
 
 def test_load_latest_is_none_without_checkpoints(tmp_path):

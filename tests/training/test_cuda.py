@@ -116,6 +116,49 @@ def test_captured_step_that_is_not_finite_changes_nothing(precision, compiled):
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+class Counting(torch.optim.SGD):
+    """SGD with state on the GPU and on the CPU."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["average"] = torch.ones((), device=CUDA)
+            for p in group["params"]:
+                self.state[p]["count"] = [torch.tensor(3), torch.tensor(4, device=CUDA)]
+        self.state["all"] = {"norm": torch.ones(2, device=CUDA), "norms": torch.ones(2)}
+
+
+def test_optimizer_state_is_restored_where_it_was():
+    weight = torch.nn.Parameter(torch.ones(2, device=CUDA))
+    optimizer, resumed = Counting([weight]), Counting([weight])
+    optimizer.step()
+    tensors, rest = optimizer_state.save(optimizer)
+    optimizer_state.restore(resumed, {name: t.cpu() for name, t in tensors.items()}, rest)
+    for each in (optimizer, resumed):
+        found = [each.param_groups[0]["average"], *each.state[weight]["count"]]
+        found += each.state["all"].values()
+        assert [t.device.type for t in found] == ["cuda", "cpu", "cuda", "cuda", "cpu"]
+        assert [t.tolist() for t in found] == [1.0, 3, 4, [1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_fused_adam_and_adamw_make_the_same_updates_as_plain_ones(precision):
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        found = []
+        for fused in (True, False):
+            model = gpt()
+            optimizer = kind(model.parameters(), eps=1.0, fused=fused)
+            step = TrainStep(model, optimizer, CUDA, precision, grad_clip=0.25)
+            step.scale.fill_(2.0**60 if precision == "fp16" else 1.0)  # overflows
+            advance(step, 0, 1)
+            step.scale.clamp_(max=64.0)
+            advance(step, 1, 3)
+            found.append((step.optimizer_skips, step.read().steps, step.model.state_dict()))
+        assert [skips for skips, *_ in found] == [True, False]
+        assert found[0][1] == found[1][1] == 3
+        for name, tensor in found[0][2].items():
+            torch.testing.assert_close(tensor, found[1][2][name], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_compiled_step_agrees_with_plain_step(precision):
     torch.manual_seed(1)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.training import optimizers
 from folio.training.step import StepStats, TrainStep
@@ -215,10 +216,11 @@ class Matrices(torch.nn.Module):
 
 
 ONES = torch.ones(1, 1), torch.ones(1, 1)
-# Optimizers that read neither grad_scale nor found_inf.
+# Optimizers that do not read grad_scale and found_inf, or, as fused SGD, not safely.
 PLAIN = {
     "sgd": lambda params: torch.optim.SGD(params, momentum=0.9, weight_decay=0.1),
     "sgd, foreach": lambda params: torch.optim.SGD(params, momentum=0.9, foreach=True),
+    "sgd, fused": lambda params: torch.optim.SGD(params, momentum=0.9, fused=True),
     "muon": lambda params: torch.optim.Muon(params, weight_decay=0.1),
     "adamw": lambda params: torch.optim.AdamW(params, foreach=False),
     "adagrad": lambda params: torch.optim.Adagrad(params),
@@ -255,15 +257,83 @@ def test_optimizer_without_found_inf_is_skipped_by_fp16_overflow(make):
     assert (step.read().steps, step.read().norms, step.read().problem) == (1, 0, None)
 
 
-def test_optimizer_without_found_inf_makes_the_same_update_as_a_fused_one(model, batch):
-    fused = sgd(model, grad_clip=0.25)
+# Optimizers that unscale gradients and skip updates on the device. A large eps makes their updates
+# depend on the scale of the gradients.
+FUSED = {
+    "adam": lambda params, fused: torch.optim.Adam(params, eps=1.0, fused=fused),
+    "adamw": lambda params, fused: torch.optim.AdamW(params, eps=1.0, fused=fused),
+    "adagrad": lambda params, fused: torch.optim.Adagrad(params, eps=1.0, fused=fused),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("make", FUSED.values(), ids=list(FUSED))
+def test_fused_optimizer_makes_the_same_update_as_a_plain_one(model, batch, make, precision):
     plain_model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(plain_model.parameters())
-    plain = TrainStep(plain_model, optimizer, CPU, "fp32", grad_clip=0.25)
-    assert fused.optimizer_skips and not plain.optimizer_skips
+    fused, plain = (
+        TrainStep(each, make(each.parameters(), is_fused), CPU, precision, grad_clip=0.25)
+        for each, is_fused in ((model, True), (plain_model, False))
+    )
+    marked = hasattr(fused.optimizer, "_step_supports_amp_scaling")  # Adagrad since PyTorch 2.13
+    assert fused.optimizer_skips == marked and not plain.optimizer_skips
     for step in (fused, plain):
         step([batch], learning_rate=1.0)
-    torch.testing.assert_close(weights(model), weights(plain_model), rtol=1e-6, atol=1e-8)
+        step([batch], learning_rate=1.0)
+    torch.testing.assert_close(weights(model), weights(plain_model), rtol=1e-4, atol=1e-6)
+
+
+FIRST = PLAIN | {
+    "fused adam": lambda params: torch.optim.Adam(params, amsgrad=True, fused=True),
+    "fused adamw": lambda params: torch.optim.AdamW(params, fused=True),
+    "fused adagrad": lambda params: torch.optim.Adagrad(params, lr_decay=0.1, fused=True),
+}
+
+
+@pytest.fixture
+def filled_memory():
+    """Uninitialised memory is NaN, instead of whatever it contained before."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("make", FIRST.values(), ids=list(FIRST))
+def test_training_begins_with_the_first_update_that_is_not_skipped(make, filled_memory):
+    found = []
+    for overflows in (0, 2):
+        model = Matrices()
+        step = TrainStep(model, make(model.parameters()), CPU, "fp16", NEVER)
+        for scale in [2.0**40] * overflows + [64.0] * 3:
+            step.scale.fill_(scale)
+            step([ONES], learning_rate=0.01)
+        assert (step.read().steps, step.read().norms) == (3 + overflows, 3)
+        found.append([t for t in state(step)[:-3] if isinstance(t, torch.Tensor)])
+    assert all(t.isfinite().all() for t in found[0])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+CAPTURABLE = {
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "option of a group": lambda params, capturable: torch.optim.Adam(
+        [{"params": params, "capturable": capturable}]
+    ),
+}
+
+
+@pytest.mark.parametrize("make", CAPTURABLE.values(), ids=list(CAPTURABLE))
+def test_capturable_optimizer_without_a_cuda_device_is_rejected(make):
+    optimizer = make(Matrices().parameters(), capturable=True)
+    with pytest.raises(UserError, match=r"with capturable=True needs a CUDA device, not cpu; set"):
+        TrainStep(Matrices(), optimizer, CPU, "fp32", NEVER)
+
+
+def test_fused_capturable_optimizer_works_without_a_cuda_device():
+    model = Matrices()
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True, fused=True)
+    step = TrainStep(model, optimizer, CPU, "fp32", NEVER)
+    step([ONES], learning_rate=0.01)
+    assert not torch.equal(weights(model), weights(Matrices()))
 
 
 def test_group_may_have_a_peak_learning_rate_of_its_own(model, batch):

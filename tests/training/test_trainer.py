@@ -1,5 +1,6 @@
 """The trainer: what it computes, saves and resumes, without DVC and MLflow."""
 
+import collections
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from folio.errors import UserError
 from folio.gpt.model import ModelParams
 from folio.run import HISTORY, read_history, write_history
 from folio.tokens.token_files import TokenData
+from folio.training import optimizer_state, optimizers
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
 from folio.training.trainer import Trainer
@@ -94,6 +96,34 @@ def test_trainer_refuses_checkpoint_of_another_model_in_one_line(tmp_path, chang
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_trainer_rejects_optimizer_state_that_it_cannot_save_in_the_first_update(
+    monkeypatch, precision
+):
+    class Averaging(torch.optim.SGD):
+        def step(self):
+            super().step()
+            self.state[self.param_groups[0]["params"][0]]["past"] = collections.deque([1.0])
+
+    monkeypatch.setattr(optimizers, "build", lambda model, _: Averaging(model.parameters()))
+    trainer = make_trainer(precision=precision)
+    if precision == "fp16":  # the update of the first step is skipped
+        trainer._step.scale.fill_(2.0**40)
+        trainer.step(trainer.batches(0), 1e-3)
+        trainer._step.scale.fill_(64.0)
+    with pytest.raises(
+        UserError, match=r"optimizer Averaging: state\[0\]\['past'\] has type deque"
+    ):
+        trainer.step(trainer.batches(0), 1e-3)
+
+
+def test_trainer_checks_the_optimizer_state_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(optimizer_state, "save", calls.append)
+    advance(make_trainer(), 3)
+    assert len(calls) == 1
+
+
 def test_trainer_reports_checkpoint_of_another_machine(tmp_path, monkeypatch, capsys):
     make_trainer().save(tmp_path)
     make_trainer().resume(tmp_path)
@@ -102,7 +132,7 @@ def test_trainer_reports_checkpoint_of_another_machine(tmp_path, monkeypatch, ca
     make_trainer().resume(tmp_path)
     message = capsys.readouterr().out
     assert "the checkpoint was made on cpu, " in message and "is on NVIDIA H200" in message
-    assert "will not be bit for bit" in message
+    assert "will not be bitwise identical" in message
 
 
 def test_trainer_compiles_long_trainings_by_itself():
@@ -164,3 +194,18 @@ def test_history_keeps_rows_that_mlflow_has_when_steps_are_repeated(tmp_path):
     assert trainer.history.rows == sent[:2]
     trainer.save(tmp_path)
     assert read_history(tmp_path / HISTORY) == sent
+
+
+def test_repeated_step_gets_a_row_if_it_had_one_before(tmp_path):
+    sent = [{"step": step, "time": step, "train_loss": 1.0} for step in (1, 3, 5)]
+    write_history(sent, tmp_path / HISTORY)  # its checkpoints were removed
+    trainer = make_trainer(train=replace(TRAIN, steps=6, eval_interval=6))
+    trainer.resume(tmp_path)
+    due = []
+    for step in range(1, 7):
+        trainer.steps_done = step
+        if trainer.row_is_due(log_interval=4):
+            due.append(step)
+            trainer.log({})
+    assert due == [1, 3, 4, 5, 6]
+    assert [row for row in trainer.history.rows if row in sent] == sent
