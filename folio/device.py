@@ -9,7 +9,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ import torch
 from folio.errors import UserError
 
 T = TypeVar("T")
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the named device; auto is the first available one of cuda, mps and cpu.
+    """Return the named device; auto selects the first available of cuda, mps and cpu.
 
     Raises UserError if the named device is not available.
     """
@@ -37,13 +36,13 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(best)
     if not available[name]:
         raise UserError(
-            f"runtime.device: PyTorch finds no {name} device on this machine; use auto or {best}"
+            f"runtime.device: PyTorch found no {name} device on this machine; use auto or {best}"
         )
     return torch.device(name)
 
 
-def resolve_precision(name: Precision, device: torch.device) -> str:
-    """Return the named precision; auto is bf16 on a GPU with native bf16 support, otherwise
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return the named precision; auto selects bf16 on a GPU with native bf16 support, otherwise
     fp32."""
     if name != "auto":
         return name
@@ -96,10 +95,10 @@ def capture(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """In this block, if enabled, use only GPU kernels that give the same bits in every run.
+    """In this block, if enabled, use only GPU kernels whose results are bitwise reproducible.
 
-    It matters in the backward pass of attention over more than 128 tokens: the fastest kernels add
-    partial sums in the order in which they finish.
+    This matters in the backward pass of attention over more than 128 tokens, where the fastest
+    kernels add partial sums in the order in which they finish.
     """
     if not enabled:
         yield
@@ -120,9 +119,9 @@ def deterministic(enabled: bool) -> Iterator[None]:
 def tune_malloc() -> None:
     """Make the C library keep freed memory, so that PyTorch reuses it in the next step on a CPU.
 
-    By default glibc returns large blocks to the kernel, which then zeroes each page when it is
-    used again: a quarter of a small model's step time. Sets M_MMAP_MAX and M_TRIM_THRESHOLD, see
-    mallopt(3). Does nothing where the C library has no mallopt.
+    By default glibc returns large blocks to the kernel, which then has to zero each page when it is
+    used again. That takes a quarter of a small model's step time. Sets M_MMAP_MAX and
+    M_TRIM_THRESHOLD (see mallopt(3)); does nothing if the C library has no mallopt.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -137,7 +136,7 @@ def seed(number: int) -> None:
 def seed_step(number: int, step: int, device: torch.device) -> None:
     """Seed the device's generator, which dropout uses, as a pure function of (number, step).
 
-    Therefore a checkpoint need not contain the state of the generator.
+    This way, checkpoints do not need to store the generator's state.
     """
     seeds = np.random.SeedSequence([number, step]).generate_state(1, np.uint64)
     seed_device = {

@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
-from folio import signals
+from folio import output, signals
 
 # The errors of a full or protected disk, each with its hint.
 _DISK_HINTS = {
@@ -19,6 +21,13 @@ _DISK_HINTS = {
     errno.EROFS: "make it writable",
 }
 
+# Characters that the path of a project must not contain. MLflow takes ? for the end of a path and
+# %41 for A, and fails if there are both kinds of quotes. DVC fails with braces, and its queue with
+# control characters. Paths that are not valid UTF-8 contain surrogates.
+_UNSUPPORTED = re.compile(
+    r"""[?{}\0-\x1f\x7f-\x9f\ud800-\udfff]|%[0-9a-fA-F]{2}|'(?=.*")|"(?=.*')""", re.DOTALL
+)
+
 
 class UserError(ValueError):
     """Bad input rather than a bug. The user sees only its text: the problem, then a hint."""
@@ -28,28 +37,63 @@ class UserError(ValueError):
 def one_line_errors() -> Iterator[None]:
     """Turn bad input, disk errors and stop requests into one line on stderr and an exit status.
 
-    The exit status is 1 for UserError and for a full or read-only disk, 130 for Ctrl-C and 143 for
-    SIGTERM. Any other exception is a bug and keeps its traceback.
+    The exit status is 1 for UserError and for a disk error (see disk_hint), and 128 plus the number
+    of the signal for a stop request: 130 for Ctrl-C, 143 for SIGTERM. It is 141, as for SIGPIPE, if
+    the reader of the output has exited. Any other exception is a bug and keeps its traceback.
     """
-    try:
-        with signals.handled(report):
-            yield
-    except UserError as error:
-        _exit(str(error))
-    except OSError as error:
-        if error.errno not in _DISK_HINTS:
+    with output.guarded(report):
+        try:
+            _check_folder()
+            with signals.handled(report):
+                yield
+        except UserError as error:
+            _exit(str(error))
+        except BrokenPipeError:
+            report("stopped by a closed pipe; run the same command again to continue")
+            sys.exit(128 + signals.SIGPIPE)
+        except OSError as error:
+            if hint := disk_hint(error):
+                _exit(f"{hint}, then run the same command again")
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        hint = f"{_DISK_HINTS[error.errno]}, then run the same command again"
-        _exit(f"{error.strerror}{where}: {hint}")
-    except signals.Stopped as stopped:
-        report(str(stopped))
-        sys.stdout.flush()
-        os._exit(stopped.status)  # a regular exit takes seconds: PyTorch and MLflow clean up
+        except signals.Stopped as stopped:
+            report(str(stopped))
+            sys.stdout.flush()
+            os._exit(stopped.status)  # a regular exit takes seconds: PyTorch and MLflow clean up
+
+
+def _check_folder() -> None:
+    """Raise UserError if DVC or MLflow cannot work in the project's folder because of its name."""
+    try:
+        path = os.environ.get("DVC_ROOT") or str(Path.cwd())
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists: change to another one") from None
+    found = _UNSUPPORTED.search(path)
+    problem = found[0] if found else "$"
+    if found or os.path.expandvars(path) != path:  # MLflow would replace $HOME
+        raise UserError(
+            f"the path {path!r} contains {problem!r}, which DVC or MLflow cannot handle: rename the"
+            " folder"
+        )
+
+
+def disk_hint(error: OSError) -> str | None:
+    """A disk error in one line, with a hint on how to fix it; None for any other error.
+
+    Disk errors include a full or read-only disk, and a file where a folder should be.
+    """
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if path and error.errno in (errno.ENOTDIR, errno.EEXIST):
+        for place in reversed([path, *path.parents]):
+            if place.exists() and not place.is_dir():
+                return f"{place} is a file where Folio needs a folder: move it elsewhere"
+    if error.errno not in _DISK_HINTS:
+        return None
+    where = f" while writing {path}" if path else ""
+    return f"{error.strerror}{where}: {_DISK_HINTS[error.errno]}"
 
 
 def report(line: str) -> None:
-    """Print a line on stderr, preceded by "folio" and the stage that DVC is running, if any."""
+    """Print a line on stderr, prefixed with "folio" and the stage that DVC is running, if any."""
     stage = os.environ.get("DVC_STAGE")
     print(f"folio{' ' + stage if stage else ''}: {line}", file=sys.stderr, flush=True)
 

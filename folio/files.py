@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends, rename it to `path`.
+    """Yield a temporary path next to `path`; when the block ends, rename it to `path`.
 
     The content is flushed to disk before the rename, so a reader, or a run after a power failure,
     sees either the old file or the complete new one. If the block raises (full disk, Ctrl-C), the
@@ -38,8 +38,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, if it exists. It is renamed first, so that a kill in the middle of the
-    removal leaves no incomplete folder of that name."""
+    """Remove a folder, if it exists. Renames it first, so that if the process is killed halfway, no
+    incomplete folder is left under that name."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
@@ -47,8 +47,8 @@ def remove_folder(path: Path) -> None:
 def read(path: Path, max_bytes: int | None = None) -> bytes:
     """Return the content of a regular file of at most `max_bytes` bytes.
 
-    Raises OSError for anything else, such as a pipe, whose read could block forever, or a device,
-    whose content may be endless.
+    Raises OSError for anything else, such as a pipe, which could block forever, or a device, which
+    could be endless.
     """
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
@@ -58,6 +58,12 @@ def read(path: Path, max_bytes: int | None = None) -> bytes:
     if max_bytes is not None and status.st_size > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes:,} bytes", path)
     return path.read_bytes()
+
+
+def md5(path: Path) -> str:
+    """Return the MD5 of a file's content, in hex: the hash that DVC uses to identify files."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def sha256(path: Path) -> str:

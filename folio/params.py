@@ -1,6 +1,6 @@
 """Strict loading of params.yaml into typed sections; all problems are reported at once.
 
-A section is a frozen, keyword-only dataclass without defaults, defined beside the code that uses
+A section is a frozen, keyword-only dataclass without defaults, defined next to the code that uses
 it. A field is an int, float, bool, str, a list[...] of one of these, or Literal[...], each possibly
 with `| None`. `Annotated[int, ">= 1, < 10"]` sets bounds for a number, or for each item of a list.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import math
 import operator
-import reprlib
 import types
 import typing
 from pathlib import Path
@@ -17,12 +16,15 @@ from typing import Any
 
 import yaml
 
+from folio import files, strict_yaml
 from folio.errors import UserError
+from folio.strict_yaml import quote_key, short_repr
 
 SECTIONS = ("prepare", "model", "train", "evaluate", "runtime")
 FILE = Path("params.yaml")
 
-MAX_DEPTH = 10  # nesting levels of the YAML file; Folio uses three: the file, a section, a list
+_MAX_BYTES = 16_000_000  # of the file
+
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _TYPE_NAMES = {int: "an int", float: "a float", bool: "true or false", str: "a string"}
 _ITEM_NAMES = {int: "ints", float: "floats", bool: "booleans", str: "strings"}
@@ -41,7 +43,7 @@ def load(path: str | Path = FILE, /, **sections: type) -> tuple:
 def check(tree: dict[Any, Any], source: str, /, **sections: type) -> tuple:
     """Like `load`, for a mapping {section: {key: value}}; error messages begin with `source`."""
     problems = [
-        f"{_quote_key(name)}: unknown section{_suggest(_quote_key(name), SECTIONS)}"
+        f"{quote_key(name)}: unknown section{_suggest(quote_key(name), SECTIONS)}"
         for name in tree
         if name not in SECTIONS
     ]
@@ -52,9 +54,9 @@ def check(tree: dict[Any, Any], source: str, /, **sections: type) -> tuple:
 
 
 def read_value(name: str, text: str, /, **sections: type) -> Any:
-    """Parse a text such as "1e-3" or "null" as a value of a param such as "train.learning_rate".
+    """Parse a text such as "1e-3" or "null" as a value for a param such as "train.learning_rate".
 
-    Raises UserError if the sections have no such param, or if the text is not a valid value of it.
+    Raises UserError if the sections have no such param, or if the text is not a valid value for it.
     """
     hints = {
         f"{section}.{key}": hint
@@ -63,14 +65,10 @@ def read_value(name: str, text: str, /, **sections: type) -> Any:
     }
     if name not in hints:
         names = ", ".join(f"{section}.*" for section in sections)
-        suggestion = _suggest(_quote_key(name), hints) or f"; expected one of {names}"
-        raise UserError(f"{_quote_key(name)}: unknown{suggestion}")
+        suggestion = _suggest(quote_key(name), hints) or f"; expected one of {names}"
+        raise UserError(f"{quote_key(name)}: unknown{suggestion}")
     try:
-        value = yaml.load(text, _Loader)
-    except (ValueError, OverflowError, yaml.YAMLError):
-        value = text
-    try:
-        return _convert(value, hints[name])
+        return _convert(_read_text(text), hints[name])
     except (ValueError, OverflowError):
         raise UserError(_describe_mismatch(name, text, hints[name])) from None
 
@@ -88,74 +86,26 @@ def read(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML file, without checking its keys and values against sections.
 
     Raises UserError if the file is missing, is not valid YAML, is not a mapping, or uses a feature
-    that `_Loader` rejects.
+    or a value that strict_yaml rejects.
     """
-    hint = f"fix it, or run `git checkout {path}`"
+    hint = f"fix it, or run `git checkout HEAD -- {path}`"
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = strict_yaml.load(files.read(path, _MAX_BYTES).decode())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run this in the root folder of the project") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {hint}") from None
-    except _RejectedError as error:
+    except strict_yaml.RejectedError as error:
         raise UserError(f"{path}: line {error.line}: {error.problem}") from None
-    except (ValueError, OverflowError, yaml.YAMLError) as error:  # not UTF-8, month 13, ...
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 at byte {error.start}: {hint}") from None
+    except (ValueError, OverflowError, yaml.YAMLError) as error:  # month 13, for example
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not valid YAML{where}: {hint}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} has no sections: it needs {', '.join(SECTIONS)}")
     return tree
-
-
-class _RejectedError(yaml.YAMLError):
-    """Valid YAML that params.yaml may not contain; `problem` includes a hint."""
-
-    def __init__(self, problem: str, where: Any):
-        """`where` is the YAML event or node with the problem."""
-        super().__init__(problem)
-        self.problem = problem
-        self.line = where.start_mark.line + 1
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that rejects duplicate keys, tags, merge keys and deep nesting.
-
-    SafeLoader silently drops all but the last of several equal keys. A tag such as `!!bool perhaps`
-    can raise exceptions other than YAMLError, each merge key can double the size of the result,
-    and deep nesting exhausts Python's stack.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "tag", None) is not None:
-            raise _RejectedError("tags such as !!str are not supported: write a plain value", event)
-        if self.depth == MAX_DEPTH:
-            raise _RejectedError(
-                f"nested more than {MAX_DEPTH} levels deep: a section has only values and lists",
-                event,
-            )
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise _RejectedError("a list or mapping cannot be a key: use a name", key_node)
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                raise _RejectedError(
-                    "merge keys (`<<`) are not supported: write out the merged keys", key_node
-                )
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise _RejectedError(f"duplicate key {_quote_key(key)}: keep one of them", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _load_section(name: str, values: Any, cls: type, problems: list[str]) -> Any:
@@ -170,8 +120,8 @@ def _load_section(name: str, values: Any, cls: type, problems: list[str]) -> Any
     problems_before = len(problems)
     for key in values:
         if key not in hints:
-            suggestion = _suggest(_quote_key(key), hints, f"{name}.")
-            problems.append(f"{name}.{_quote_key(key)}: unknown{suggestion or '; remove it'}")
+            suggestion = _suggest(quote_key(key), hints, f"{name}.")
+            problems.append(f"{name}.{quote_key(key)}: unknown{suggestion or '; remove it'}")
     converted = {}
     for key, hint in hints.items():
         if key not in values:
@@ -210,7 +160,9 @@ def _convert(value: Any, hint: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError
         return [_convert(item, args[0]) for item in value]
-    if hint is float and type(value) in (int, str):  # PyYAML parses 1e-5 as a string
+    if hint is float and type(value) is str:
+        value = _read_text(value)  # '1e-5' in quotes
+    if hint is float and type(value) is int:
         value = float(value)
     if hint is float and type(value) is float and not math.isfinite(value):
         raise ValueError
@@ -221,6 +173,14 @@ def _convert(value: Any, hint: Any) -> Any:
     return value
 
 
+def _read_text(text: str) -> Any:
+    """Return the value of a YAML text, or the text itself if it is not valid YAML."""
+    try:
+        return strict_yaml.load(text)
+    except (ValueError, OverflowError, yaml.YAMLError):
+        return text
+
+
 def _check_bounds(number: float | None, bounds: str) -> None:
     for bound in bounds.split(","):
         sign, limit = bound.split()
@@ -229,7 +189,7 @@ def _check_bounds(number: float | None, bounds: str) -> None:
 
 
 def _describe_mismatch(name: str, value: Any, hint: Any) -> str:
-    return f"{name}: {_short_repr(value)} is not valid; expected {_describe_type(hint)}"
+    return f"{name}: {short_repr(value)} is not valid; expected {_describe_type(hint)}"
 
 
 def _describe_type(hint: Any) -> str:
@@ -249,24 +209,3 @@ def _suggest(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
     """Return "; did you mean ...?" with the most similar of the names, or "" if none is similar."""
     similar = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{similar[0]}?" if similar else ""
-
-
-class _ShortRepr(reprlib.Repr):
-    """A repr of bounded length and time: YAML aliases can nest a value 10^9 times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 2, 60, 60
-
-    def repr_int(self, value: int, level: int) -> str:
-        # By default, Python does not convert ints of more than 4,300 digits to str.
-        return repr(value) if value.bit_length() < 64 else f"an int of {value.bit_length()} bits"
-
-
-_short_repr = _ShortRepr().repr
-
-
-def _quote_key(key: Any) -> str:
-    """Return a key unchanged if it is a short printable string, otherwise its shortened repr."""
-    plain = isinstance(key, str) and key.isprintable() and 0 < len(key) <= 60
-    return key if plain else _short_repr(key)

@@ -38,7 +38,7 @@ def save(figure: Figure, path: Path) -> None:
 def loss_curve(history: list[dict[str, Any]], path: Path) -> None:
     """Plot training and validation loss by step, and mark the best validation loss.
 
-    `history` has the rows of history.jsonl. A validation loss at step 0 is that of the initial
+    `history` contains the rows of history.jsonl. A validation loss at step 0 belongs to the initial
     weights.
     """
     train = [(row["step"], row["train_loss"]) for row in history if "train_loss" in row]
@@ -68,7 +68,7 @@ def loss_curve(history: list[dict[str, Any]], path: Path) -> None:
 def loss_by_position(losses: np.ndarray, context: int, path: Path) -> None:
     """Plot validation loss by the number of preceding tokens in the window.
 
-    `losses`, [N], are those of consecutive windows of `context` tokens each.
+    `losses`, [N], contains the losses of consecutive windows of `context` tokens each.
     """
     complete = len(losses) // context * context
     mean = losses[:complete].reshape(-1, context).mean(0) if complete else losses
@@ -82,7 +82,7 @@ def loss_by_position(losses: np.ndarray, context: int, path: Path) -> None:
     )
     ax.set(
         title="Validation loss by context length",
-        xlabel="tokens of context",
+        xlabel="preceding tokens in the window",
         ylabel=_LOSS_LABEL,
     )
     ax.legend(frameon=False)

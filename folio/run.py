@@ -1,8 +1,8 @@
-"""A run as files: record.json, history.jsonl, and the working folder of an unfinished training.
+"""The files of a run: record.json, history.jsonl, and the working folder of an unfinished run.
 
-The train stage writes a record beside its history, and evaluate one beside its metrics. DVC keeps
-both, so a run that comes out of its cache, or from another machine, can be written to any MLflow
-store at any later time (folio/tracking/sync.py).
+The train stage writes a record next to its history, and evaluate writes one next to its metrics.
+DVC tracks both, so a run that was restored from its cache or pulled from another machine can still
+be written to any MLflow store later (folio/tracking/sync.py).
 """
 
 import dataclasses
@@ -25,9 +25,33 @@ from folio.errors import UserError
 
 TRAINING = Path("models/training")
 EVALUATION = Path("models/evaluation")
+MODEL = Path("models/gpt2")
 RECORD = "record.json"  # in both folders
 HISTORY = "history.jsonl"  # in TRAINING
-UNFINISHED = ".checkpoints"  # a folder for each unfinished training, by its train_key
+UNFINISHED = ".checkpoints"  # contains a folder for each unfinished training run, by train_key
+
+# The artifacts of a training run and of an evaluation: file -> folder in MLflow. Other files in the
+# same folders belong to neither: the user or an earlier version of Folio put them there.
+ARTIFACTS = {
+    TRAINING: {
+        "data/diagnostics.json": "data",
+        "data/diagnostics/lengths.png": "data",
+        "data/diagnostics/most_common_tokens.csv": "data",
+        "data/diagnostics/rank_frequency.png": "data",
+        "models/training/history.csv": "training",
+        "models/training/history.jsonl": "training",
+        "models/training/metrics.json": "training",
+        "models/training/run.json": "training",
+        "models/training/val_loss.csv": "training",
+    },
+    EVALUATION: {
+        "models/evaluation/loss.png": "evaluation",
+        "models/evaluation/loss_by_position.png": "evaluation",
+        "models/evaluation/loss_by_rarity.png": "evaluation",
+        "models/evaluation/metrics.json": "evaluation",
+        "models/evaluation/samples.md": "evaluation",
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +71,7 @@ class Run:
 
     record: Record
     history: list[dict[str, Any]] = field(default_factory=list)  # rows: step, time (ms), metrics
+    history_md5: str | None = None  # of the history file of a finished training run
     summary: dict[str, float] = field(default_factory=dict)  # metrics of the whole run
     files: list[tuple[Path, str]] = field(default_factory=list)  # (file or folder, artifact folder)
     parent_files: list[tuple[Path, str]] = field(default_factory=list)  # the same, for the parent
@@ -54,13 +79,13 @@ class Run:
 
 
 def project_root() -> Path:
-    """The folder of the MLflow store and of unfinished trainings: DVC's root, even where DVC runs
-    an experiment in a copy of the project."""
+    """The folder that contains the MLflow store and unfinished training runs: DVC's root, even if
+    DVC runs an experiment in a copy of the project."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def run_name(name: str) -> str:
-    """The name, preceded by the name of the DVC experiment, if the run belongs to one."""
+    """The name, prefixed with the name of the DVC experiment if the run belongs to one."""
     return " ".join(filter(None, [os.environ.get("DVC_EXP_NAME"), name]))
 
 
@@ -78,7 +103,7 @@ def write_record(record: Record, path: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Raises UserError if the file is missing or damaged."""
+    """Read a record. Raises UserError if the file is missing or damaged."""
     try:
         return parse_record(path.read_bytes(), path)
     except OSError:
@@ -86,15 +111,17 @@ def read_record(path: Path) -> Record:
 
 
 def parse_record(content: bytes, path: Path) -> Record:
-    """The record in a file's content. Raises UserError, naming the path, if it is damaged."""
+    """Parse a file's content as a record. If it is damaged, raises UserError with the path."""
     try:
         record = Record(**json.loads(content))
-        if not isinstance(record.id, str) or not all(
-            isinstance(texts, dict) for texts in (record.params, record.tags)
-        ):
+        texts = [record.id, record.name, record.parent or ""]
+        texts += [*record.params.values(), *record.tags.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        if not all(type(time) is int for time in (record.started, record.ended or 0)):
             raise TypeError
         return record
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise _damaged(path) from None
 
 
@@ -104,9 +131,12 @@ def write_history(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Raises UserError if the file is missing or damaged."""
+    """Read the rows of a history. Raises UserError if the file is missing or damaged."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(_is_row(row) for row in rows):
+            raise ValueError
+        return rows
     except (OSError, ValueError, RecursionError):
         raise _damaged(path) from None
 
@@ -117,13 +147,10 @@ def read_training(root: Path) -> Run:
     return Run(
         record=read_record(folder / RECORD),
         history=read_history(folder / HISTORY),
+        history_md5=files.md5(folder / HISTORY),
         summary=_read_metrics(folder / "metrics.json"),
-        files=[
-            (root / "data/diagnostics", "data"),
-            (root / "data/diagnostics.json", "data"),
-            (folder, "training"),
-        ],
-        model=root / "models/gpt2",
+        files=[(root / path, place) for path, place in ARTIFACTS[TRAINING].items()],
+        model=root / MODEL,
     )
 
 
@@ -134,22 +161,30 @@ def read_evaluation(root: Path) -> Run:
     return Run(
         record=read_record(folder / RECORD),
         summary={f"evaluate/{name}": value for name, value in metrics.items()},
-        files=[(folder, "evaluation")],
+        files=[(root / path, place) for path, place in ARTIFACTS[EVALUATION].items()],
         parent_files=[(folder / "loss.png", "training")],
     )
 
 
+def parse_metrics(content: bytes, path: Path) -> dict[str, float]:
+    """Parse the content of a metrics.json. If it is damaged, raises UserError with the path."""
+    try:
+        return {name: float(value) for name, value in json.loads(content).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise _damaged(path) from None
+
+
 @contextmanager
 def lock_for_training(folder: Path) -> Iterator[None]:
-    """Create an unfinished training's folder and lock it. Waits, with a message, while another
-    process is training in it."""
+    """Create and lock the folder of an unfinished training run. While another process is training
+    in it, prints a message and waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         print(
-            f"another process is training this variant ({folder.name}): waiting for it to end",
+            f"another process is training this variant ({folder.name}): waiting for it to finish",
             file=sys.stderr,
         )
         lock.acquire(poll_interval=0.5)
@@ -162,8 +197,8 @@ def lock_for_training(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_if_idle(folder: Path) -> Iterator[bool]:
-    """Yield whether no process is training in the folder; if so, none can start within the
-    block."""
+    """Yield True if no process is training in the folder, and keep any from starting within the
+    block; otherwise yield False."""
     lock = _lock(folder)
     try:
         lock.acquire(blocking=False)
@@ -176,9 +211,18 @@ def lock_if_idle(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
+def is_training(root: Path) -> bool:
+    """Whether a process is training in the project at `root`."""
+    for lock in (root / UNFINISHED).glob("*.lock"):
+        with lock_if_idle(lock.with_suffix("")) as idle:
+            if not idle:
+                return True
+    return False
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove a training's checkpoints, then the files that identify its run. Requires
-    lock_if_idle."""
+    """Remove the checkpoints of a training run, then the files that identify it. The caller must
+    hold lock_if_idle."""
     for checkpoint in folder.glob("step-*"):
         files.remove_folder(checkpoint)
     shutil.rmtree(folder)
@@ -188,14 +232,23 @@ def _lock(folder: Path) -> filelock.FileLock:
     return filelock.FileLock(folder.with_suffix(".lock"))
 
 
+def _is_row(row: Any) -> bool:
+    """Whether a row of a history has a step, a time and nothing but numbers."""
+    if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in ("step", "time")):
+        return False
+    return all(type(value) in (int, float) for value in row.values())
+
+
 def _read_metrics(path: Path) -> dict[str, float]:
     try:
-        return {name: float(value) for name, value in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return parse_metrics(path.read_bytes(), path)
+    except OSError:
         raise _damaged(path) from None
 
 
 def _damaged(path: Path) -> UserError:
     stage = {TRAINING.name: "train", EVALUATION.name: "evaluate"}.get(path.parent.name)
-    hint = f"`dvc repro --force {stage}` recreates it" if stage else "remove it and run again"
+    hint = f"`rm -f {path}`, then run the same command again"
+    if stage:
+        hint = f"`dvc repro` restores it, otherwise `dvc repro --force {stage}` recreates it"
     return UserError(f"{path} is missing or damaged: {hint}")

@@ -1,6 +1,6 @@
-"""The section `runtime` of params.yaml: where and how a stage runs.
+"""The `runtime` section of params.yaml: where and how a stage runs.
 
-It changes no result, so no stage of dvc.yaml depends on it.
+It does not affect results, so no stage in dvc.yaml depends on it.
 """
 
 import re
@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParams:
-    device: Literal["auto", "cuda", "mps", "cpu"]  # auto: the first available of the other three
+    device: Literal["auto", "cuda", "mps", "cpu"]  # auto: the first of the others that is available
     tracking_uri: str | None  # MLflow's store; null: MLFLOW_TRACKING_URI, or mlflow.db here. A
     # relative path (sqlite:///my.db) starts at the project's root; sqlite:////tmp/my.db is absolute
     log_interval: Annotated[int, ">= 1"]  # steps between rows of the history
@@ -22,7 +22,7 @@ class RuntimeParams:
     def __post_init__(self) -> None:
         if self.tracking_uri is not None and _leaves_project(self.tracking_uri):
             raise ValueError(
-                "tracking_uri: `..` leads out of the project: use an absolute path, such as "
+                "tracking_uri: `..` points outside the project: use an absolute path, such as "
                 "sqlite:////tmp/my.db"
             )
 

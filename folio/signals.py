@@ -1,7 +1,7 @@
-"""Stop requests: SIGTERM, Ctrl-C, or the end of the `dvc` process that runs this stage.
+"""Stop requests: SIGTERM, Ctrl-C, a closed terminal, or the exit of the `dvc` that runs this stage.
 
-A stop request raises Stopped wherever the program happens to be. Inside a `deferred` block, whose
-work must not be left half done, the exception waits for the next `check` or `interruptible` block.
+A stop request raises Stopped wherever the program happens to be. Inside a `deferred` block, which
+must not be interrupted halfway, the exception waits for the next `check` or `interruptible` block.
 """
 
 import contextlib
@@ -16,6 +16,20 @@ import psutil
 
 GRACE_PERIOD = 8.0  # seconds from a stop request until the process is forced to exit
 
+# The signals that request a stop: all that end a process by default, except those that report a
+# fault in it (SIGSEGV, for example). Terminals send SIGHUP, SIGINT and SIGQUIT, schedulers SIGTERM,
+# SIGUSR1, SIGUSR2 and SIGXCPU. Python ignores SIGPIPE and SIGXFSZ: writing raises OSError instead.
+_NAMES = (
+    *("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"),
+    *("SIGVTALRM", "SIGPROF", "SIGABRT", "SIGIO", "SIGPWR", "SIGSTKFLT"),
+)
+STOPPING = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
+if hasattr(signal, "SIGRTMIN"):
+    STOPPING += tuple(range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
+SIGPIPE = 13  # some systems do not have it
+# Signals from the keyboard; the second one exits immediately.
+_KEYS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGQUIT: "Ctrl-\\"}
+
 _deferred = False
 _cause: str | None = None  # what requested the stop; None: no request so far
 _requested_at = 0.0  # by time.monotonic
@@ -24,47 +38,50 @@ _dvc_ended = False
 
 
 class Stopped(BaseException):
-    """A stop was requested. The text gives the cause and a hint on how to continue.
+    """A stop was requested. The message contains the cause and a hint on how to continue.
 
-    It is not an Exception, so that no `except Exception` swallows it.
+    It is not an Exception, so `except Exception` cannot swallow it.
     """
 
     def __init__(self, hint: str = "run the same command again to continue"):
         super().__init__(f"stopped by {_cause}; {hint}")
         self.status = _status  # the exit status to use
 
+    @property
+    def terminal_closed(self) -> bool:
+        """Whether SIGHUP was the cause."""
+        return self.status == 128 + signal.SIGHUP
+
 
 @contextlib.contextmanager
 def handled(report: Callable[[str], None]) -> Iterator[None]:
-    """Handle SIGTERM and SIGINT in this block, and stop when the parent `dvc` process ends.
+    """Handle the signals in STOPPING in this block, and stop when the parent `dvc` process exits.
 
-    A killed DVC leaves its stages running, and the next `dvc repro` would start a second trainer
-    beside the first. `report` prints a final message if the process does not end in time.
+    A signal that was ignored when the process started stays ignored: `nohup` ignores SIGHUP, and
+    shell scripts ignore SIGINT for commands in the background. If `dvc` is killed, its stages keep
+    running, and the next `dvc repro` would start a second trainer alongside the first. `report`
+    prints a final message if the process does not exit in time.
     """
     global _cause, _deferred
 
     def on_signal(number: int, _: object) -> None:
-        global _cause, _requested_at, _status
-        if _cause:  # schedulers may send SIGTERM twice; a second Ctrl-C means "at once"
-            if number == signal.SIGINT:
-                _exit_now(report)
-            return
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        _cause = "the end of dvc" if _dvc_ended else name
-        _status = 128 + number
-        _requested_at = time.monotonic()
-        watchdog = threading.Timer(GRACE_PERIOD, _exit_now, [report])
-        watchdog.daemon = True
-        watchdog.start()
-        if not _deferred:
-            raise Stopped
+        if _cause and number in _KEYS:
+            _exit_now(report)
+        if _dvc_ended:
+            request("the exit of dvc", signal.SIGTERM, report)
+        request(_name(number), number, report)
 
     _cause, _deferred = None, False
+    # Signals with SIG_IGN are ignored; None is a handler of a library that was not set by Python.
     previous = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        number: handler
+        for number in STOPPING
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
     }
-    if _dvc:
-        threading.Thread(target=_stop_after, args=[_dvc], daemon=True).start()
+    for number in previous:
+        signal.signal(number, on_signal)
+    if _dvc and previous:
+        threading.Thread(target=_stop_after, args=[_dvc, next(iter(previous))], daemon=True).start()
     try:
         yield
     finally:
@@ -72,10 +89,27 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def request(cause: str, number: int, report: Callable[[str], None]) -> None:
+    """Request a stop, unless one was requested before: schedulers may send SIGTERM twice.
+
+    number: the signal, which determines the exit status. Raises Stopped in the main thread, unless
+    stop requests are deferred.
+    """
+    global _cause, _requested_at, _status
+    if _cause:
+        return
+    _cause, _status, _requested_at = cause, 128 + number, time.monotonic()
+    watchdog = threading.Timer(GRACE_PERIOD, _exit_now, [report])
+    watchdog.daemon = True
+    watchdog.start()
+    if not _deferred and threading.current_thread() is threading.main_thread():
+        raise Stopped
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Defer a stop request until `check` or `interruptible`. A second Ctrl-C still ends the
-    process at once."""
+    """Defer stop requests until `check` or `interruptible`. A second Ctrl-C still exits
+    immediately."""
     global _deferred
     previous, _deferred = _deferred, True
     try:
@@ -102,8 +136,13 @@ def check() -> None:
         raise Stopped
 
 
+def is_deferred() -> bool:
+    """Whether a stop request would be deferred."""
+    return _deferred
+
+
 def seconds_left() -> float | None:
-    """Seconds that remain for cleaning up after a stop request; None if there was no request."""
+    """The seconds left for cleaning up after a stop request; None if there was no request."""
     return max(0.0, _requested_at + GRACE_PERIOD - 1.0 - time.monotonic()) if _cause else None
 
 
@@ -120,14 +159,20 @@ def _find_dvc() -> psutil.Process | None:
 _dvc = _find_dvc()  # at import: dvc may be killed while PyTorch is still being imported
 
 
-def _stop_after(dvc: psutil.Process) -> None:
-    """Wait for dvc to end, then request a stop of this process."""
+def _name(number: int) -> str:
+    """How to name a signal: by the keys that send it, or as SIGTERM, or by its number."""
+    names = {int(each): each.name for each in signal.Signals}
+    return _KEYS.get(number) or names.get(number) or f"signal {number}"
+
+
+def _stop_after(dvc: psutil.Process, number: int) -> None:
+    """Wait for dvc to exit, then send this process a signal that it handles."""
     global _dvc_ended
     with contextlib.suppress(psutil.NoSuchProcess):
         while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
     _dvc_ended = True
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
 
 
 def _exit_now(report: Callable[[str], None]) -> None:

@@ -1,10 +1,10 @@
-"""Evaluate: metrics, samples and plots of models/gpt2."""
+"""The evaluate stage: metrics, samples and plots for models/gpt2."""
 
 import hashlib
 import json
 from pathlib import Path
 
-from folio import device, files, params, plots
+from folio import device, files, inputs, params, plots
 from folio.errors import UserError, one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
@@ -12,16 +12,14 @@ from folio.gpt.validation import token_losses
 from folio.inference.evaluation import EvaluateParams, compute_metrics, format_report, samples_page
 from folio.run import (
     EVALUATION,
-    HISTORY,
     RECORD,
-    TRAINING,
     UNFINISHED,
     Record,
+    Run,
     lock_if_idle,
     now_ms,
     project_root,
     read_evaluation,
-    read_history,
     read_record,
     read_training,
     remove_unfinished,
@@ -38,32 +36,36 @@ from folio.tracking.writer import RunWriter
 def main() -> None:
     evaluate, runtime = params.load(evaluate=EvaluateParams, runtime=RuntimeParams)
     run(evaluate, runtime, Path.cwd(), project_root())
+    inputs.check()
 
 
 def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) -> None:
     """Evaluate root/models/gpt2 on root/data/prepared and write root/models/evaluation.
 
-    Logs the results to MLflow, then removes the training's checkpoints under `project`, which DVC's
-    copy of the model has made superfluous. Raises UserError if params, model and data do not match.
+    Logs the results to MLflow, then removes the checkpoints of the training run under `project`,
+    which are no longer needed now that DVC has the model. Raises UserError if params, model and
+    data do not match.
     """
     device.tune_malloc()
     model = huggingface.load(root / "models/gpt2", device.resolve_device(runtime.device))
     data = token_files.read(root / "data/prepared")
     _check_fit(p, model, data)
-    training = _read_training_record(root)
+    trained = _read_training(root)
+    training = trained.record
     losses = token_losses(model, data.val)
     metrics = compute_metrics(model, data, losses, p.stride)
     out = root / EVALUATION
     files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     files.write_text(out / "samples.md", samples_page(model, p))
-    plots.loss_curve(read_history(root / TRAINING / HISTORY), out / "loss.png")
+    plots.loss_curve(trained.history, out / "loss.png")
     plots.loss_by_position(losses, model.params.block_size, out / "loss_by_position.png")
     plots.loss_by_rarity(losses, data.val[1:], data.train, out / "loss_by_rarity.png")
     write_record(_record(p, training, out), out / RECORD)
+    inputs.check()  # before MLflow has the evaluation and the checkpoints are removed
     print(format_report(metrics))
     with warn_on_failure():
         writer = RunWriter(Store(runtime.tracking_uri))
-        writer.complete(read_training(root))
+        writer.complete(trained)
         writer.complete(read_evaluation(root))
     _remove_checkpoints(project / UNFINISHED / training.tags["train_key"], training.id)
 
@@ -73,7 +75,7 @@ def _check_fit(p: EvaluateParams, model: GPT, data: TokenData) -> None:
     if p.stride > model.params.block_size:
         raise UserError(
             f"evaluate.stride: {p.stride} is longer than the model's context:"
-            f" set at most {model.params.block_size}"
+            f" set it to at most {model.params.block_size}"
         )
     if model.transformer.wte.num_embeddings < data.meta["vocabulary"]:
         raise UserError(
@@ -82,20 +84,22 @@ def _check_fit(p: EvaluateParams, model: GPT, data: TokenData) -> None:
         )
 
 
-def _read_training_record(root: Path) -> Record:
-    """The record in models/training. Raises UserError if models/gpt2 is from another training."""
-    training = read_record(root / TRAINING / RECORD)
-    if files.sha256(root / "models/gpt2/model.safetensors") != training.tags.get("weights_sha256"):
+def _read_training(root: Path) -> Run:
+    """The run in models/training. Raises UserError if models/gpt2 is from a different run."""
+    trained = read_training(root)
+    tags = trained.record.tags
+    expected = tags.get("weights_sha256") if "train_key" in tags else None
+    if huggingface.weights_sha256(root / "models/gpt2") != expected:
         raise UserError(
             "models/gpt2 is not the model that models/training describes: `dvc checkout` restores"
             " it, `dvc repro --force train` trains it again"
         )
-    return training
+    return trained
 
 
 def _record(p: EvaluateParams, training: Record, out: Path) -> Record:
-    """The record of an evaluation. Its id is a hash of params and results, so repeating an
-    evaluation gives the same run in MLflow."""
+    """The record of an evaluation. Its id is a hash of params and results, so repeating the same
+    evaluation updates the same MLflow run."""
     settings = {name: str(value) for name, value in params.flatten(evaluate=p).items()}
     results = [(out / name).read_text(encoding="utf-8") for name in ("metrics.json", "samples.md")]
     content = json.dumps([training.id, settings, *results])
@@ -112,7 +116,7 @@ def _record(p: EvaluateParams, training: Record, out: Path) -> Record:
 
 
 def _remove_checkpoints(folder: Path, training_id: str) -> None:
-    """Remove the checkpoints in a folder, unless another training owns or uses it."""
+    """Remove the checkpoints in a folder, unless another run owns or is using it."""
     if folder.exists():
         with lock_if_idle(folder) as idle:
             record = folder / RECORD
@@ -123,3 +127,4 @@ def _remove_checkpoints(folder: Path, training_id: str) -> None:
 if __name__ == "__main__":
     with one_line_errors():
         main()
+    inputs.exit_after_check()

@@ -1,23 +1,25 @@
-"""The prepare stage: encode the corpus to token files, and report its statistics.
+"""The prepare stage: encodes the corpus to token files and reports its statistics.
 
 Run it with `dvc repro prepare`, or directly in the project's root: `python -m stages.prepare`.
 """
 
-import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from folio import files, plots
-from folio.corpus import corpus
+from folio import files, inputs, plots
+from folio.corpus import corpus, overlap
 from folio.corpus import plots as corpus_plots
 from folio.corpus.encoding import SplitIds, SplitText, encode_corpus
 from folio.corpus.params import PrepareParams
 from folio.corpus.statistics import CorpusStatistics, most_common_tokens, summarize
 from folio.errors import one_line_errors
 from folio.params import load
+from folio.runtime import RuntimeParams
 from folio.tokens import token_files, tokenizer
+
+_MAX_NAMES = 5  # in a line of the report
+_MAX_SHARED = 0.01  # of the validation text
 
 
 def run(params: PrepareParams, root: Path) -> None:
@@ -48,15 +50,25 @@ def run(params: PrepareParams, root: Path) -> None:
     figure = corpus_plots.length_histograms(statistics, source.name)
     plots.save(figure, data / "diagnostics/lengths.png")
 
-    print(format_report(params, source.name, summary, statistics.start))
+    tokens = token_files.read(data / "prepared")
+    shared = overlap.shared_fraction(tokens.train, tokens.val)
+    print(format_report(params, source, summary, statistics, shared))
 
 
 def format_report(
-    params: PrepareParams, name: str, summary: dict[str, int | float], start: str
+    params: PrepareParams,
+    source: corpus.Corpus,
+    summary: dict[str, int | float],
+    statistics: CorpusStatistics,
+    shared: float,
 ) -> str:
-    """Return the summary as a table, followed by the start of the text."""
+    """Return the summary as a table, followed by remarks and the start of the text.
+
+    `shared` is the fraction of the validation text that also occurs in the training text.
+    """
     batch = f"{params.report_batch_size} x {params.report_block_size} tokens"
     rows = [
+        *([("Files", f"{len(source.files):,}", "")] if source.files else []),
         ("Characters", f"{summary['characters']:,}", ""),
         ("Tokens (GPT-2 BPE)", f"{summary['tokens']:,}", ""),
         ("Unique tokens", f"{summary['unique_tokens']:,}", f"of {summary['vocabulary']:,}"),
@@ -67,22 +79,57 @@ def format_report(
             f"{summary['val_tokens']:,}",
             f"{summary['unseen_val_share']:.2%} of them do not occur in training",
         ),
-        ("Batches per epoch", f"{summary['batches_per_epoch']:,}", f"of {batch}, all tokens"),
+        ("Batches per epoch", f"{summary['batches_per_epoch']:,}", f"of {batch}, whole corpus"),
     ]
     lines = [f"  {label:<22}{value:>12}  {remark}".rstrip() for label, value, remark in rows]
     # Control characters in the text could change the terminal's state, so they are escaped.
+    start = statistics.start
     escaped = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in start)
-    return "\n".join([f"Corpus: {name}", *lines, "", "The first 300 characters:", escaped])
+    remarks = list(_remarks(source, statistics, shared))
+    heading = f"Corpus: {source.name}"
+    return "\n".join([heading, *lines, *remarks, "", "The first 300 characters:", escaped])
+
+
+def _remarks(source: corpus.Corpus, statistics: CorpusStatistics, shared: float) -> Iterator[str]:
+    """Yield a line on what is left out of a folder, and warnings about content that may be
+    unintended."""
+    if source.left_out:
+        yield f"Left out: {_first(source.left_out)}"
+    if statistics.end_of_text:
+        yield (
+            f"Warning: {tokenizer.END_OF_TEXT} occurs {statistics.end_of_text:,} times. It is plain"
+            " text of seven tokens, not GPT-2's end-of-text token (docs/own-text.md)"
+        )
+    if statistics.nul_characters:
+        yield (
+            f"Warning: the text contains {statistics.nul_characters:,} NUL characters. If it is"
+            " UTF-16, convert it to UTF-8"
+        )
+    for names in source.repeated[:_MAX_NAMES]:
+        yield f"Warning: the same text is in {_first(names)}: remove all but one of them"
+    if len(source.repeated) > _MAX_NAMES:
+        yield f"Warning: ... and in {len(source.repeated) - _MAX_NAMES} more groups of files"
+    if shared > _MAX_SHARED:
+        yield (
+            f"Warning: {shared:.1%} of the validation text also occurs in the training text, in"
+            f" passages of at least {overlap.PASSAGE} tokens: the validation loss will be too low"
+        )
+
+
+def _first(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def main() -> None:
-    """Run the stage with the params of params.yaml, in the current folder."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
-    (params,) = load(prepare=PrepareParams)
+    """Run the stage in the current folder, with the settings in params.yaml."""
+    # train needs a valid `runtime`, and DVC would remove the model before train reports a problem.
+    params, _ = load(prepare=PrepareParams, runtime=RuntimeParams)
     run(params, Path())
+    inputs.check()
 
 
 if __name__ == "__main__":
     with one_line_errors():
         main()
+    inputs.exit_after_check()

@@ -1,10 +1,10 @@
-"""Train: token files to models/gpt2, the weights of the lowest validation loss."""
+"""The train stage: trains on the token files and writes the best weights to models/gpt2."""
 
 from pathlib import Path
 
 from tqdm import tqdm
 
-from folio import device, params, signals
+from folio import device, inputs, params, signals
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 from folio.run import UNFINISHED, lock_for_training, project_root, read_training
@@ -24,6 +24,7 @@ from folio.training.trainer import LOWER_RATE, Trainer
 def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)
     run(model, train, runtime, Path.cwd(), project_root())
+    inputs.check()
 
 
 def run(
@@ -33,7 +34,10 @@ def run(
     root: Path,
     project: Path,
 ) -> None:
-    """Train on root/data/prepared and write root/models. `project` has checkpoints and MLflow."""
+    """Train on root/data/prepared and write root/models.
+
+    project: the folder that contains the checkpoints and the MLflow store.
+    """
     device.tune_malloc()
     where = device.resolve_device(runtime.device)
     precision = device.resolve_precision(train_params.precision, where)
@@ -51,6 +55,7 @@ def run(
         record = outputs.start_record(trainer, folder, root, tags)
         with RunLogger(runtime.tracking_uri, record) as logger:
             train(trainer, runtime, folder, logger)
+            inputs.check()  # before MLflow has a finished run; the checkpoint is kept
             if initial:
                 print(messages.fine_tuning_result(trainer))
             outputs.write(trainer, record, root)
@@ -60,7 +65,7 @@ def run(
 def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLogger) -> None:
     """Train until trainer.finished, with checkpoints in `folder`.
 
-    On SIGTERM, Ctrl-C or the end of dvc, saves a checkpoint and raises Stopped.
+    On SIGTERM or Ctrl-C, or if dvc exits, saves a checkpoint and raises Stopped.
     """
     system_metrics = SystemMetrics() if runtime.system_metrics else None
     pacing = CheckpointPacing(runtime.checkpoint_seconds)
@@ -100,8 +105,8 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
 
 
 def validate(trainer: Trainer, bar: tqdm, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with the validation loss, which early stopping has taken into account."""
-    with signals.interruptible():  # nothing is changed until the loss is there
+    """Add the validation loss to the metrics and return them. Updates early stopping."""
+    with signals.interruptible():  # nothing changes until the loss has been computed
         metrics = metrics | {"val_loss": trainer.validate()}
     trainer.early_stopping.update(metrics["val_loss"], trainer.steps_done, trainer.model)
     bar.write(messages.evaluation(trainer, metrics))
@@ -123,3 +128,4 @@ def show_speed(bar: tqdm, metrics: dict[str, float]) -> None:
 if __name__ == "__main__":
     with one_line_errors():
         main()
+    inputs.exit_after_check()

@@ -16,7 +16,11 @@ GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependenc
 # The extra that a room may import besides the dependencies.
 EXTRAS = {"folio/app": "app", "folio/sweeps": "sweep"}
 OURS = {"folio", "stages", "tests", "conftest", "benchmarks", "notebooks", "app"}
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # by module, where the names differ
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "markdown_it": "markdown-it-py",
+}  # by module, where the names differ
 COMES_WITH = {"triton": "torch", "tiktoken_ext": "tiktoken"}  # part of another distribution
 COMMANDS = {"dvc"}  # used only through their command line
 

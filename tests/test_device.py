@@ -18,7 +18,7 @@ def test_resolve_device_error_for_a_missing_accelerator_names_an_alternative():
     missing = [name for name, is_available in available.items() if not is_available]
     assert missing  # no machine has both
     for name in missing:
-        with pytest.raises(UserError, match=f"runtime.device: PyTorch finds no {name} device"):
+        with pytest.raises(UserError, match=f"runtime.device: PyTorch found no {name} device"):
             device.resolve_device(name)
     if len(missing) == 2:
         with pytest.raises(UserError, match=r"use auto or cpu$"):

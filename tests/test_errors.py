@@ -40,3 +40,62 @@ def test_one_line_errors_names_the_stage_that_dvc_runs(capsys, monkeypatch):
 def test_one_line_errors_lets_bugs_through(error):
     with pytest.raises(type(error), match="a bug"), one_line_errors():
         raise error
+
+
+SUPPORTED = ["a b", " ", "-a", "a#b", "100%", "a%zz", "a&b", "a+b", "a;b", "a[x]b", "a*b", "a'b"]
+SUPPORTED += ['a"b', "a\\b", "Übung 中 🙂", "a$x$", "`ls`", "a:b", "a=b", "a,b", "~a", "<a|b>!(^)"]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_project_in_a_folder_with_a_supported_name_is_accepted(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path / name)
+    with one_line_errors():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a?b", "'?'"),
+        ("a{b}", "'{'"),
+        ("b}", "'}'"),
+        ("a$HOME", "'$'"),  # a variable that exists
+        ("a%41b", "'%41'"),
+        ("%2e%2e", "'%2e'"),
+        ("a\nb", r"'\n'"),
+        ("a\tb", r"'\t'"),
+        ("a\x7fb", r"'\x7f'"),
+        ("a\x85b", r"'\x85'"),
+        ("a\udcffb", r"'\udcff'"),  # the byte 0xFF, which is not UTF-8
+        ("a'b\"c", '"\'"'),
+        ("a\"b'c", "'\"'"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["cwd", "DVC_ROOT"])
+def test_project_in_a_folder_with_an_unsupported_name_is_rejected(
+    tmp_path, monkeypatch, capsys, name, shown, variable
+):
+    (tmp_path / name).mkdir()
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    if variable == "cwd":
+        monkeypatch.chdir(tmp_path / name)
+    else:
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path / name))
+    with pytest.raises(SystemExit) as exit_info, one_line_errors():
+        raise AssertionError("the block must not run")
+    assert exit_info.value.code == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line[:-1].isprintable()
+    assert f" contains {shown}, which DVC or MLflow cannot handle: rename the folder" in line
+
+
+def test_removed_current_folder_is_a_one_line_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit), one_line_errors():
+        pass
+    assert "the current folder no longer exists" in capsys.readouterr().err

@@ -189,6 +189,11 @@ def test_missing_key_error_states_the_expected_type(write):
         ("kind", "null", "one of small, large"),
         ("kind", "1", "one of small, large"),
         ("fast", "1", "true or false"),
+        ("fast", "yes", "true or false"),  # of YAML 1.1
+        ("steps", "1:40", "an int"),  # of YAML 1.1
+        ("learning_rate", "1:40.5", "a float"),
+        ("learning_rate", "1e1_0", "a float"),  # Python's float would read it
+        ("learning_rate", ".5e3", "a float"),  # a string for DVC
         ("fast", "'true'", "true or false"),
         ("fast", "null", "true or false"),
         ("name", "1", "a string"),
@@ -248,7 +253,7 @@ def test_n_embd_error_has_the_full_name_of_the_param(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text("model: {n_layer: 1, n_head: 6, n_embd: 100, block_size: 8, dropout: 0.0}\n")
     with pytest.raises(
-        UserError, match=r"model\.n_embd: 100 is not divisible by n_head 6; take 102"
+        UserError, match=r"model\.n_embd: 100 is not divisible by n_head 6; try 102"
     ):
         params.load(path, model=ModelParams)
 
@@ -269,11 +274,17 @@ def test_yaml_syntax_error_is_one_line_with_the_line_number(tmp_path, text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"name: \xff\xfe\xfa", b"when: 2024-13-45\n"])
-def test_undecodable_yaml_is_a_one_line_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"name: \xff\xfe\xfa", "is not valid UTF-8 at byte 6: fix it"),
+        (b"when: 2024-13-45\n", "is not valid YAML"),
+    ],
+)
+def test_undecodable_yaml_is_a_one_line_error(tmp_path, content, problem):
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is not valid YAML") as error:
+    with pytest.raises(UserError, match=problem) as error:
         read(path)
     assert "\n" not in str(error.value)
 
@@ -348,12 +359,21 @@ def test_huge_int_is_shown_by_its_number_of_bits(write, digits):
     assert len(problem_of(write(**{f"? 0x{'f' * digits}\n  ": "1"}))) < 100
 
 
-@pytest.mark.parametrize("text", ["1" * 5_000, "1:" * 300 + "0.5"])
-def test_number_that_python_cannot_parse_is_a_one_line_error(write, text):
-    path = write(steps=text)
+def test_number_that_python_cannot_parse_is_a_one_line_error(write):
+    path = write(steps="1" * 5_000)
     with pytest.raises(UserError, match="is not valid YAML") as error:
         read(path)
     assert "\n" not in str(error.value)
+
+
+def test_number_that_yaml_1_1_reads_differently_is_a_one_line_error(write):
+    path = write(steps="0042")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value) == (
+        f"{path}: line 2: train.steps: 0042 is 42 in YAML 1.2, which DVC reads, and 34 in YAML 1.1:"
+        " write 42"
+    )
 
 
 @pytest.mark.parametrize("key", ['"two\\nlines"', '"\\e[31m"', "'" + "x" * 500 + "'", "''"])
@@ -368,7 +388,7 @@ def test_long_value_is_shortened_in_the_error(write):
 
 
 def test_folder_instead_of_a_file_is_a_one_line_error(tmp_path):
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\): fix it") as error:
+    with pytest.raises(UserError, match=r"cannot be read \(it is a folder\): fix it") as error:
         read(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -378,7 +398,7 @@ def test_unreadable_file_is_a_one_line_error(write, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     path = write()
-    monkeypatch.setattr(Path, "read_text", deny)
+    monkeypatch.setattr(Path, "read_bytes", deny)
     with pytest.raises(UserError, match=r"params\.yaml cannot be read \(Permission denied\)"):
         read(path)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from mlflow.server.security_utils import is_allowed_host_header
 from packaging.requirements import Requirement
 
-from folio import params
+from folio import strict_yaml
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
@@ -48,7 +49,7 @@ def dangers(source: str) -> list[str]:
 
 
 def _is_safe(call: ast.Call) -> bool:
-    """Whether a call of yaml.load has a loader of plain values only, such as params._Loader."""
+    """Whether a call of yaml.load has a loader of plain values only, as strict_yaml has."""
     loaders = [ast.unparse(each) for each in [*call.args[1:], *(k.value for k in call.keywords)]]
     fast = "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"
     return len(loaders) == 1 and loaders[0] in ("_Loader", "yaml.SafeLoader", fast)
@@ -60,7 +61,7 @@ def test_source_neither_unpickles_nor_runs_what_it_reads(path):
 
 
 def test_loader_of_params_is_safe():
-    assert issubclass(params._Loader, yaml.SafeLoader)
+    assert issubclass(strict_yaml._Loader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,21 @@ def test_servers_of_the_makefile_listen_on_localhost_only():
     assert started
     for line in started:
         assert "--host 127.0.0.1" in line, line
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [("localhost:5000", True), ("127.0.0.1:5000", True), ("[::1]:5000", True), ("localhost", True)]
+    + [("evil.example", False), ("10.evil.example", False), ("192.168.evil.example:80", False)]
+    + [("127.0.0.1.evil.example", False), ("localhost.evil.example:5000", False), ("", False)],
+)
+def test_mlflow_of_the_makefile_answers_only_to_the_names_of_this_machine(host, allowed):
+    [setting] = re.findall(
+        r"^ui: export MLFLOW_SERVER_ALLOWED_HOSTS \?= (.+)$",
+        (ROOT / "Makefile").read_text(),
+        re.MULTILINE,
+    )
+    assert is_allowed_host_header(setting.split(","), host) == allowed
 
 
 # The first versions without known vulnerabilities: in earlier ones torch.load ran code despite

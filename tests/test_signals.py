@@ -1,10 +1,12 @@
-"""Stop requests: SIGTERM and Ctrl-C."""
+"""Stop requests: SIGTERM, Ctrl-C and all other signals that end a process by default."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import ROOT, environment
 
@@ -24,6 +26,57 @@ def test_stop_request_raises_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
     assert stopped.value.status == 143
+
+
+NAMES = {**{int(s): s.name for s in signal.Signals}, signal.SIGINT: "Ctrl-C"}
+NAMES[signal.SIGQUIT] = "Ctrl-\\"
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_every_signal_that_ends_a_process_requests_a_stop(number):
+    with pytest.raises(signals.Stopped) as stopped, signals.handled(print):
+        os.kill(os.getpid(), number)
+        raise AssertionError("not reached")
+    assert stopped.value.status == 128 + number
+    name = NAMES.get(number, f"signal {number}")
+    assert str(stopped.value) == f"stopped by {name}; run the same command again to continue"
+    assert stopped.value.terminal_closed == (number == signal.SIGHUP)
+
+
+def test_signals_that_request_no_stop_cannot_be_caught_or_do_not_end_a_healthy_process():
+    harmless = {"SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH"}
+    faults = {"SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"}
+    ignored_by_python = {"SIGPIPE", "SIGXFSZ"}
+    others = {NAMES[number] for number in signal.valid_signals() - {*signals.STOPPING}}
+    assert others == harmless | faults | ignored_by_python | {"SIGKILL", "SIGSTOP"}
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_ignored_signal_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with signals.handled(print):
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_IGN
+            signals.check()
+    finally:
+        signal.signal(number, before)
+
+
+def test_dvc_that_ends_stops_the_stage_even_if_sigterm_is_ignored(monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    dvc = psutil.Process(ended.pid)
+    ended.wait()
+    monkeypatch.setattr(signals, "_dvc", dvc)
+    monkeypatch.setattr(signals, "_dvc_ended", False)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        request = pytest.raises(signals.Stopped, match="stopped by the exit of dvc")
+        with request as stopped, signals.handled(print):
+            time.sleep(30)
+        assert stopped.value.status == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_deferred_stop_request_waits_for_check():
@@ -80,11 +133,12 @@ def test_second_sigterm_does_not_interrupt_a_step():
     assert done.stderr.startswith("folio: stopped by SIGTERM; ")
 
 
-def test_second_ctrl_c_exits_at_once():
-    done = run_with_two_signals("SIGINT")
-    assert (done.returncode, done.stdout) == (130, "")
+@pytest.mark.parametrize(("name", "keys"), [("SIGINT", "Ctrl-C"), ("SIGQUIT", "Ctrl-\\")])
+def test_second_ctrl_c_exits_at_once(name, keys):
+    done = run_with_two_signals(name)
+    assert (done.returncode, done.stdout) == (128 + signal.Signals[name], "")
     assert done.stderr == (
-        "folio: stopped by Ctrl-C; run the same command again to resume from the last checkpoint\n"
+        f"folio: stopped by {keys}; run the same command again to resume from the last checkpoint\n"
     )
 
 

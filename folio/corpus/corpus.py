@@ -1,19 +1,19 @@
-"""Where the text comes from: a named corpus, or the user's own file or folder under data/raw.
+"""The source of the text: a named corpus, or the user's own file or folder under data/raw.
 
-A text may be larger than the memory, so it is read in chunks.
+A text may be larger than memory, so it is read in chunks.
 """
 
 import codecs
 import difflib
 import errno
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from folio.corpus import shakespeare
+from folio.corpus import folder, shakespeare
 from folio.errors import UserError
 
 # The named corpora. Each loader returns the text and the index at which its validation part begins.
@@ -22,6 +22,7 @@ NAMED: dict[str, Callable[[], tuple[str, int]]] = {
     "shakespeare": shakespeare.load_all_plays,
 }
 RAW = Path("data", "raw")  # tracked by DVC: a change in it reruns the pipeline
+_IGNORED = ".ipynb_checkpoints"  # in .dvcignore
 CHUNK = 1 << 20  # bytes of a file, or characters of a named corpus, to read at once
 
 
@@ -29,8 +30,11 @@ CHUNK = 1 << 20  # bytes of a file, or characters of a named corpus, to read at 
 class Corpus:
     name: str  # a key of NAMED, or the path from the project's root, in printable characters
     characters: int
-    train_characters: int  # number of characters for training; the remaining ones are validation
+    train_characters: int  # number of characters for training; the rest are for validation
     read: Callable[[], Iterator[str]]
+    files: tuple[str, ...] = ()  # of a folder: the files that are read, relative to it
+    left_out: tuple[str, ...] = ()  # of a folder: what is not read, relative to it
+    repeated: tuple[tuple[str, ...], ...] = ()  # of a folder: the files that have the same text
 
     def chunks(self) -> Iterator[str]:
         """Yield the text in non-empty strings of at most CHUNK characters.
@@ -48,18 +52,19 @@ class Corpus:
 def read(name: str, validation_fraction: float, root: Path) -> Corpus:
     """Return the named corpus, or the text of the file or folder `name` under root/data/raw.
 
-    A file is used unchanged, except that a byte-order mark is removed. For a folder, all its .txt
-    files, at any depth, are joined in the order of their paths. The last `validation_fraction` of
-    the characters are for validation. The named corpora ignore `validation_fraction`: they are all
-    validated on the last tenth of tinyshakespeare, so that their losses are comparable.
+    A file is used unchanged, except that a byte-order mark is removed. In a folder, the .txt files
+    that folder.find_texts returns are joined in the order of their paths. The last
+    `validation_fraction` of the characters is used for validation. The named corpora ignore
+    `validation_fraction`: they are all validated on the last tenth of tinyshakespeare, so that
+    their losses are comparable.
 
     Raises UserError if there is no such corpus, or if its text is not usable.
     """
     if name in NAMED:
         return _load_named(name)
     path = _resolve(name, root)
-    paths = _text_files(path, root) if path.is_dir() else [path]
     display_name = _display_path(path, root)
+    paths, left_out = _find_texts(path, root) if path.is_dir() else ([path], [])
     characters, is_blank = 0, True
     for chunk in _read_files(paths, root):
         characters += len(chunk)
@@ -72,11 +77,26 @@ def read(name: str, validation_fraction: float, root: Path) -> Corpus:
     if train_characters in (0, characters):
         part = "validation" if train_characters else "training"
         raise UserError(
-            f"{display_name} has {characters} characters, and prepare.validation_fraction "
+            f"{display_name} has {characters} characters, so prepare.validation_fraction "
             f"{validation_fraction} leaves none for {part}: change it, or use a longer text"
         )
-    read_text = functools.partial(_read_files, paths, root)
-    return Corpus(display_name, characters, train_characters, read_text)
+    return Corpus(
+        display_name,
+        characters,
+        train_characters,
+        read=functools.partial(_read_files, paths, root),
+        files=tuple(
+            _printable(each.relative_to(path).as_posix()) for each in paths if each != path
+        ),
+        left_out=tuple(map(_printable, left_out)),
+        repeated=_find_repeated(paths, path, root),
+    )
+
+
+def check_exists(name: str, root: Path) -> None:
+    """Raise UserError unless `name` is a corpus that `read` may accept; does not read its text."""
+    if name not in NAMED:
+        _resolve(name, root)
 
 
 def _load_named(name: str) -> Corpus:
@@ -107,7 +127,12 @@ def _resolve(name: str, root: Path) -> Path:
 
 
 def _check_inside(path: Path, display_name: str, root: Path) -> None:
-    """Raise UserError unless a real path is in data/raw."""
+    """Raise UserError unless a real path is in data/raw, where DVC detects changes."""
+    if _IGNORED in path.parts[len((root / RAW).resolve().parts) :]:
+        raise UserError(
+            f"prepare.corpus: {display_name} is in a folder {_IGNORED}, which DVC ignores"
+            f" (.dvcignore): copy it to another folder in {RAW}"
+        )
     if not path.is_relative_to((root / RAW).resolve()):
         raise UserError(
             f"prepare.corpus: {display_name} is outside {RAW}, so DVC would not detect changes in "
@@ -134,25 +159,32 @@ def _printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def _text_files(folder: Path, root: Path) -> list[Path]:
-    """Return the .txt files in a folder, at any depth, in the order of their paths."""
-
-    def fail(error: OSError) -> NoReturn:  # by default, os.walk skips folders that it cannot read
+def _find_texts(path: Path, root: Path) -> tuple[list[Path], list[str]]:
+    """Like folder.find_texts, but raises UserError."""
+    name = _display_path(path, root)
+    try:
+        texts, left_out = folder.find_texts(path)
+    except OSError as error:
         raise _unreadable(_display_path(Path(error.filename), root), error) from None
+    if not texts:
+        but = f" except {_printable(left_out[0])}, which is left out" if left_out else ""
+        raise UserError(
+            f"{name} contains no .txt file{but}: add one, or choose another prepare.corpus"
+        )
+    return texts, left_out
 
-    paths = sorted(
-        (
-            Path(parent, name)
-            for parent, _, names in os.walk(folder, onerror=fail)
-            for name in names
-            if Path(name).suffix.lower() == ".txt"
-        ),
-        key=lambda path: path.relative_to(folder).as_posix(),
-    )
-    if not paths:
-        name = _display_path(folder, root)
-        raise UserError(f"{name} contains no .txt file: add one, or choose another prepare.corpus")
-    return paths
+
+def _find_repeated(paths: list[Path], top: Path, root: Path) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of files that have the same text, apart from white space."""
+    names: dict[str, list[str]] = {}
+    for path in paths if len(paths) > 1 else []:
+        digest = hashlib.sha256()
+        for chunk in _read_file(path, root):
+            digest.update("".join(chunk.split()).encode())
+        name = _printable(path.relative_to(top).as_posix())
+        names.setdefault(digest.hexdigest(), []).append(name)
+    names.pop(hashlib.sha256().hexdigest(), None)  # files without text
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def _read_files(paths: list[Path], root: Path) -> Iterator[str]:
@@ -190,7 +222,7 @@ def _read_file(path: Path, root: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         position = start + error.start
         raise UserError(
-            f"{display_name} is not UTF-8 at byte {position}: convert it to UTF-8"
+            f"{display_name} is not valid UTF-8 at byte {position}: convert it to UTF-8"
         ) from None
     except RuntimeError:  # a cycle of symbolic links, before Python 3.13
         cycle = OSError(errno.ELOOP, os.strerror(errno.ELOOP))

@@ -1,4 +1,4 @@
-"""Encoding a corpus to token ids, piece by piece, on all CPU cores."""
+"""Encodes a corpus to token ids, piece by piece, on all CPU cores."""
 
 import os
 from collections import deque
@@ -17,8 +17,8 @@ SplitIds = dict[str, np.ndarray]  # the token ids of each part, [tokens] uint16
 def encode_corpus(corpus: Corpus) -> Iterator[tuple[SplitText, SplitIds]]:
     """Yield the pieces of the text in order, each with its token ids.
 
-    tiktoken releases the GIL, so threads encode on all cores. Only a few pieces are queued: enough
-    to keep every core busy, but not the whole text, which may be larger than the memory.
+    tiktoken releases the GIL, so threads can encode on all cores. Only a few pieces are queued at a
+    time: enough to keep every core busy, but not the whole text, which may be larger than memory.
     """
     cores = _available_cores()
     # Build the encoding, and match each alternative of its pattern, in the main thread. The first
@@ -40,7 +40,7 @@ def encode_corpus(corpus: Corpus) -> Iterator[tuple[SplitText, SplitIds]]:
 
 
 def split_pieces(corpus: Corpus) -> Iterator[SplitText]:
-    """Yield the pieces of the text in order, each split into its training and validation part."""
+    """Yield the pieces of the text in order, each split into its training and validation parts."""
     remaining = corpus.train_characters
     for piece in tokenizer.pieces(corpus.chunks()):
         yield {"train": piece[:remaining], "val": piece[remaining:]}

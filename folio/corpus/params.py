@@ -1,4 +1,4 @@
-"""The section `prepare` of params.yaml."""
+"""The `prepare` section of params.yaml."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -7,7 +7,7 @@ from typing import Annotated
 @dataclass(frozen=True, kw_only=True)
 class PrepareParams:
     corpus: str  # tinyshakespeare, shakespeare, or a file or folder of .txt files under data/raw
-    validation_fraction: Annotated[float, "> 0, < 1"]  # share of your own text, at its end; the
+    validation_fraction: Annotated[float, "> 0, < 1"]  # taken from the end of your own text; the
     # named corpora ignore it: they are all validated on the last tenth of tinyshakespeare
     report_batch_size: Annotated[int, ">= 1"]  # windows per batch, only for batches_per_epoch
     report_block_size: Annotated[int, ">= 1"]  # tokens per window, only for batches_per_epoch

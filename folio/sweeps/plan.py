@@ -1,26 +1,24 @@
 """The plan of a sweep: its trials, each of which becomes a DVC experiment.
 
-sweeps/NAME/plan.json stores it. DVC stores which experiments have finished, so the same command
-resumes a sweep that was stopped.
+It is stored in sweeps/NAME/plan.json. DVC records which experiments have finished, so running the
+same command again resumes a sweep that was stopped.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from folio import files, params
+from folio import commands, files, params, sections
 from folio.errors import UserError
-from folio.sweeps import markdown, space
+from folio.sweeps import markdown, overrides, space
 from folio.sweeps.space import Trial, format_trial, format_value
 
 FOLDER = Path("sweeps")
-SECTIONS = ("model", "train")  # of params.yaml, whose params a sweep may vary
+VARIED = ("model", "train")  # sections of params.yaml whose params a sweep may vary
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
@@ -54,13 +52,15 @@ class Plan:
         return same if others else {}
 
     def varied(self, experiment: str) -> Trial:
-        """The settings of a trial that are not the same in every trial."""
+        """The settings of a trial that vary between trials."""
         return {k: v for k, v in self.trials[experiment].items() if k not in self.fixed}
 
     def finished(self) -> dict[str, str]:
         """The experiments that have finished, each with its commit."""
         prefix = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/"
-        refs = _git("for-each-ref", "--format=%(objectname) %(refname)", prefix).splitlines()
+        refs = commands.git(
+            "for-each-ref", "--format=%(objectname) %(refname)", prefix
+        ).splitlines()
         commits = {name.removeprefix(prefix): commit for commit, name in map(str.split, refs)}
         return {name: commits[name] for name in self.trials if name in commits}
 
@@ -75,55 +75,44 @@ class Plan:
         return markdown.table(header, rows) + fixed
 
 
-def make_trials(
-    settings: list[str], count: int | None, seed: int, sections: dict[str, type]
-) -> list[Trial]:
-    """The trials that settings such as "train.learning_rate=1e-3,2e-3" describe: every combination
+def make_trials(settings: list[str], count: int | None, seed: int) -> list[Trial]:
+    """The trials described by settings such as "train.learning_rate=1e-3,2e-3": every combination
     of the values, or `count` random trials.
 
-    sections: the dataclass of each section of params.yaml. Raises UserError for invalid settings.
+    Raises UserError for invalid settings.
     """
     if not settings:
-        raise UserError("nothing to vary: write, for example, train.learning_rate=1e-3,2e-3")
+        raise UserError("nothing to vary: add, for example, train.learning_rate=1e-3,2e-3")
 
     def read_value(name: str, text: str) -> Any:
-        if name.partition(".")[0] not in SECTIONS:
-            raise UserError(f"{name}: a sweep can vary only params of model and train")
-        return params.read_value(name, text, **{each: sections[each] for each in SECTIONS})
+        if name.partition(".")[0] not in VARIED:
+            raise UserError(f"{name}: a sweep can only vary params of model and train")
+        return params.read_value(name, text, **{each: sections.SECTIONS[each] for each in VARIED})
 
     parsed = space.parse(settings, read_value)
     return space.grid(parsed) if count is None else space.latin_hypercube(parsed, count, seed)
 
 
-def check_trials(trials: list[Trial], base: Trial, sections: dict[str, type]) -> None:
+def check_trials(trials: list[Trial], base: Trial) -> None:
     """Raise UserError if any trial is not a valid set of params for the pipeline."""
-    unchanged = params.read(params.FILE)
+    tree = params.read(params.FILE)
     for trial in trials:
-        tree = copy.deepcopy(unchanged)
-        for name, value in (base | trial).items():
-            section, _, key = name.partition(".")
-            if isinstance(tree.get(section), dict):  # otherwise params.check reports it
-                tree[section][key] = value
-        checked = params.check(tree, format_trial(trial), **sections)
-        loaded = dict(zip(sections, checked, strict=True))
-        stride, block_size = loaded["evaluate"].stride, loaded["model"].block_size
-        if stride > block_size:
-            raise UserError(
-                f"{format_trial(trial)}: evaluate.stride {stride} is larger than model.block_size"
-                f" {block_size}"
-            )
+        overrides.check(tree, base | trial, format_trial(trial))
 
 
 def make_plan(trials: list[Trial], base: Trial, name: str | None) -> Plan:
-    """A plan of these trials for the workspace in its present state.
+    """A plan of these trials for the workspace in its current state.
 
-    name: None derives it from the trials and the workspace. Raises UserError if it is not a valid
-    name for experiments, or if there is no git commit.
+    name: if None, derived from the trials and the workspace. Raises UserError if it is not valid as
+    the name of an experiment, or if there is no git commit.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r}: use at most 40 letters, digits, - and _")
-    baseline = _git("rev-parse", "HEAD").strip()
-    changes = hashlib.sha256(_git("diff", "HEAD").encode()).hexdigest()
+    try:
+        baseline = commands.head()
+    except commands.NoCommitError as error:
+        raise UserError(f"a sweep starts from a git commit, but {error}") from None
+    changes = hashlib.sha256(commands.git("diff", "HEAD").encode()).hexdigest()
     name = name or _derive_name(baseline, changes, base, trials)
     width = max(2, len(str(len(trials))))
     names = [f"{name}-{number:0{width}}" for number in range(1, len(trials) + 1)]
@@ -145,30 +134,30 @@ def read_plan(name: str) -> Plan:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "points" in content:  # the name of `trials` in Folio 0.1
             content["trials"] = content.pop("points")
-        return Plan(**content)
+        plan = Plan(**content)
+        if plan.name != name or not _is_valid(plan):
+            raise ValueError
+        return plan
     except FileNotFoundError:
         known = ", ".join(sorted(each.parent.name for each in FOLDER.glob("*/plan.json")))
-        raise UserError(f"no sweep {name!r} here; available: {known or 'none'}") from None
-    except (OSError, ValueError, TypeError):
+        raise UserError(f"there is no sweep {name!r}; available: {known or 'none'}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged: remove {path.parent} and run the sweep again"
         ) from None
+
+
+def _is_valid(plan: Plan) -> bool:
+    """Whether the fields have the types of a plan, and all trials set the same params."""
+    trials = list(plan.trials.values())
+    return (
+        all(isinstance(text, str) for text in (plan.baseline, plan.changes))
+        and all(isinstance(trial, dict) for trial in [plan.base, *trials])
+        and len({frozenset(trial) for trial in trials}) == 1
+    )
 
 
 def _derive_name(baseline: str, changes: str, base: Trial, trials: list[Trial]) -> str:
     workspace = {"baseline": baseline, "changes": changes, "base": base}
     content = json.dumps([workspace, trials], sort_keys=True).encode()
     return f"sweep-{hashlib.sha256(content).hexdigest()[:6]}"
-
-
-def _git(*words: str) -> str:
-    # A diff may contain bytes that are not valid UTF-8.
-    done = subprocess.run(
-        ["git", *words], capture_output=True, encoding="utf-8", errors="backslashreplace"
-    )
-    if done.returncode:
-        raise UserError(
-            "a sweep starts from a git commit, and there is none here: run git init && git add -A"
-            " && git commit -m start"
-        )
-    return done.stdout

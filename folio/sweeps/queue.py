@@ -1,6 +1,5 @@
 """DVC's queue of experiments, through the `dvc` command."""
 
-import json
 import os
 import re
 import shutil
@@ -12,9 +11,15 @@ from typing import Any
 
 import psutil
 
+from folio import commands
 from folio.errors import UserError
+from folio.sweeps.overrides import param_options
 
 _ROW = re.compile(r"\w{7}\s+(\S+)\s.*\s(Queued|Running|Success|Failed)\s*")
+
+# The characters that the queue does not support in the path of a project: DVC writes the path to a
+# file:// URL without quoting, and to an ASCII file.
+_UNSUPPORTED = re.compile("[#\x80-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -23,28 +28,29 @@ class QueueStatus:
     workers: int  # live worker processes
 
 
-def param_options(settings: dict[str, Any]) -> list[str]:
-    """The options of `dvc exp run` that override params.yaml with {"train.steps": 1650, ...}."""
-    return [
-        word
-        for key, value in settings.items()
-        for word in ("--set-param", f"{key}={json.dumps(value, default=str)}")
-    ]
-
-
 def require_dvc() -> None:
     """Raise UserError if `dvc` is not on the PATH."""
     if not shutil.which("dvc"):
         raise UserError("dvc is not on the PATH: activate .venv, which `make` creates")
 
 
+def check_folder() -> None:
+    """Raise UserError if DVC cannot run queued experiments in this folder because of its name."""
+    if found := _UNSUPPORTED.search(str(Path.cwd())):
+        raise UserError(
+            f"DVC cannot run queued experiments in a folder whose path contains {found[0]!r}:"
+            " rename the folder, or use `dvc exp run` without --queue"
+        )
+
+
 def add(name: str, settings: dict[str, Any]) -> None:
-    """Queue an experiment. Raises UserError with DVC's message if DVC rejects it."""
+    """Queue an experiment. Raises UserError with DVC's message if DVC rejects it, or if DVC would
+    change a value."""
     _dvc("exp", "run", "--queue", "--name", name, *param_options(settings))
 
 
 def read() -> QueueStatus:
-    """The queue's present status. Raises UserError while DVC is cleaning the queue up."""
+    """The queue's current status. Raises UserError while DVC is cleaning up the queue."""
     rows = map(_ROW.fullmatch, _dvc("queue", "status").splitlines())
     return QueueStatus(states={row[1]: row[2] for row in rows if row}, workers=count_workers())
 
@@ -52,8 +58,8 @@ def read() -> QueueStatus:
 def count_workers() -> int:
     """The number of this project's worker processes.
 
-    They are counted in the process table, because DVC considers a worker dead that is slow to
-    answer on a busy machine.
+    They are counted in the process table, because DVC considers a worker dead if it responds slowly
+    on a busy machine.
     """
     here = str(Path.cwd())
     return sum(
@@ -65,7 +71,7 @@ def count_workers() -> int:
 def start(workers: int, **variables: str) -> None:
     """Start workers in the background, with these environment variables.
 
-    They run everything in the queue, including other experiments, and exit when it is empty.
+    They run everything in the queue, including other experiments, and exit once it is empty.
     """
     _dvc("queue", "start", "--jobs", str(workers), **variables)
 
@@ -73,29 +79,29 @@ def start(workers: int, **variables: str) -> None:
 def stop() -> None:
     """Stop the workers and the experiments they run. Queued experiments stay queued.
 
-    DVC kills only its own processes. A training notices that, saves a checkpoint and exits
+    DVC kills only its own processes. The train stage detects that, saves a checkpoint and exits
     (folio/signals.py).
     """
     _dvc("queue", "stop", "--kill")
 
 
 def remove(names: list[str]) -> None:
-    """Remove experiments that are not running from the queue."""
+    """Remove experiments from the queue. They must not be running."""
     if names:
         _dvc("queue", "remove", *names)
 
 
 def mark_failed(names: list[str]) -> None:
-    """Mark experiments as failed whose worker no longer exists."""
+    """Mark experiments whose worker no longer exists as failed."""
     if names:
         _dvc("queue", "kill", "--force", *names)
 
 
 def _dvc(*words: str, **variables: str) -> str:
-    """The output of a dvc command. Ctrl-C does not reach the command, which could otherwise stop
-    halfway through a change. Raises UserError with DVC's message if it fails."""
-    # A file and not a pipe, because the workers that `start` leaves behind would keep a pipe open.
-    with tempfile.TemporaryFile("w+") as output:
+    """Run a dvc command and return its output. Ctrl-C does not reach the command, which could
+    otherwise stop halfway through a change. Raises UserError with DVC's message if it fails."""
+    # A file instead of a pipe, because the workers started by `start` would keep a pipe open.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as output:
         done = subprocess.run(
             ["dvc", *words],
             env=os.environ | variables,
@@ -107,7 +113,5 @@ def _dvc(*words: str, **variables: str) -> str:
         output.seek(0)
         text = output.read()
     if done.returncode:
-        lines = text.strip().splitlines() or ["no reason given"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-        raise UserError(f"`dvc {' '.join(words[:2])}` failed: {reason.removeprefix('ERROR: ')}")
+        raise UserError(f"`dvc {' '.join(words[:2])}` failed: {commands.dvc_error(text)}")
     return text

@@ -1,4 +1,4 @@
-"""The report of a sweep, from MLflow's data: a table, a plot, and which params mattered."""
+"""The report of a sweep, based on MLflow's data: a table, a plot, and each param's importance."""
 
 import statistics
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from folio.sweeps.space import SEED, Trial, format_trial, format_value
 from folio.tracking import sync
 from folio.tracking.dvc_cache import DvcCache
 from folio.tracking.queries import list_runs
-from folio.tracking.store import STORE_ERRORS, Store, first_line
+from folio.tracking.store import STORE_ERRORS, Store, explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,15 @@ class TrialResult:
 def write_report(plan: Plan, uri: str | None) -> Path:
     """Write report.md and its plot to the sweep's folder. Returns the path of report.md.
 
-    uri: of the MLflow store, which is first sent the runs that it does not have. Raises UserError
-    if MLflow fails.
+    uri: the URI of the MLflow store. Runs that are missing from the store are sent first. Raises
+    UserError if MLflow fails.
     """
     sync.run(uri, project_root())
     try:
         results = find_results(plan, Store(uri))
     except STORE_ERRORS as error:
         hint = f"`python -m folio sweep --report {plan.name}` tries again"
-        raise UserError(f"MLflow failed: {first_line(error)}; {hint}") from None
+        raise UserError(f"MLflow failed: {explain(error)}; {hint}") from None
     text = format_report(plan, results)
     if len(results) > 1 and results[0].trial:
         plot = plan.folder / "parallel_coordinates.png"
@@ -49,11 +49,11 @@ def write_report(plan: Plan, uri: str | None) -> Path:
 
 
 def find_results(plan: Plan, store: Store) -> list[TrialResult]:
-    """The results of the trials that have finished and are in MLflow, the best one first.
+    """The results of the trials that have finished and are in MLflow, best first.
 
-    If the same params were trained before, DVC restores that training from its cache, and the
-    training's MLflow run has another experiment's name. So a run is looked up by the id in the
-    experiment's files.
+    If a model was trained with the same params before, DVC restores it from its cache, and the
+    MLflow run has the name of another experiment. So runs are looked up by the id in the files of
+    the experiment.
     """
     cache, path = DvcCache(Path.cwd()), TRAINING / RECORD
     runs = {run.folio_id: run for run in list_runs(store)}
@@ -87,8 +87,8 @@ def format_report(plan: Plan, results: list[TrialResult]) -> str:
         return "\n\n".join([*parts, "No trial has finished."]) + "\n"
     parts += [
         _result_table(results),
-        f"`dvc exp apply {results[0].experiment}` brings the params and the model of the best trial"
-        " into the workspace.",
+        f"`dvc exp apply {results[0].experiment}` restores the params and the model of the best"
+        " trial in the workspace.",
         "## Variation between seeds",
         _seed_section(results),
     ]
@@ -116,7 +116,7 @@ def _result_table(results: list[TrialResult]) -> str:
 
 
 def _seed_section(results: list[TrialResult]) -> str:
-    """The statistics over the seeds of each setting, if the sweep varies the seed."""
+    """The statistics over the seeds for each setting, if the sweep varies the seed."""
     if SEED not in results[0].trial:
         return (
             "Each setting was trained with a single seed. A sweep over `train.seed=1,2,3` shows how"

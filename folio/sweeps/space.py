@@ -1,4 +1,4 @@
-"""The search space of a sweep, as it is written on the command line, and the trials drawn from it.
+"""The search space of a sweep, as written on the command line, and the trials drawn from it.
 
 train.learning_rate=1e-3,2e-3      each of these values
 train.learning_rate=1e-4..1e-2     any value in between, for random trials
@@ -15,7 +15,7 @@ import numpy as np
 
 from folio.errors import UserError
 
-MAX_TRIALS = 500  # per sweep: a typing error can create a grid of millions
+MAX_TRIALS = 500  # per sweep: a typo can create a grid of millions
 LOG_RATIO = 10  # a range is sampled on a log scale if high is at least this many times low
 SEED = "train.seed"
 
@@ -34,15 +34,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """From low to high, both included. A range between ints contains only ints."""
+    """From low to high, both included. If both are ints, it contains only ints."""
 
     low: int | float
     high: int | float
     log: bool
 
     def at(self, u: float) -> int | float:
-        """The value at the quantile u in [0, 1) of the uniform or log-uniform distribution, a float
-        rounded to three significant digits."""
+        """The value at the quantile u in [0, 1) of the uniform or log-uniform distribution. Floats
+        are rounded to three significant digits."""
         is_int = type(self.low) is int
         low, high = (self.low, self.high + 1) if is_int else (self.low, self.high)
         if self.log:
@@ -57,14 +57,17 @@ Space = dict[str, Choice | Range]  # by param
 
 
 def format_value(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as on the command line."""
     if value is None:
         return "null"
-    return f"{value:g}" if type(value) is float else str(value).lower()
+    if type(value) is bool:
+        return str(value).lower()
+    short = f"{value:g}" if type(value) is float else ""
+    return short if short and float(short) == value else str(value)
 
 
 def format_trial(trial: Trial) -> str:
-    """A trial on one line, as it is written on the command line."""
+    """Format a trial as one line, as on the command line."""
     return " ".join(f"{name}={format_value(value)}" for name, value in trial.items())
 
 
@@ -79,7 +82,7 @@ def is_log_scale(values: Sequence[Any]) -> bool:
 
 
 def parse(settings: list[str], read_value: ReadValue) -> Space:
-    """The space that settings such as "train.learning_rate=1e-3,2e-3" describe.
+    """Parse settings such as "train.learning_rate=1e-3,2e-3" into a search space.
 
     Raises UserError for an invalid setting.
     """
@@ -91,7 +94,7 @@ def parse(settings: list[str], read_value: ReadValue) -> Space:
                 f"{setting!r} is not a setting: write, for example, train.learning_rate=1e-3,2e-3"
             )
         if name in space:
-            raise UserError(f"{name} is given twice: list all its values at once, a,b,c")
+            raise UserError(f"{name} is given twice: list all its values together, as in a,b,c")
         parse_values = _parse_range if ".." in text else _parse_choice
         space[name] = parse_values(name, text, read_value)
     return space
@@ -106,7 +109,7 @@ def grid(space: Space) -> list[Trial]:
     for name, values in space.items():
         if isinstance(values, Range):
             raise UserError(
-                f"{name}: a grid needs a list of values, a,b,c; `--random 20` samples a range"
+                f"{name}: a grid needs a list of values, as in a,b,c; `--random 20` samples a range"
             )
         choices.append(values.values)
     count = math.prod(map(len, choices))
@@ -118,14 +121,15 @@ def grid(space: Space) -> list[Trial]:
 
 
 def latin_hypercube(space: Space, count: int, seed: int) -> list[Trial]:
-    """`count` distinct random trials, or fewer where a small space repeats some.
+    """`count` distinct random trials, or fewer if the space is so small that some are repeated.
 
-    A Latin hypercube sample (McKay, Beckman and Conover 1979): of each param's range, divided into
-    `count` equal parts, every part contains one trial. So a few trials leave no large gap, and the
-    values of a choice occur equally often. Raises UserError unless 1 <= count <= MAX_TRIALS.
+    A Latin hypercube sample (McKay, Beckman and Conover 1979): each param's range is divided into
+    `count` equal parts, and every part contains one trial. So even a few trials leave no large
+    gaps, and the values of a choice occur equally often. Raises UserError unless 1 <= count <=
+    MAX_TRIALS.
     """
     if not 1 <= count <= MAX_TRIALS:
-        raise UserError(f"--random {count}: give a number from 1 to {MAX_TRIALS}")
+        raise UserError(f"--random {count}: use a number from 1 to {MAX_TRIALS}")
     rng = np.random.default_rng(seed)
     parts = rng.permuted(np.tile(np.arange(count), (len(space), 1)), axis=1)
     rows = (parts.T + rng.random((count, len(space)))) / count
@@ -155,8 +159,8 @@ def _parse_range(name: str, text: str, read_value: ReadValue) -> Range:
         )
     low, high = (read_value(name, end) for end in ends.split("..", 1))
     if not all(type(end) in (int, float) for end in (low, high)) or low >= high:
-        raise UserError(f"{name}={text}: a range needs a lower and a higher number, 1e-4..1e-2")
+        raise UserError(f"{name}={text}: a range needs a lower and a higher end, as in 1e-4..1e-2")
     if kind == "log" and low <= 0:
-        raise UserError(f"{name}={text}: a log range needs a low end above 0; or write lin:")
+        raise UserError(f"{name}={text}: the low end of a log range must be above 0; or use lin:")
     log = kind == "log" or (not kind and low > 0 and high >= LOG_RATIO * low)
     return Range(low, high, log)

@@ -1,4 +1,4 @@
-"""Running the trials of a sweep on DVC's queue."""
+"""Runs the trials of a sweep on DVC's queue."""
 
 import contextlib
 import dataclasses
@@ -18,19 +18,21 @@ from folio.sweeps.plan import Plan, read_plan
 from folio.sweeps.space import format_trial
 from folio.tracking.dvc_cache import DvcCache
 
-# The sweep is given up after so many consecutive checks that found no worker. One would not be
+# The sweep is abandoned after this many consecutive checks without a worker. One check would not be
 # enough, because the last result may appear only after its worker has exited.
 _MAX_CHECKS_WITHOUT_WORKERS = 3
 
 
 def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
-    """Train every trial that has not finished yet. Returns the experiments that failed.
+    """Run every trial that has not finished yet. Returns the experiments that failed.
 
-    jobs: trainings at a time. threads: the CPU threads of each, None for PyTorch's default. Raises
-    UserError if another sweep has the same name. On a stop request, stops the running trainings,
-    which save a checkpoint, and raises Stopped.
+    jobs: the number of trials to run in parallel. threads: CPU threads per trial; None for
+    PyTorch's default. Raises UserError if another sweep has the same name. On a stop request, stops
+    the running trials, which save a checkpoint, and raises Stopped. If the terminal was closed,
+    they continue in the background.
     """
     queue.require_dvc()
+    queue.check_folder()
     _check_name_is_free(plan)
     plan.save()
     try:
@@ -39,20 +41,24 @@ def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
             queue.start(jobs, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
             signals.check()
         return _wait(plan)
-    except signals.Stopped:
+    except signals.Stopped as stopped:
+        if stopped.terminal_closed:
+            raise signals.Stopped(
+                "running trials continue in the background; the same command resumes the sweep"
+            ) from None
         with signals.deferred(), contextlib.suppress(UserError):  # an empty queue may be an error
             queue.stop()
             states = queue.read().states
             queue.remove([name for name in plan.trials if states.get(name) == "Queued"])
         raise signals.Stopped(
-            "running trainings save a checkpoint; the same command resumes the sweep"
+            "running trials save a checkpoint; the same command resumes the sweep"
         ) from None
 
 
 def threads_per_job(jobs: int, device_type: str) -> int | None:
-    """The CPU threads of each of several trainings at a time; None for PyTorch's default.
+    """The number of CPU threads for each of `jobs` parallel trials; None for PyTorch's default.
 
-    Without a limit, two trainings with two threads each on two cores almost come to a halt
+    Without a limit, two trials with two threads each on two cores would almost grind to a halt
     (LOG.md).
     """
     if jobs == 1 or device_type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
@@ -72,20 +78,20 @@ def _check_name_is_free(plan: Plan) -> None:
     if plan.path.exists():
         if read_plan(plan.name) != plan:
             raise UserError(
-                f"another sweep is named {plan.name!r}, with other trials or other code: choose"
+                f"there is another sweep named {plan.name!r}, with different trials or code: choose"
                 " another --name"
             )
     elif not plan.has_derived_name and plan.finished():
         raise UserError(
-            f"there are experiments {plan.name}-... of another sweep: choose another --name"
+            f"experiments {plan.name}-... belong to another sweep: choose another --name"
         )
 
 
 def _queue_trials(plan: Plan) -> None:
-    """Queue every trial that has neither finished nor is queued or running."""
+    """Queue every trial that has not finished and is neither queued nor running."""
     status, finished = queue.read(), plan.finished()
     states = {name: status.states[name] for name in plan.trials if name in status.states}
-    if not status.workers:  # for example after a power cut
+    if not status.workers:  # for example, after a power failure
         orphaned = [name for name, state in states.items() if state == "Running"]
         queue.mark_failed(orphaned)
         states |= dict.fromkeys(orphaned, "Failed")
@@ -94,7 +100,7 @@ def _queue_trials(plan: Plan) -> None:
     new = [n for n in plan.trials if n not in finished and (n not in states or n in ended)]
     others = sum(s in ("Queued", "Running") for n, s in status.states.items() if n not in states)
     if others:
-        print(f"{others} other experiments are queued and run as well: `dvc queue status`")
+        print(f"{others} other experiments in the queue will also run: `dvc queue status`")
     for name in tqdm(new, desc="queueing", unit="trial", leave=False, disable=None):
         signals.check()
         queue.add(name, plan.base | plan.trials[name])
@@ -112,7 +118,7 @@ def _wait(plan: Plan) -> list[str]:
         while True:
             try:
                 status = queue.read()
-            except UserError:  # DVC finds half a queue while its last worker cleans up
+            except UserError:  # DVC sees an incomplete queue while its last worker is cleaning up
                 status = dataclasses.replace(status, workers=0)
             progress.update(status)
             if progress.is_complete:
@@ -120,7 +126,7 @@ def _wait(plan: Plan) -> list[str]:
             idle_checks = 0 if status.workers else idle_checks + 1
             if idle_checks == _MAX_CHECKS_WITHOUT_WORKERS:
                 raise UserError(
-                    "the queue's workers exited before all trials had ended: the same command"
+                    "the queue's workers exited before all trials had finished: the same command"
                     " resumes the sweep"
                 )
             # A check takes a second of CPU time, so the checks of a long sweep are further apart.
@@ -128,7 +134,7 @@ def _wait(plan: Plan) -> list[str]:
 
 
 class _Progress:
-    """The trials that have ended so far, printed as they end."""
+    """The trials that have ended so far. Prints each one as it ends."""
 
     def __init__(self, plan: Plan, finished: set[str], bar: tqdm):
         self.finished, self.failed = finished, set[str]()

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from folio import params
+from folio import commands, params
 from folio.errors import UserError
-from folio.sweeps import queue
+from folio.sweeps import overrides, queue
 
 FOLDER = Path("variants")
 
@@ -24,13 +24,15 @@ def read(name: str) -> dict[str, Any]:
     """
     names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
     if name not in names:
-        raise UserError(f"no variant {name!r} in {FOLDER}; available: {', '.join(names) or 'none'}")
+        raise UserError(
+            f"there is no variant {name!r} in {FOLDER}; available: {', '.join(names) or 'none'}"
+        )
     file = FOLDER / f"{name}.yaml"
     tree = params.read(file)
     for section, values in tree.items():
         if section not in params.SECTIONS or not isinstance(values, dict):
             raise UserError(
-                f"{file}: only sections are allowed at its top level: {', '.join(params.SECTIONS)}"
+                f"{file}: only sections are allowed at the top level: {', '.join(params.SECTIONS)}"
             )
     return {
         f"{section}.{key}": value
@@ -40,12 +42,18 @@ def read(name: str) -> dict[str, Any]:
 
 
 def train(name: str, queued: bool = False) -> None:
-    """Replace this process by the `dvc exp run` that trains a variant, or queues it.
+    """Replace this process with the `dvc exp run` command that trains a variant or queues it.
 
-    Raises UserError if there is no such variant, its file is invalid or dvc is not installed.
+    Raises UserError if there is no such variant, its settings are invalid, dvc is not installed, or
+    there is no git commit for the experiment to start from.
     """
-    command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
-    command += queue.param_options(read(name))
+    settings = read(name)
+    overrides.check(params.read(params.FILE), settings, f"{params.FILE} with variant {name}")
     queue.require_dvc()
+    if queued:
+        queue.check_folder()
+    commands.head()
+    command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
+    command += overrides.param_options(settings)
     sys.stdout.flush()
     os.execvp("dvc", command)

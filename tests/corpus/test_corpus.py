@@ -51,7 +51,7 @@ def test_named_corpus_can_be_added_as_a_loader(monkeypatch, tmp_path):
     monkeypatch.setitem(corpus.NAMED, "sonnets", lambda: ("Shall I compare thee", 10))
     assert split("sonnets", tmp_path) == ("Shall I co", "mpare thee")
     line = error_of("sonets", tmp_path)
-    assert "neither tinyshakespeare nor shakespeare nor sonnets nor a path" in line
+    assert f"neither {' nor '.join(corpus.NAMED)} nor a path" in line
     assert line.endswith("did you mean sonnets?")
 
 
@@ -203,11 +203,11 @@ def test_invalid_utf_8_error_states_the_byte_position(raw, tmp_path, monkeypatch
     monkeypatch.setattr(corpus, "CHUNK", chunk)
     (raw / "latin.txt").write_bytes(b"\xef\xbb\xbfna\xefve")
     (raw / "wide.txt").write_bytes("text".encode("utf-16"))
-    assert "data/raw/latin.txt is not UTF-8 at byte 5" in error_of("data/raw/latin.txt", tmp_path)
-    assert "data/raw/wide.txt is not UTF-8 at byte 0" in error_of("data/raw/wide.txt", tmp_path)
+    assert "latin.txt is not valid UTF-8 at byte 5" in error_of("data/raw/latin.txt", tmp_path)
+    assert "wide.txt is not valid UTF-8 at byte 0" in error_of("data/raw/wide.txt", tmp_path)
     (raw / "half.txt").write_bytes("na\u00efve \U0001f642".encode()[:-1])
-    assert "half.txt is not UTF-8 at byte 7:" in error_of("data/raw/half.txt", tmp_path)
-    assert "half.txt is not UTF-8" in error_of("data/raw", tmp_path)
+    assert "half.txt is not valid UTF-8 at byte 7:" in error_of("data/raw/half.txt", tmp_path)
+    assert "half.txt is not valid UTF-8" in error_of("data/raw", tmp_path)
 
 
 def test_text_too_short_to_be_split_is_rejected(raw, tmp_path):
@@ -222,3 +222,44 @@ def test_file_that_changes_while_it_is_being_read_is_detected(raw, tmp_path, new
     (raw / "mine.txt").write_text(new_text)
     with pytest.raises(UserError, match=r"data/raw/mine\.txt changed while it was being read"):
         list(mine.chunks())
+
+
+def test_folder_lists_its_files_and_what_is_left_out(raw, tmp_path):
+    for name in ("a.txt", "b/c.txt", ".ipynb_checkpoints/c-checkpoint.txt", "new\nline~.txt"):
+        (raw / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / "set" / name).write_text(f"text of {name!r}")
+    mine = corpus.read("data/raw/set", 0.5, tmp_path)
+    assert mine.files == ("a.txt", "b/c.txt") and mine.repeated == ()
+    assert mine.left_out == (".ipynb_checkpoints/c-checkpoint.txt", "new\\nline~.txt")
+    assert text_of(mine) == "text of 'a.txt'\ntext of 'b/c.txt'"
+    one = corpus.read("data/raw/set/a.txt", 0.5, tmp_path)
+    assert (one.files, one.left_out, one.repeated) == ((), (), ())
+
+
+def test_folder_with_nothing_but_leftovers_is_rejected(raw, tmp_path):
+    (raw / "set" / ".ipynb_checkpoints").mkdir(parents=True)
+    (raw / "set" / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("text")
+    line = error_of("data/raw/set", tmp_path)
+    assert "no .txt file except .ipynb_checkpoints/a-checkpoint.txt, which is left out" in line
+    for name in (
+        "data/raw/set/.ipynb_checkpoints",
+        "data/raw/set/.ipynb_checkpoints/a-checkpoint.txt",
+    ):
+        assert "in a folder .ipynb_checkpoints, which DVC ignores" in error_of(name, tmp_path)
+
+
+def test_files_with_the_same_text_are_named(raw, tmp_path):
+    texts = {
+        "a.txt": "one two\nthree\n",
+        "b/a.txt": "\ufeffone two\r\nthree",  # the same apart from white space
+        "c.txt": "another text",
+        "d.txt": "one  two three",
+        "e.txt": "another text",
+        "empty.txt": "",
+        "blank.txt": " \n",
+    }
+    for name, text in texts.items():
+        (raw / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / "set" / name).write_bytes(text.encode())
+    found = corpus.read("data/raw/set", 0.5, tmp_path).repeated
+    assert found == (("a.txt", "b/a.txt", "d.txt"), ("c.txt", "e.txt"))

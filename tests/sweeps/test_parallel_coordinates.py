@@ -3,7 +3,6 @@
 import pytest
 from PIL import Image
 
-from folio.cli.sections import param_sections
 from folio.sweeps.parallel_coordinates import Scale, draw
 from folio.sweeps.plan import make_trials
 
@@ -21,7 +20,7 @@ from folio.sweeps.plan import make_trials
 def test_draw_writes_a_plot(count, loss, tmp_path):
     settings = ["train.learning_rate=1e-4..1e-2", "train.patience=null,3"]
     settings += ["train.compile=auto,never", "model.dropout=0..0.3"]
-    trials = make_trials(settings, count, 1, param_sections())
+    trials = make_trials(settings, count, 1)
     draw(trials, [loss(i) for i in range(len(trials))], tmp_path / "plot.png")
     image = Image.open(tmp_path / "plot.png")
     assert image.size[0] > 1000 and len(image.convert("RGB").getcolors(10**6)) > 100

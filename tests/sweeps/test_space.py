@@ -4,17 +4,15 @@ from typing import Any
 
 import pytest
 
-from folio.cli.sections import param_sections
 from folio.errors import UserError
 from folio.sweeps.plan import make_trials
 from folio.sweeps.space import Choice, Range, format_trial, is_log_scale
 
-SECTIONS = param_sections()
 RATE = "train.learning_rate"
 
 
 def trials(*settings: str, count: int | None = None, seed: int = 1) -> list[dict[str, Any]]:
-    return make_trials(list(settings), count, seed, SECTIONS)
+    return make_trials(list(settings), count, seed)
 
 
 def test_grid_is_every_combination_with_values_of_the_right_types():
@@ -76,7 +74,7 @@ def test_random_trials_are_distinct():
         (["train.learning_rate"], None, "'train.learning_rate' is not a setting"),
         (["=3"], None, "'=3' is not a setting"),
         (["train.learnign_rate=1"], None, "did you mean train.learning_rate?"),
-        (["evaluate.stride=1,2"], None, "a sweep can vary only params of model and train"),
+        (["evaluate.stride=1,2"], None, "a sweep can only vary params of model and train"),
         (["train.steps=10,ten"], None, "train.steps: 'ten' is not valid; expected an int >= 1"),
         (["train.steps=1.5"], None, "train.steps: '1.5' is not valid"),
         (["train.steps=[1"], None, "train.steps: '[1' is not valid"),
@@ -86,12 +84,12 @@ def test_random_trials_are_distinct():
         (["train.learning_rate=1e-3,0.001"], None, "a value is given twice"),
         (["train.steps=10", "train.steps=20"], None, "train.steps is given twice"),
         (["train.learning_rate=1e-4..1e-2"], None, "`--random 20` samples a range"),
-        (["train.steps=1..9", "train.seed=1..5"], 0, "--random 0: give a number from 1 to 500"),
-        (["train.steps=9..1"], 4, "a range needs a lower and a higher number"),
+        (["train.steps=1..9", "train.seed=1..5"], 0, "--random 0: use a number from 1 to 500"),
+        (["train.steps=9..1"], 4, "a range needs a lower and a higher end"),
         (["train.steps=1..."], 4, "train.steps: '.' is not valid"),
-        (["train.precision=bf16..fp32"], 4, "a range needs a lower and a higher number"),
+        (["train.precision=bf16..fp32"], 4, "a range needs a lower and a higher end"),
         (["train.learning_rate=ln:1e-4..1e-2"], 4, "log:low..high or lin:low..high"),
-        (["model.dropout=log:0..0.5"], 4, "a low end above 0"),
+        (["model.dropout=log:0..0.5"], 4, "a log range must be above 0"),
         ([f"train.{key}={','.join(map(str, range(1, 31)))}" for key in ("seed", "steps")], None,
          "900 trials are more than 500"),
     ],
@@ -104,8 +102,10 @@ def test_invalid_settings_are_reported_on_one_line(settings, count, message):
 
 def test_format_trial_writes_a_trial_like_the_command_line():
     trial = {"train.learning_rate": 1e-4, "train.patience": None, "train.deterministic": True}
+    trial |= {"train.beta2": 0.99999999, "train.init_from": "GPT2-Größe"}
     assert format_trial(trial) == (
         "train.learning_rate=0.0001 train.patience=null train.deterministic=true"
+        " train.beta2=0.99999999 train.init_from=GPT2-Größe"
     )
 
 

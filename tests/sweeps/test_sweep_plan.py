@@ -1,15 +1,13 @@
 """The plan of a sweep: checked, named, stored and listed."""
 
+import dataclasses
 import json
 
 import pytest
 from conftest import ROOT
 
-from folio.cli.sections import param_sections
 from folio.errors import UserError
 from folio.sweeps.plan import Plan, check_trials, make_plan, read_plan
-
-SECTIONS = param_sections()
 
 
 def plan(trials: dict[str, dict]) -> Plan:
@@ -21,14 +19,14 @@ def plan(trials: dict[str, dict]) -> Plan:
     [
         ({"train.steps": 100}, "train.steps=100: train.warmup_steps: 300"),
         ({"model.n_embd": 130}, "model.n_embd=130: model."),
-        ({"model.block_size": 16}, "evaluate.stride 32 is larger than model.block_size 16"),
+        ({"model.block_size": 16}, "evaluate.stride 32 is longer than model.block_size 16"),
     ],
 )
 def test_check_trials_reports_params_that_contradict_each_other(trial, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check_trials([{"train.steps": 400}], {}, SECTIONS)
+    check_trials([{"train.steps": 400}], {})
     with pytest.raises(UserError) as error:
-        check_trials([{"train.steps": 400}, trial], {}, SECTIONS)
+        check_trials([{"train.steps": 400}, trial], {})
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -65,7 +63,12 @@ def test_read_plan_reads_the_plans_of_older_versions(tmp_path, monkeypatch):
 def test_read_plan_reports_a_damaged_plan_on_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sweeps/x").mkdir(parents=True)
-    for content in ("{", "[]", json.dumps({"name": "x"})):
+    saved = dataclasses.asdict(plan({"x-1": {"train.seed": 1}})) | {"name": "x"}
+    trials = {"x-1": {"train.seed": 1}, "x-2": {"train.steps": 1}}
+    others = [{"name": "y"}, {"baseline": 5}, {"base": []}, {"trials": {}}, {"trials": [1]}]
+    others += [{"trials": {"x-1": 5}}, {"trials": trials}]
+    contents = ["{", "[]", "5", json.dumps({"name": "x"})]
+    for content in contents + [json.dumps(saved | other) for other in others]:
         (tmp_path / "sweeps/x/plan.json").write_text(content)
         with pytest.raises(UserError, match="is damaged: remove sweeps/x and run the sweep again"):
             read_plan("x")

@@ -48,7 +48,7 @@ def test_run_rejects_a_name_that_experiments_of_another_sweep_have(tmp_path, mon
     plan = make_plan(rates, {}, "mine")
     ref = f"refs/exps/{plan.baseline[:2]}/{plan.baseline[2:]}/mine-01"
     subprocess.run(["git", "update-ref", ref, "HEAD"], check=True)
-    with pytest.raises(UserError, match="of another sweep: choose another --name"):
+    with pytest.raises(UserError, match="belong to another sweep: choose another --name"):
         sweep.run(plan, 1, None)
     assert not plan.folder.exists()
 

@@ -5,9 +5,9 @@ import yaml
 from conftest import ROOT, run
 
 from folio import params
-from folio.cli.sections import param_sections
 from folio.errors import UserError
-from folio.sweeps import queue, variants
+from folio.sections import SECTIONS
+from folio.sweeps import variants
 
 NAMES = sorted(path.stem for path in (ROOT / "variants").glob("*.yaml"))
 
@@ -19,7 +19,7 @@ def test_variant_gives_a_complete_set_of_params(name, tmp_path):
         assert values.keys() <= tree[section].keys()
         tree[section] |= values
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(tree))
-    _, model, train, evaluate, _ = params.load(tmp_path / "params.yaml", **param_sections())
+    _, model, train, evaluate, _ = params.load(tmp_path / "params.yaml", **SECTIONS)
     assert evaluate.stride <= model.block_size
     assert train.warmup_steps < train.steps
 
@@ -37,8 +37,8 @@ def test_read_flattens_a_variant(name, monkeypatch):
     ("text", "message"),
     [
         ("", "has no sections"),
-        ("train: 5", "only sections are allowed at its top level: prepare, model"),
-        ("trian: {steps: 5}", "only sections are allowed at its top level: prepare, model"),
+        ("train: 5", "only sections are allowed at the top level: prepare, model"),
+        ("trian: {steps: 5}", "only sections are allowed at the top level: prepare, model"),
         ("train: {steps: 5, steps: 6}", "line 1: duplicate key steps"),
         ("train: [", "is not valid YAML"),
     ],
@@ -56,12 +56,3 @@ def test_unknown_variant_is_reported_with_the_available_ones():
     done = run(ROOT, "python", "-m", "folio", "variant", "gpt5")
     assert done.returncode == 1
     assert "'gpt5'" in done.stderr and "seed-30m" in done.stderr
-
-
-def test_param_options_override_params_yaml_through_dvc():
-    settings = {"train.steps": 5, "train.patience": None, "train.compile": "never"}
-    assert queue.param_options(settings) == [
-        *("--set-param", "train.steps=5"),
-        *("--set-param", "train.patience=null"),
-        *("--set-param", 'train.compile="never"'),
-    ]

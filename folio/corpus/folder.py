@@ -1,0 +1,59 @@
+"""The text files of a folder, without the files that tools leave there."""
+
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+
+# Folders and files that editors, operating systems and synchronization tools create next to the
+# user's own: checkpoints of notebooks, parts of archives from macOS, deleted files, other versions.
+_FOLDERS = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "@eadir"}
+_FILES = re.compile(
+    r"~.*"  # ~$letters.txt
+    r"|.*(~|\.bak|\.swp|\.tmp)\.txt"  # letters~.txt, letters.bak.txt
+    r"|.*\.sync-conflict-[\w-]+\.txt"  # Syncthing
+    r"|.*\([^)]*conflicted copy[^)]*\)\.txt",  # Dropbox, Nextcloud
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def find_texts(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the .txt files in a folder, at any depth, in the order of their paths; and what is
+    left out, as paths relative to the folder.
+
+    Hidden files and folders, files that tools leave behind, and links to folders are left out.
+    Raises OSError, with the folder as its filename, if a folder cannot be listed.
+    """
+    texts: list[Path] = []
+    left_out: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        for name in list(folders):
+            path = Path(parent, name)
+            if path.is_symlink():  # os.walk does not follow it
+                left_out.append(f"{path.relative_to(folder).as_posix()} (a link to a folder)")
+            elif name.startswith(".") or name.lower() in _FOLDERS:
+                folders.remove(name)
+                left_out += _names_below(path, folder)
+        for name in names:
+            if name.lower().endswith(".txt"):
+                path = Path(parent, name)
+                if name.startswith(".") or _FILES.fullmatch(name):
+                    left_out.append(path.relative_to(folder).as_posix())
+                else:
+                    texts.append(path)
+    texts.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return texts, sorted(left_out)
+
+
+def _names_below(path: Path, folder: Path) -> list[str]:
+    """The .txt files below a folder that is left out."""
+    return [
+        Path(parent, name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(path)
+        for name in names
+        if name.lower().endswith(".txt")
+    ]
+
+
+def _raise(error: OSError) -> NoReturn:  # by default, os.walk skips folders that it cannot read
+    raise error

@@ -1,0 +1,160 @@
+"""Detects changes in a stage's inputs while the stage is running.
+
+DVC hashes a stage's deps and params after its command has ended. If they were edited in the
+meantime, dvc.lock and DVC's run cache would record the edit as the input of a result that did not
+depend on it. So a stage whose inputs have changed fails instead, and DVC records nothing.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from folio import strict_yaml
+from folio.errors import UserError
+
+# Folders inside deps that DVC ignores (.dvcignore): Python and other tools may write to them.
+_IGNORED = {"__pycache__", ".cache", ".ipynb_checkpoints"}
+
+Stat = tuple[int, ...]
+Values = dict[str, Any]  # param -> value
+Files = dict[str, tuple[Stat, str]]  # path -> (identity of the file, sha256)
+
+_at_start: "Inputs | None" = None
+
+
+def remember() -> None:
+    """Read the inputs of the stage that this process runs: `python -m stages.NAME`.
+
+    Must be called before the stage's sources are imported.
+    """
+    global _at_start
+    names = [word.removeprefix("stages.") for word in sys.orig_argv if word.startswith("stages.")]
+    if sys.argv[0] == "-m" and names:
+        _at_start = Inputs(names[0], Path.cwd())
+
+
+def check() -> None:
+    """Raise UserError if an input has changed since `remember`; do nothing without `remember`."""
+    if _at_start:
+        _at_start.check()
+
+
+def exit_after_check() -> NoReturn:
+    """End the process at once, with exit status 0. To be called right after `check`.
+
+    A regular exit takes PyTorch two seconds, during which no change would be detected.
+    """
+    os._exit(0)
+
+
+class Inputs:
+    def __init__(self, stage: str, root: Path):
+        """The params and deps of a stage in root/dvc.yaml, as they are now."""
+        self._stage, self._root = stage, root
+        self._values = self._read_values()
+        self._files = self._read_files(known={})
+
+    def check(self) -> None:
+        """Raise UserError with the inputs that have changed since they were read, if any."""
+        values, files = self._read_values(), self._read_files(known=self._files)
+        hashes = {path: sha256 for path, (_, sha256) in files.items()}
+        before = {path: sha256 for path, (_, sha256) in self._files.items()}
+        changed = [
+            f"{name} in params.yaml ({_show(self._values.get(name))} -> {_show(values.get(name))})"
+            for name in _differing(self._values, values)
+        ]
+        changed += _differing(before, hashes)
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{', '.join(changed[:3])}{more} changed while {self._stage} was running, so its"
+                " result is not recorded: undo the change, or keep it, and run the same command"
+                " again"
+            )
+
+    def _read_values(self) -> Values:
+        """The params of the stage, `section.key` -> value, as they are in the YAML file."""
+        sections = _stage(self._root, self._stage).get("params", [])
+        tree = _load(self._root / "params.yaml", strict_yaml.load)
+        values: Values = {}
+        for section in sections:
+            found = tree.get(section) if isinstance(tree, dict) else None
+            if isinstance(found, dict):
+                values |= {f"{section}.{key}": value for key, value in found.items()}
+            else:
+                values[section] = found
+        return values
+
+    def _read_files(self, known: Files) -> Files:
+        """The files in the stage's deps. If the inode, size and times of a file are the same as in
+        `known`, its content is not read again."""
+        found: Files = {}
+        for dep in _stage(self._root, self._stage).get("deps", []):
+            path = self._root / self._interpolate(str(dep))
+            for file in _files(path):
+                name = file.relative_to(self._root).as_posix()
+                try:
+                    stat = _identity(file)
+                    same = name in known and known[name][0] == stat
+                    found[name] = (stat, known[name][1] if same else _sha256(file))
+                except OSError:
+                    continue  # just removed; the stage reports a missing file
+        return found
+
+    def _interpolate(self, dep: str) -> str:
+        """A dep in which each `${section.key}` is replaced by the value it had at the start."""
+        return re.sub(r"\$\{([\w.]+)\}", lambda m: str(self._values.get(m[1], m[0])), dep)
+
+
+def _stage(root: Path, name: str) -> dict[str, Any]:
+    tree = _load(root / "dvc.yaml", yaml.safe_load)
+    stages = tree.get("stages") if isinstance(tree, dict) else None
+    stage = stages.get(name) if isinstance(stages, dict) else None
+    return stage if isinstance(stage, dict) else {}
+
+
+def _load(path: Path, load: Callable[[str], Any]) -> Any:
+    """Load a YAML file. Returns None if that fails; the stage itself reports what is wrong."""
+    try:
+        return load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name not in _IGNORED]
+        found += [Path(folder, name) for name in names if Path(folder, name).is_file()]
+    return found
+
+
+def _identity(path: Path) -> Stat:
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names whose values differ; 1, 1.0 and true count as different."""
+    return sorted(
+        name
+        for name in before.keys() | now.keys()
+        if name not in before or name not in now or repr(before[name]) != repr(now[name])
+    )
+
+
+def _show(value: Any) -> str:
+    return repr(value)[:40]

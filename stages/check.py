@@ -1,0 +1,48 @@
+"""The check stage: checks params.yaml before DVC removes the outs of a stage that depends on it."""
+
+import os
+from pathlib import Path
+
+from folio import files, inputs, params, sections
+from folio.corpus import corpus
+from folio.errors import UserError, one_line_errors
+from folio.training import init_from
+
+OUT = Path("data/params.ok")  # its content never changes, so it does not trigger other stages
+
+
+def main() -> None:
+    try:
+        _check()
+    except UserError as error:
+        raise UserError(f"{error}{_way_back()}") from None
+    files.write_text(OUT, "every section of params.yaml is valid\n")
+    inputs.check()
+
+
+def _check() -> None:
+    loaded = sections.check(params.read(params.FILE), str(params.FILE))
+    text, pretrained = loaded["prepare"].corpus, loaded["train"].init_from
+    if not _may_be_pulled(Path(text)):
+        corpus.check_exists(text, Path())
+    if not _may_be_pulled(init_from.FOLDER / pretrained):
+        init_from.check_exists(pretrained, Path())
+
+
+def _way_back() -> str:
+    """A hint on how to undo `dvc exp run -S`, which leaves its values in params.yaml."""
+    in_workspace = Path(os.environ.get("DVC_ROOT", "")).resolve() == Path.cwd()
+    if "DVC_EXP_NAME" not in os.environ or not in_workspace:
+        return ""
+    return "; `git checkout HEAD -- params.yaml` restores the params of the last commit"
+
+
+def _may_be_pulled(path: Path) -> bool:
+    """Whether DVC tracks a path, so that `dvc repro --pull` restores it after this stage."""
+    tracked = [file.with_suffix("") for file in Path("data").rglob("*.dvc")]
+    return any(path.is_relative_to(each) for each in tracked)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
