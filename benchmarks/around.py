@@ -1,5 +1,5 @@
-"""The time around the training steps: startup, end, evaluations, MLflow, and a `dvc repro` with
-nothing to do.
+"""Time spent outside training steps: startup, shutdown, evaluations, MLflow, and a `dvc repro`
+with nothing to do.
 
     python -m benchmarks.around
 
@@ -39,16 +39,16 @@ class TimedLogger(RunLogger):
 
 
 def measure_command(folder: Path, *words: str) -> float:
-    """The seconds that a command takes."""
+    """The time that a command takes, in seconds."""
     started = time.monotonic()
     Command(folder, *words).finish()
     return time.monotonic() - started
 
 
 def measure_train_stage(folder: Path) -> tuple[float, float, float, float]:
-    """Run the train stage without an MLflow store. Returns the seconds from the start of the
-    process to the first step, of a step, of the evaluation after the last step, and from there to
-    the end of the process."""
+    """Run the train stage without an MLflow store. Returns four times in seconds: from the start of
+    the process to the first step, for one step, for the evaluation after the last step, and from
+    there to the end of the process."""
     for leftover in (".checkpoints", "models", "mlruns"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / "mlflow.db").unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def measure_train_stage(folder: Path) -> tuple[float, float, float, float]:
 
 
 def measure_training(variant: dict, number: int | None) -> tuple[float, float]:
-    """Train in this process. Returns the seconds of the training and of MLflow's thread.
+    """Train in this process. Returns the training time and MLflow's CPU time in seconds.
 
     number: identifies the run in MLflow; None trains without MLflow and without system metrics.
     """
@@ -81,7 +81,7 @@ def measure_training(variant: dict, number: int | None) -> tuple[float, float]:
 
 
 def measure_pipeline(variant: str | None, rounds: int) -> tuple[float, float]:
-    """Print the times of whole commands. Returns the seconds of a step and of an evaluation."""
+    """Print the times of whole commands. Returns those of a step and an evaluation in seconds."""
     steps = 60
     with tempfile.TemporaryDirectory(prefix="around-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "base"
@@ -101,7 +101,7 @@ def measure_pipeline(variant: str | None, rounds: int) -> tuple[float, float]:
 
 
 def measure_mlflow(variant: dict, rounds: int, steps: int) -> None:
-    """Print what MLflow costs, as a share of the training time."""
+    """Print the cost of MLflow as a share of the training time."""
     variant = variant | {"train.steps": steps, "train.warmup_steps": 1}
     with tempfile.TemporaryDirectory(prefix="around-") as temporary:
         os.environ["DVC_ROOT"] = temporary
@@ -109,24 +109,24 @@ def measure_mlflow(variant: dict, rounds: int, steps: int) -> None:
         measure_training(variant | {"train.steps": 2}, 1)  # creates the store
         times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for n in range(rounds):
-            for with_mlflow in (True, False) if n % 2 else (False, True):  # each is first in turn
+            for with_mlflow in (True, False) if n % 2 else (False, True):  # take turns going first
                 times[with_mlflow].append(measure_training(variant, n + 2 if with_mlflow else None))
     seconds, plain = (median(t[0] for t in times[kind]) for kind in (True, False))
     share = median(thread / training for training, thread in times[True])
-    print(f"{steps} steps with MLflow, against without{seconds / plain - 1:+9.1%}")
-    print(f"CPU time of MLflow's thread, of the run{share:9.1%}")
+    print(f"{f'{steps} steps, time added by MLflow':<38}{seconds / plain - 1:+9.1%}")
+    print(f"MLflow's thread, share of the run time{share:9.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--variant", help="one of the files in variants/, without .yaml")
-    parser.add_argument("--steps", type=int, default=500, help="of a training with MLflow")
+    parser.add_argument("--steps", type=int, default=500, help="training steps with MLflow")
     options = parser.parse_args()
     step, evaluation = measure_pipeline(options.variant, options.rounds)
     variant = variants.read(options.variant) if options.variant else {}
     interval = build(variant)[0].params.eval_interval
-    print(f"an evaluation, of the steps between two{evaluation / (interval * step):9.1%}")
+    print(f"an evaluation vs. the steps in between{evaluation / (interval * step):9.1%}")
     measure_mlflow(variant, options.rounds, options.steps)
 
 

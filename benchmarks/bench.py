@@ -1,4 +1,4 @@
-"""What the faults of benchmarks/faults.py share: the uninterrupted training, and the comparison."""
+"""Shared by the faults in benchmarks/faults.py: the uninterrupted run, and the comparison."""
 
 import argparse
 import shutil
@@ -13,7 +13,7 @@ Row = tuple[str, int, int, str]  # fault, times tried, times survived, note
 
 
 class Bench:
-    """The uninterrupted training, and copies of the prepared project for each fault."""
+    """The uninterrupted training run, and copies of the prepared project for each fault."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.folder, self.options = folder, options
@@ -29,11 +29,11 @@ class Bench:
         return folder
 
     def half_way(self, action: str = "slow down") -> str:
-        """A fault in the middle of the training. "slow down" lasts until Command.speed_up."""
+        """A fault in the middle of training. "slow down" lasts until Command.speed_up."""
         return f"train|stages/train.py|train|trainer.step(|{self.options.steps // 2}|{action}"
 
     def compare(self, folder: Path, problems: list[str], uri: str = "") -> str:
-        """The problems of a training, and how its results differ; "" if everything is right."""
+        """The problems of a training run, and how its results differ; "" if all is well."""
         try:
             store = uri or f"sqlite:///{folder / 'mlflow.db'}"
             found = [*compare_outs(self.uninterrupted, folder), *compare_mlflow(folder, store)]
@@ -44,6 +44,6 @@ class Bench:
     def verdict(
         self, name: str, folder: Path, note: str, problems: list[str], uri: str = ""
     ) -> list[Row]:
-        """The row of a fault that was tried once, and whose training has then been completed."""
+        """The row for a fault that was tried once, after training has been completed."""
         found = self.compare(folder, problems, uri)
         return [(name, 1, int(not found), f"{note}; {found}" if found else note)]

@@ -1,4 +1,4 @@
-"""Compares the results of two projects, and a project with its runs in MLflow."""
+"""Compares two projects' results, and a project with its runs in MLflow."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.project import read_history
 from folio.run import RECORD
-from folio.tracking import registry
+from folio.tracking import logged_models
 
 
 def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
@@ -43,8 +43,8 @@ def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
 
 
 def compare_mlflow(folder: Path, uri: str) -> Iterator[str]:
-    """Yield how a store differs from a project: it must have one run of the training and, nested in
-    it, one of the evaluation, with every point once and with the project's files."""
+    """Yield how a store differs from a project: it must contain one training run and, nested under
+    it, one evaluation run, with every point exactly once and with the project's files."""
     client = mlflow.MlflowClient(uri)
     runs = list_runs(client)
     nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
@@ -52,7 +52,7 @@ def compare_mlflow(folder: Path, uri: str) -> Iterator[str]:
     for kind, found in (("training", trained), ("evaluation", nested)):
         statuses = [run.info.status for run in found]
         if statuses != ["FINISHED"]:
-            yield f"MLflow's runs of one {kind} are {statuses}"
+            yield f"instead of one finished {kind} run, MLflow has {statuses}"
     rows = read_history(folder)
     expected = {(k, r["step"], v) for r in rows for k, v in r.items() if k not in ("step", "time")}
     for run in runs:
@@ -79,7 +79,7 @@ def compare_mlflow(folder: Path, uri: str) -> Iterator[str]:
 
 
 def training_files(folder: Path) -> dict[str, bytes]:
-    """The artifacts that the run of a project's training must have."""
+    """The artifacts that a project's training run must have."""
     return {
         **{f"training/{name}": content for name, content in files_in(folder / "models/training")},
         **{f"data/{name}": content for name, content in files_in(folder / "data/diagnostics")},
@@ -89,7 +89,7 @@ def training_files(folder: Path) -> dict[str, bytes]:
 
 
 def evaluation_files(folder: Path) -> dict[str, bytes]:
-    """The artifacts that the run of a project's evaluation must have."""
+    """The artifacts that a project's evaluation run must have."""
     found = files_in(folder / "models/evaluation")
     return {f"evaluation/{name}": content for name, content in found}
 
@@ -100,15 +100,15 @@ def logged_model(client: mlflow.MlflowClient, run: Run) -> dict[str, bytes]:
     models = client.search_logged_models([run.info.experiment_id], query)
     if [model.status for model in models] != ["READY"]:
         return {}
-    uri = f"{models[0].artifact_location}/artifacts/{registry.ARTIFACT}"
+    uri = f"{models[0].artifact_location}/artifacts/{logged_models.ARTIFACT}"
     with tempfile.TemporaryDirectory() as copy:
         destination = {"dst_path": copy, "tracking_uri": client.tracking_uri}
         return dict(files_in(Path(mlflow.artifacts.download_artifacts(uri, **destination))))
 
 
 def files_in(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The names and contents of the files in a folder, without the record, which MLflow has as
-    params and tags."""
+    """The names and contents of the files in a folder, except for the record, which MLflow stores
+    as params and tags."""
     for file in filter(Path.is_file, folder.rglob("*")):
         if file.name != RECORD:
             yield str(file.relative_to(folder)), file.read_bytes()

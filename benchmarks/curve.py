@@ -1,11 +1,11 @@
-"""Whether Folio's step learns as a plain training step does: compares their loss curves.
+"""Compares the loss curves of Folio's training step and a plain one.
 
     python -m benchmarks.curve --variant gpt2-124m --steps 200
 
-Compares Folio's step with forward and backward passes in bf16 autocast that use PyTorch's own
-cross-entropy, from the same weights and on the same batches. A third curve shows the effect of
-rounding: the plain step with the windows of each batch in reverse order, which only changes the
-order of summation. Requires data/prepared (`dvc repro prepare`).
+The plain step uses bf16 autocast and PyTorch's own cross-entropy. Both start from the same weights
+and see the same batches. A third curve shows the effect of rounding: the plain step with the
+windows of each batch in reverse order, which only changes the order of summation. Requires
+data/prepared (`dvc repro prepare`).
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Interrupts trainings in every way and checks that `dvc repro` then ends with the same results.
+"""Interrupts training in many ways and checks that `dvc repro` still produces the same results.
 
     python -m benchmarks.faults                                     # everything, on a tiny model
     python -m benchmarks.faults --only kills --variant seed-30m --precision bf16
 
 Trains temporary projects without interruption and with each fault, and compares the weights byte by
-byte, the history row by row and MLflow's data point by point. Uses no network.
+byte, the history row by row and MLflow's data point by point. Does not use the network.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.project import Command, Server, repro, seconds_to_end, trainers
 
 
 def stop(number: signal.Signals, cause: str, bench: Bench) -> list[Row]:
-    """SIGTERM is sent to the trainer alone, Ctrl-C to the terminal's whole process group."""
+    """Send SIGTERM to the trainer alone, or Ctrl-C to the whole process group."""
     folder = bench.new_project()
     command = repro(folder, fault=bench.half_way())
     trainer = command.wait_for_fault()
@@ -46,13 +46,13 @@ def stop(number: signal.Signals, cause: str, bench: Bench) -> list[Row]:
 
 
 def check_output(command: Command, line: str) -> list[str]:
-    """The problems of a command's output, which must contain the line and no traceback."""
+    """The problems with a command's output, which must contain the line and no traceback."""
     problems = [] if line in command.output else [f"it did not print {line!r}"]
     return problems + (["a traceback"] if "Traceback" in command.output else [])
 
 
 def dvc_killed(bench: Bench) -> list[Row]:
-    """The trainer must end with dvc. A `dvc repro` started right away must wait for that."""
+    """The trainer must exit when dvc does. A `dvc repro` started right away must wait for that."""
     folder = bench.new_project()
     command = repro(folder, fault=bench.half_way())
     trainer = command.wait_for_fault()
@@ -62,7 +62,7 @@ def dvc_killed(bench: Bench) -> list[Row]:
     seconds = seconds_to_end(trainer)
     problems = [] if seconds < 10 else ["it took too long"]
     problems += ["two trainers at once"] if len(trainers(folder)) > 1 else []
-    problems += check_output(command, "stopped by the end of dvc")
+    problems += check_output(command, "stopped by the exit of dvc")
     again.speed_up()
     again.finish()
     note = f"trainer ended after {seconds:.1f} s; a `dvc repro` right away resumed"
@@ -103,7 +103,7 @@ def damage(kind: str, bench: Bench) -> list[Row]:
 
 
 def damage_all(bench: Bench) -> list[Row]:
-    """The training must stop with a message. After their removal, it starts over."""
+    """Training must stop with a message. Once all checkpoints are removed, it must start over."""
     folder, states = killed_half_way(bench)
     for state in states:
         DAMAGES["truncated"](state)
@@ -113,12 +113,12 @@ def damage_all(bench: Bench) -> list[Row]:
     shutil.rmtree(folder / ".checkpoints")
     repro(folder).finish()
     problems += compare_outs(bench.uninterrupted, folder)
-    note = "stops with one line; after their removal, trains to the same weights"
+    note = "stops with one line; once they are removed, trains to the same weights"
     return [("all checkpoints damaged", 1, int(not problems), "; ".join([note, *problems]))]
 
 
 def server_outage(from_start: bool, bench: Bench) -> list[Row]:
-    """The MLflow server does not answer from the start, or from the middle, and comes back."""
+    """The MLflow server is down from the start or killed halfway, and then comes back."""
     folder, line = bench.new_project(), "continuing without it"
     with Server(folder.parent) as server:
         if not from_start:
@@ -134,7 +134,7 @@ def server_outage(from_start: bool, bench: Bench) -> list[Row]:
         command.finish()
         problems = check_output(command, line)
         name = "MLflow server down at the start" if from_start else "MLflow server killed"
-        note = f"reported {command.output.count(line)} times; back in the middle of the training"
+        note = f"reported {command.output.count(line)} times; back in the middle of training"
         return bench.verdict(name, folder, note, problems, server.uri)
 
 
@@ -195,7 +195,7 @@ def main() -> None:
         for name in [options.only] if options.only else FAULTS:
             try:
                 rows = FAULTS[name](bench)
-            except Exception as error:  # a fault that stops this script was not survived
+            except Exception as error:  # a fault that breaks this script was not survived
                 rows = [(name, 1, 0, str(error) or repr(error))]
             for fault, tried, survived, note in rows:
                 print(f"{fault:<42}  {tried:5}  {survived:8}  {note}", flush=True)

@@ -1,9 +1,9 @@
-"""Fingerprints of three short trainings: a refactoring must not change a bit of them.
+"""Fingerprints of three short training runs, which a refactoring must not change by a single bit.
 
     python -m benchmarks.fingerprint tiny laptop
     python -m benchmarks.fingerprint seed-30m        # on a GPU, in bf16
 
-Prints the sha256 of the weights, and of the history without the values that depend on the clock.
+Prints the sha256 of the weights, and of the history without values that depend on the clock.
 Fingerprints are only comparable on the same machine with the same version of PyTorch.
 """
 

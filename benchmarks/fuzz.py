@@ -1,9 +1,9 @@
-"""Fuzzing at length: the properties of tests/pipeline/test_fuzz.py with many more cases.
+"""Extended fuzzing: the properties in tests/pipeline/test_fuzz.py with many more cases.
 
     python -m benchmarks.fuzz                       100,000 cases: half an hour on a busy core
     python -m benchmarks.fuzz --times 38 --seed 7   repeats the cases of a run with seed 7
 
-Prints a row for each property: the number of cases that ran, whether it failed, and the seconds.
+Prints a row for each property: the number of cases, whether it failed, and the time in seconds.
 Above the table, hypothesis shows the smallest input of each failure. The exit status is 1 if there
 is a failure.
 """
@@ -33,7 +33,7 @@ class Outcomes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--times", type=float, default=38, help="factor for the number of cases of the test suite"
+        "--times", type=float, default=38, help="multiplies the test suite's number of cases"
     )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()

@@ -1,12 +1,13 @@
-"""The speed of generation: Folio compared with transformers, and with no cache at all.
+"""The speed of generation: Folio compared with transformers, and with generation without a cache.
 
     python -m benchmarks.generate --tokens 500 --batches 1 64
 
-Greedy decoding with the sizes of seed-30m (6 layers, 6 heads, width 384, 50,257 tokens) and random
-weights, perturbed so that the text does not repeat one token. The two contenders of a row are timed
-in turn; prints medians. They must generate the same ids, except where rounding decides between the
-two most likely tokens. transformers cannot generate beyond the model's context, so that comparison
-uses a context of 1,024; the one without a cache goes beyond a context of 128. Requires no data.
+Uses greedy decoding with a model of seed-30m's size (6 layers, 6 heads, width 384, 50,257 tokens)
+and random weights, perturbed so that the text does not repeat a single token. The two contenders in
+a row are timed in turn; prints medians. They must generate the same ids, except where rounding
+decides between the two most likely tokens. transformers cannot generate beyond the model's context,
+so that comparison uses a context of 1,024; the other one goes beyond a context of 128.
+Requires no data.
 """
 
 import argparse
@@ -81,8 +82,8 @@ def without_cache(model: GPT) -> Generate:
 
 @torch.inference_mode()
 def gap(model: GPT, prompt: torch.Tensor, text: list[int], other: list[int]) -> float:
-    """The difference of the logits of the first two ids that differ, in standard deviations of the
-    logits; 0 if the texts are equal."""
+    """The difference between the logits of the two ids where the texts first differ, in standard
+    deviations of the logits; 0 if the texts are equal."""
     pairs = enumerate(zip(text, other, strict=True))
     i = next((i for i, (a, b) in pairs if a != b), -1)
     if i < 0:
@@ -95,7 +96,7 @@ def gap(model: GPT, prompt: torch.Tensor, text: list[int], other: list[int]) -> 
 def compare(
     name: str, model: GPT, other: Generate, prompts: torch.Tensor, tokens: int, rounds: int
 ) -> None:
-    """Print a row. Exit if the ids differ and rounding cannot be the reason."""
+    """Print a row. Exit if the ids differ by more than rounding can explain."""
     ours = with_folio(model)
     ours(prompts, 8), other(prompts, 8)
     seconds, ids = {ours: [], other: []}, {}
@@ -121,7 +122,8 @@ def compare(
 
 @torch.inference_mode()
 def floor(model: GPT, where: torch.device, rounds: int) -> tuple[float, float]:
-    """The ms to read all weight matrices once (their sum), and to multiply each by a vector."""
+    """The time in ms to read all weight matrices once (their sum), and to multiply each by a
+    vector."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".wpe." not in name]
     vectors = [torch.randn(1, p.shape[1], device=where) for p in matrices]
     taken: dict[str, list[float]] = {"read": [], "linear": []}

@@ -1,9 +1,10 @@
-"""The cost of the output layer: fused or not, with a row for every token or for those that occur.
+"""The cost of the output layer: fused or not, with a row for every token or only for those that
+occur.
 
     python -m benchmarks.head
 
-Measures the forward and backward pass of the output layer and the loss for 1,024 tokens, then a
-whole step of the model of params.yaml. The alternatives are timed in turn; prints medians in ms.
+Measures the forward and backward passes of the output layer and the loss for 1,024 tokens, then a
+whole step of the model in params.yaml. The alternatives are timed in turn; prints medians in ms.
 Requires data/prepared (`dvc repro prepare`).
 """
 

@@ -1,9 +1,10 @@
 """Injects a fault into a stage: benchmarks/project.py copies this file to sitecustomize.py.
 
-Python imports sitecustomize at the start of every process. In the stage of the fault it counts the
-lines that a function is about to run, and acts on one of them; the product needs no code for this.
-FOLIO_FAULT is stage|end of the file's path|function|part of the line|number of the line|action. An
-action other than a kill slows the process down until the file ../continue exists.
+Python imports sitecustomize at the start of every process. In the stage that FOLIO_FAULT specifies,
+this module counts the matching lines that a function is about to run, and acts on one of them.
+Folio itself needs no code for this. FOLIO_FAULT has the form stage|end of the file's path|function|
+part of the line|number of the match|action. Any action other than a kill slows the process down
+until the file ../continue exists.
 """
 
 import linecache

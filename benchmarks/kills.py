@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of one training; a part of benchmarks/faults.py."""
+"""SIGKILL at random moments of one training run; part of benchmarks/faults.py."""
 
 import random
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.bench import Bench, Row
 from benchmarks.project import EVAL_INTERVAL, TIMEOUT, repro, trainers
 
-# Where kills happen. The phase: during the training, at its end, or in the next stage. A
-# description. The stage, a file, a function in it, a part of the line (. is any line), and the
-# maximum number of such lines before the kill, small enough for some 10 steps between two kills.
+# Where kills happen. Phase: during training, at its end, or in the next stage. Description. Stage,
+# file, function, part of the line (. means any line), and the maximum number of such lines before
+# the kill, small enough for about 10 steps between kills.
 MOMENTS = """
 train  while the program starts         train     torch/__init__.py              <module>                .         400
 train  while the program starts         train     stages/train.py                run                     .          12
@@ -46,7 +46,7 @@ MOMENT_FIELDS = [re.split("  +", line) for line in MOMENTS.strip().splitlines()]
 
 
 def kills(bench: Bench) -> list[Row]:
-    """SIGKILL at random moments of one training, up to the number in the options."""
+    """Send SIGKILL at random moments of one training run, up to options.kills times."""
     rng, folder, number = (
         random.Random(bench.options.seed),
         bench.new_project(),
@@ -57,8 +57,8 @@ def kills(bench: Bench) -> list[Row]:
     end = time.monotonic() + 60 * bench.options.minutes
     for attempt in range(2 * number):
         remaining = number - tried.total()
-        stages_done = (folder / "dvc.lock").read_text().count("cmd:")
-        if not remaining or problems or stages_done == 3 or time.monotonic() > end:
+        finished = "\n  evaluate:\n" in (folder / "dvc.lock").read_text()
+        if not remaining or problems or finished or time.monotonic() > end:
             break
         last_steps = latest_step(folder) >= bench.options.steps - 10 * EVAL_INTERVAL
         training = not last_steps and remaining > 0.28 * number
@@ -84,7 +84,7 @@ def kills(bench: Bench) -> list[Row]:
         if tried[name]
     ]
     note = f"seed {bench.options.seed}, {groups} of dvc's whole group; {found or 'all equal'}"
-    return [*rows, (f"all {tried.total()} in one training", 1, int(not found), note)]
+    return [*rows, (f"all {tried.total()} in one training run", 1, int(not found), note)]
 
 
 def kill(
@@ -95,7 +95,7 @@ def kill(
     last_step: int,
     problems: list[str],
 ) -> str:
-    """Run `dvc repro`, and kill it at the moment, or when it reaches last_step before that.
+    """Run `dvc repro`, and kill it at the given moment, or earlier if it reaches last_step.
 
     moment: the last five fields of a line of MOMENTS. Returns "there", "elsewhere", or "" if the
     command ended before it was killed.

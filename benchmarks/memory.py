@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory gpt2-124m --steps 50
 
-Requires data/prepared (`dvc repro prepare`). The loss of the last step shows that it trains.
+Requires data/prepared (`dvc repro prepare`). The loss of the last step shows that training works.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from folio.training.trainer import Trainer
 
 
 def measure(trainer: Trainer, steps: int) -> tuple[float, float, float]:
-    """Peak memory in GB, tokens/s of the median step, and the loss of the last step."""
+    """The peak memory in GB, tokens/s in the median step, and the loss of the last step."""
     torch.cuda.reset_peak_memory_stats()
     seconds, metrics = [], {"train_loss": 0.0}
     for step in range(steps):

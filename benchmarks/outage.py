@@ -1,4 +1,4 @@
-"""The time of a training step with MLflow stores that answer, refuse connections or never answer.
+"""The duration of a training step with MLflow stores that respond, refuse connections or hang.
 
     python -m benchmarks.outage
 
@@ -20,9 +20,9 @@ from benchmarks.project import Command, Server
 
 
 def compare(temporary: Path, options: argparse.Namespace) -> None:
-    """Print the time of a step with each kind of store.
+    """Print the duration of a step with each kind of store.
 
-    The stores take turns, so that load on the machine affects all of them.
+    The stores take turns, so that load on the machine affects all of them equally.
     """
     folder = temporary / "base"
     project.write_project(folder, options.variant, project.tiny(options, eval_interval=100))
@@ -32,9 +32,9 @@ def compare(temporary: Path, options: argparse.Namespace) -> None:
         server.start()
         stores = {
             "a local store": "",
-            "a server that answers": server.uri,  # the ratios refer to this one
-            "a server that refuses": f"http://127.0.0.1:{project.free_port()}",
-            "a server that never answers": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "a server that responds": server.uri,  # the ratios are relative to this one
+            "a port that is closed": f"http://127.0.0.1:{project.free_port()}",
+            "a server that hangs": f"http://127.0.0.1:{silent.getsockname()[1]}",
         }
         turns = [[measure(folder, uri) for uri in stores.values()] for _ in range(options.rounds)]
     print(
@@ -50,7 +50,8 @@ def compare(temporary: Path, options: argparse.Namespace) -> None:
 
 
 def measure(folder: Path, uri: str) -> tuple[float, float, float]:
-    """Returns ms/step without and with evaluations and checkpoints, and the command's seconds."""
+    """Return ms/step without and with evaluations and checkpoints, and the total time in
+    seconds."""
     for leftover in (".checkpoints", "models"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     started = time.monotonic()

@@ -1,12 +1,12 @@
-"""The time and the memory that the prepare stage takes, on one core and on all cores.
+"""The time and memory that the prepare stage takes, on one core and on all cores.
 
     python -m benchmarks.prepare --sizes 32 128 --rounds 5
     python -m benchmarks.prepare --sizes 2048 --rounds 1        seven minutes on two cores
 
-The texts are the plays, repeated. The stage runs as a separate process, in turn on one core, where
-it encodes in one thread, and on all cores. A row shows the median time of the whole command; rate
-and speedup exclude the startup, which is the time for a text of one line. The peak is the resident
-memory of the process. All runs of a text must create the same files.
+The texts are the plays, repeated. The stage runs as a separate process, alternating between one
+core, where it encodes in one thread, and all cores. A row shows the median time of the whole
+command; rate and speedup exclude startup, which is the time for a text of one line. The peak is the
+resident memory of the process. All runs on a text must create the same files.
 """
 
 import argparse
@@ -22,17 +22,10 @@ from folio import files
 from folio.corpus import shakespeare
 
 ROOT = Path(__file__).parent.parent
-PARAMS = """
-prepare:
-  corpus: data/raw/text.txt
-  validation_fraction: 0.1
-  report_batch_size: 8
-  report_block_size: 128
-"""
 
 
 def write_text(path: Path, mebibytes: int) -> None:
-    """Write the plays, repeated up to a size; for 0 MiB, only their first line."""
+    """Write the plays, repeated up to the given size; for 0 MiB, only their first line."""
     text, _ = shakespeare.load_all_plays()
     plays = text.encode()
     left = mebibytes << 20 or plays.index(b"\n")
@@ -42,7 +35,7 @@ def write_text(path: Path, mebibytes: int) -> None:
 
 
 def prepare(folder: Path, cores: set[int]) -> tuple[float, float]:
-    """Run the stage on these cores. Returns the seconds and the peak memory in MiB."""
+    """Run the stage on these cores. Returns the time in seconds and the peak memory in MiB."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "stages.prepare"],
@@ -66,7 +59,7 @@ def hash_outputs(folder: Path) -> dict[str, str]:
 
 
 def compare(folder: Path, mebibytes: int, rounds: int, startup: list[float]) -> list[float]:
-    """Print the rows of a text: one core, then all cores. Returns their median times in seconds."""
+    """Print a text's rows: one core, then all cores. Returns the median times in seconds."""
     write_text(folder / "data/raw/text.txt", mebibytes)
     every = os.sched_getaffinity(0)
     choices, outs = [{min(every)}, every], []
@@ -94,16 +87,18 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    print(f"medians of {options.rounds} rounds; MiB/s and speedup exclude the startup")
+    print(f"medians of {options.rounds} rounds; MiB/s and speedup exclude startup")
     print("text MiB  cores  total s  total speedup      MiB/s  speedup  peak MiB")
     with tempfile.TemporaryDirectory(prefix="prepare-") as place:
         folder = Path(place)
         (folder / "data/raw").mkdir(parents=True)
-        (folder / "params.yaml").write_text(PARAMS)
+        params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+        params = params.replace("corpus: tinyshakespeare ", "corpus: data/raw/text.txt ")
+        (folder / "params.yaml").write_text(params, encoding="utf-8")
         startup = compare(folder, 0, options.rounds, [0.0, 0.0])
         for size in options.sizes:
             compare(folder, size, options.rounds, startup)
-    print("all runs of a text created the same files")
+    print("all runs on the same text created the same files")
 
 
 if __name__ == "__main__":

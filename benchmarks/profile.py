@@ -1,10 +1,10 @@
-"""Which operations take the time of a training step, and the lower bounds that the machine sets.
+"""Where a training step spends its time, and two lower bounds for it on this machine.
 
     python -m benchmarks.profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
 
-There are two lower bounds: the step's arithmetic at the rate of a large matrix product, and the
-memory traffic of weights, gradients and AdamW's moments at the rate of a copy. Both rates are
-measured on the same machine.
+The lower bounds are the step's arithmetic at the speed of a large matrix product, and the memory
+traffic of weights, gradients and AdamW's moments at the speed of a copy. Both speeds are measured
+on the same machine.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from folio import device
 from folio.errors import one_line_errors
 
 STEPS = 10
-OPERATORS = {  # on a CPU: a kind of operator, and how the names of its operators begin
+OPERATORS = {  # on a CPU: a kind of operator, and the prefixes of its operators' names
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient", "aten::_cudnn"),
     "the head's softmax": ("aten::exp", "aten::amax", "aten::sub", "aten::_log_softmax"),
     "GELU, layer norms": ("aten::gelu", "aten::native_layer_norm"),
-    "AdamW, norm of the gradient": ("aten::_fused_adamw", "aten::linalg_vector_norm"),
+    "AdamW, gradient norm": ("aten::_fused_adamw", "aten::linalg_vector_norm"),
     "fill, copy, add, scale, sum": (
         *("aten::fill", "aten::copy", "aten::add", "aten::mul", "aten::sum", "aten::zero"),
         *("aten::scatter", "aten::embedding", "aten::index", "aten::cat", "aten::div"),
     ),
 }
 
-KERNELS = {  # on a GPU: a kind of kernel, and what the names of its kernels contain; first match
+KERNELS = {  # on a GPU: a kind of kernel, and parts of its kernels' names; the first match counts
     "attention": ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "gemv"),
     "the head's softmax": ("_cross_entropy",),
@@ -45,7 +45,7 @@ KERNELS = {  # on a GPU: a kind of kernel, and what the names of its kernels con
 
 
 def measure(work: Callable[[], object], where: torch.device, rounds: int = 9) -> float:
-    """The median seconds that a call takes."""
+    """The median time of a call, in seconds."""
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
     taken = []
     for _ in range(rounds + 2):

@@ -1,6 +1,6 @@
 """Temporary projects for benchmarks: creates them and runs commands in them.
 
-Uses no network, and writes nothing outside the temporary folder.
+Does not use the network, and writes nothing outside the temporary folder.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def tiny(options: argparse.Namespace, eval_interval: int = EVAL_INTERVAL) -> dict[str, dict]:
-    """The overlay of params.yaml for the options of add_options: a tiny model, or a variant, which
-    keeps its corpus."""
+    """The overlay for params.yaml that matches the options of add_options: a tiny model, or a
+    variant, which keeps its corpus."""
     tree: dict[str, dict] = {section: {} for section in params.SECTIONS}
     for overlay in ([] if options.variant else [TINY]) + [ALWAYS]:
         for section, values in yaml.safe_load(overlay).items():
@@ -97,7 +97,7 @@ class Command:
     """`python -m ...` in a project, in a new process group, with its output in a file."""
 
     def __init__(self, folder: Path, *words: str, fault: str = "", uri: str = ""):
-        """fault: a fault as in injected.py. uri: of the MLflow store."""
+        """fault: a fault as in injected.py. uri: the URI of the MLflow store."""
         parent = folder.parent
         (parent / "site").mkdir(exist_ok=True)
         shutil.copy(INJECTED, parent / "site/sitecustomize.py")
@@ -135,7 +135,7 @@ class Command:
             return self.process.wait()
 
     def finish(self) -> None:
-        """Wait until it has ended. Raises RuntimeError if it failed."""
+        """Wait for the command to end. Raises RuntimeError if it failed."""
         if self.wait():
             raise RuntimeError(f"the command failed: {self.output[-2000:]}")
 
@@ -144,7 +144,7 @@ class Command:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def wait_for_fault(self) -> psutil.Process:
-        """Wait until the stage has reached the line of its fault. Returns the stage's process."""
+        """Wait until the stage reaches the line of its fault. Returns the process of the stage."""
         while not (self.reached.exists() and self.reached.read_text().endswith("\n")):
             if self.process.poll() is not None:
                 raise RuntimeError(f"ended before the fault: {self.output[-2000:]}")

@@ -1,9 +1,9 @@
-"""The time from the start of the process until a validation loss is reached.
+"""The time from process start until a given validation loss is reached.
 
     python -m benchmarks.race --loss 4.77 seed-30m quick-30m
 
-The variants train in turn, in temporary projects whose text has been prepared, and without early
-stopping. For a variant that does not reach the loss, shows its best one and when it was reached.
+The variants are trained in turn, in temporary projects with prepared text, and without early
+stopping. If a variant does not reach the loss, its row shows its best loss instead.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from folio.errors import one_line_errors
 
 
 def train(folder: Path, variant: str) -> tuple[float, list[dict[str, Any]]]:
-    """Train a variant. Returns the time of the start in seconds, and the rows of evaluations."""
+    """Train a variant. Returns the start time in seconds, and the rows with a validation loss."""
     overlay: dict[str, dict] = {section: {} for section in params.SECTIONS}
     overlay["train"] = {"patience": None}
     project.write_project(folder, variant, overlay)

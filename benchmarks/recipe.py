@@ -1,6 +1,6 @@
-"""Which settings give the lowest validation loss: trains variants of params.yaml side by side.
+"""Finds the settings with the lowest validation loss: trains variants of params.yaml in parallel.
 
-Reads one JSON object per line from stdin, each a variant, and prints a table, best first:
+Reads one variant per line from stdin, as a JSON object, and prints a table, best first:
 
     echo '{"train.learning_rate": 1e-3}' | python -m benchmarks.recipe --jobs 1
 
@@ -62,7 +62,7 @@ def build(variant: dict[str, Any]) -> tuple[Trainer, RuntimeParams]:
 
 def measure(variant: dict[str, Any]) -> tuple[float, int, float, float]:
     """Train a variant. Returns its best validation loss, the step of that evaluation, the last
-    training loss and the seconds that the training took."""
+    training loss and the training time in seconds."""
     trainer, runtime = build(variant)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""A training step of Folio, nanoGPT and transformers: forward, backward, clipping, AdamW.
+"""A training step in Folio, nanoGPT and transformers: forward, backward, clipping, AdamW.
 
-    python -m benchmarks.step --nanogpt ../nanoGPT              params.yaml's size
+    python -m benchmarks.step --nanogpt ../nanoGPT              the model in params.yaml
     python -m benchmarks.step --variant seed-30m --nanogpt ../nanoGPT
 
-All have the same sizes, batch and precision, no dropout, and random tokens. Each contender trains
-in a separate process, as its users start it, and they take turns. --nanogpt names a clone of
-github.com/karpathy/nanoGPT.
+All use the same model size, batch size and precision, no dropout, and random tokens. Each contender
+trains in a separate process, as it would in normal use, and they take turns. --nanogpt is the path
+to a clone of github.com/karpathy/nanoGPT.
 """
 
 import argparse
@@ -41,7 +41,7 @@ UNIQUE_TOKENS = 11_234  # in tinyshakespeare's training text
 
 @dataclass(frozen=True)
 class Work:
-    """The training that every contender does."""
+    """The training task that every contender performs."""
 
     size: ModelParams
     batch_size: int  # windows
@@ -56,7 +56,7 @@ class Work:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def rows(self, tie: bool) -> int:
-        """Rows of Folio's token embedding; with tie, all unseen tokens share one."""
+        """The number of rows in Folio's token embedding; with tie, all unseen tokens share one."""
         return UNIQUE_TOKENS + 1 if tie else tokenizer.VOCAB_SIZE
 
 
@@ -126,15 +126,15 @@ def build_transformers(work: Work) -> Callable[[], object]:
         model.parameters(), RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=fused
     )
     model = torch.compile(model) if fused else model
-    # transformers shifts the labels itself, so they are x, and a window has one target less.
+    # transformers shifts the labels itself, so they are x, and a window has one target fewer.
     return plain_step(work, model, lambda model, x, y: model(x, labels=x).loss, optimizer)
 
 
 def run_contender(
     build: Callable[[Work], Callable[[], object]], work: Work, steps: int, pipe: Connection
 ) -> None:
-    """In a contender's process: send the ms/step of some steps whenever True is received, and the
-    peak memory in GB at the end."""
+    """Run in a contender's process: whenever True is received, run some steps and send their
+    ms/step; at the end, send the peak memory in GB."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     step, wait = build(work), torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
@@ -179,7 +179,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(options: argparse.Namespace) -> tuple[Work, str]:
-    """The training that the options describe, and its sizes as a title."""
+    """The work that the options describe, and a title with its dimensions."""
     tree = yaml.safe_load(params.FILE.read_text())
     for name, value in (variants.read(options.variant) if options.variant else {}).items():
         section, key = name.split(".")
@@ -194,9 +194,9 @@ def read_options(options: argparse.Namespace) -> tuple[Work, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--nanogpt", type=Path, help="the folder of a clone of nanoGPT")
+    parser.add_argument("--nanogpt", type=Path, help="the path of a clone of nanoGPT")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="steps per round; default: 3, on a GPU 20")
+    parser.add_argument("--steps", type=int, help="steps per round; default: 3, or 20 on a GPU")
     parser.add_argument("--contenders", nargs="*", help="names of contenders; default: all")
     options = parser.parse_args()
     if options.nanogpt and not (options.nanogpt / "model.py").exists():

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the co
 import contextlib
 import importlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,12 +20,19 @@ import yaml
 from typer.testing import CliRunner
 
 from folio.cli.main import app as commands
+from folio.gpt import model_files
 from folio.gpt.model import GPT, ModelParams
 from folio.tracking.store import Store
 
+# The tests may run in the background with SIGINT ignored, or under nohup: their processes do not.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
-COPIED += ("data/pretrained/random",)
+COPIED += ("data/pretrained/random", "models/.gitkeep")
 TINY = {
     "prepare.corpus": "data/raw/verses.txt",
     "model.n_layer": 1,
@@ -242,6 +250,19 @@ def enter_copy(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DVC_ROOT", str(folder))
     Store(None, repair=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def unhurried() -> dict[str, float]:
+    """How long folio.gpt.model_files waits for files that were just written, in seconds."""
+    return {name: getattr(model_files, name) for name in ("SETTLED", "SETTLED_AFTER_ERROR")}
+
+
+@pytest.fixture(autouse=True)
+def hurried(unhurried, monkeypatch) -> None:
+    """Tests load the models that they have just written, and do not wait."""
+    for name in unhurried:
+        monkeypatch.setattr(model_files, name, 0.0)
 
 
 NOT_FILES = ("folder", "pipe", "link to itself", "link to a device")

@@ -1,4 +1,4 @@
-"""What the page's events do: each function returns or yields new values of the page's components.
+"""The page's event handlers: each function returns or yields new values for the page's components.
 
 gr.skip() leaves a component unchanged.
 """
@@ -16,13 +16,13 @@ from folio.errors import UserError
 from folio.inference.token_logprobs import token_logprobs
 
 QUEUE_SIZE = 8  # requests that may wait; the server generates one text at a time
-REFRESH = 0.05  # seconds between two updates of the page
+REFRESH = 0.05  # minimum seconds between updates of the page
 
 Values = tuple[Any, ...]  # one for each output of an event
 
 
 def wait() -> Values:
-    """The status, the state, and the buttons, when a text is requested."""
+    """The status, the state and the buttons after Generate."""
     line = html.status("Waiting: the server generates one text at a time.")
     return line, None, *buttons(generating=True)
 
@@ -36,7 +36,7 @@ def generate(
     length: float,
     seed: str,
 ) -> Iterator[Values]:
-    """Yield the text, its token probabilities, the status and the state while it is generated."""
+    """Yield the text, its token probabilities, the status and the state during generation."""
     try:
         text = writing.start(models.open_model(name), prompt, length, seed)
     except UserError as problem:
@@ -44,17 +44,21 @@ def generate(
         return
     content, shown = text.content, 0.0
     yield content, html.no_tokens(), html.status(progress(text)), text
-    for content in writing.generate(text, temperature, top_k, top_p):
-        if time.perf_counter() - shown > REFRESH:
-            yield content, gr.skip(), html.status(progress(text)), gr.skip()
-            shown = time.perf_counter()
+    try:
+        for content in writing.generate(text, temperature, top_k, top_p):
+            if time.perf_counter() - shown > REFRESH:
+                yield content, gr.skip(), html.status(progress(text)), gr.skip()
+                shown = time.perf_counter()
+    except UserError as problem:
+        yield content, gr.skip(), html.status(str(problem), is_error=True), gr.skip()
+        return
     yield content, probabilities(text), html.status(progress(text)), gr.skip()
 
 
 def stop(text: Text | None) -> Values:
     """The text, the status, the state and the buttons after Stop.
 
-    Gradio cancels `generate`, which may still add one more token to the text of its own state.
+    Gradio cancels `generate`, which may still add one more token to its own copy of the text.
     """
     if text is None:
         line = html.status("Stopped before the first token.")
@@ -66,8 +70,7 @@ def stop(text: Text | None) -> Values:
 def after_stop(text: Text | None) -> Values:
     """The text, its token probabilities and the status, after `stop`.
 
-    Sent a second time because the last update of `generate` may reach the page after that of
-    `stop`.
+    Sent again because the last update from `generate` may reach the page after the one from `stop`.
     """
     if text is None or not text.stopped:  # the visitor has requested another text
         return gr.skip(), gr.skip(), gr.skip()
@@ -76,9 +79,10 @@ def after_stop(text: Text | None) -> Values:
 
 def after_failure(text: Text | None) -> Values:
     """The status and the buttons after `generate` failed, because the queue is full or because a
-    program sent values that the page does not allow.
+    client sent values that the page does not allow.
 
-    Gradio also counts a text that was stopped within a token as failed: it has its own status.
+    Gradio also reports a failure if a text is stopped in the middle of a token. Then the status
+    stays as it is.
     """
     if text is not None:
         return gr.skip(), *buttons(generating=False)
@@ -94,7 +98,7 @@ def probabilities(text: Text | None) -> str:
 
 
 def show_model(name: str) -> Values:
-    """The model's parameter counts, its loss curve, and the status, which reports errors."""
+    """The model's parameter counts, its loss curve, and the status, which is empty or an error."""
     try:
         source = models.open_model(name, refresh=True)
     except UserError as problem:

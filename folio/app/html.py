@@ -18,7 +18,7 @@ HEADER = (
     " token.</p></header>"
 )
 
-# The lower bound of each shade's probabilities, and its label.
+# The lowest probability for each shade, and its label.
 _SHADES = (
     (0.5, "\u2265 50 %"),
     (0.2, "\u2265 20 %"),
@@ -33,7 +33,7 @@ _LEFT, _TOP, _RIGHT, _BOTTOM = 30, 8, 18, 24  # its margins
 
 
 def escape(text: str) -> str:
-    """HTML that shows the text. Also escapes what gr.HTML would interpret as a template."""
+    """Escape text for HTML, including characters that gr.HTML would interpret as a template."""
     return html.escape(text).translate({ord(c): f"&#{ord(c)};" for c in "{}$`\\"})
 
 
@@ -86,7 +86,7 @@ def _legend() -> str:
 
 
 def _alternatives(token: int, p: float, top_ids: np.ndarray, top_p: np.ndarray) -> str:
-    """A token's probability, and a bar for each of the most likely tokens in its position."""
+    """A token's probability, and a bar for each of the most likely tokens at that position."""
     bars = "".join(
         f"<span class='bar{' own' if other == token else ''}' style='--p:{other_p:.1%}'>"
         f"<b>{percent(other_p)}</b> {_alone(other)}</span>"
@@ -117,7 +117,7 @@ def _alone(token: int) -> str:
 
 
 def parameter_table(name: str, model: GPT) -> str:
-    """The model's sizes, and the number of parameters of each of its parts."""
+    """The model's dimensions, and the number of parameters in each part."""
     p, counts = model.params, parameter_counts(model)
     rows = "".join(
         f"<tr><th scope='row'>{part}</th><td>{count:,}</td>"
@@ -135,7 +135,7 @@ def parameter_table(name: str, model: GPT) -> str:
 def loss_curve(history: list[dict[str, Any]]) -> str:
     """Training and validation loss by step, as SVG in the page's colors.
 
-    A history may come from anywhere: values that are not numbers are skipped.
+    A history may come from an untrusted source: values that are not numbers are skipped.
     """
     curves = [_points(history, key) for key in _CURVES]
     if not any(curves):
@@ -150,7 +150,7 @@ def loss_curve(history: list[dict[str, Any]]) -> str:
 
 
 def _drawing(curves: list[list[tuple[float, float]]]) -> str:
-    """Grid, labels and curves; there is at least one point."""
+    """The grid, labels and curves. There must be at least one point."""
     losses = [loss for points in curves for _, loss in points]
     grid = _ticks(min(losses), max(losses))
     marks = _ticks(0, max(step for points in curves for step, _ in points))
@@ -187,7 +187,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """Four to nine round numbers, from at most `least` to at least `most`."""
+    """Four to nine round numbers that span the range from `least` to `most`."""
     span = max(most - least, 1e-3)
     power = 10 ** math.floor(math.log10(span / 4))
     step = next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= 6)

@@ -1,4 +1,4 @@
-"""The models that the page can open: the pipeline's, any other folder, and those in MLflow."""
+"""The models that the page can open: the pipeline's, any other folder, and models in MLflow."""
 
 import contextlib
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from folio import device, files, params
+from folio import device, params
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
 from folio.run import HISTORY, RECORD, TRAINING, read_history, read_record
 from folio.runtime import RuntimeParams
-from folio.tracking.model_loader import load_model
+from folio.tracking.model_loader import load_folder, load_model
 
 PIPELINE = "models/gpt2"
 IN_SPACE = "SPACE_ID" in os.environ  # on Hugging Face, where anyone may visit the page
@@ -26,29 +26,34 @@ IN_SPACE = "SPACE_ID" in os.environ  # on Hugging Face, where anyone may visit t
 class OpenModel:
     name: str  # as the visitor gave it
     model: GPT
-    history: list[dict[str, Any]]  # of its training; empty if that is not known
+    history: list[dict[str, Any]]  # of its training; empty if unknown
 
 
 def open_model(name: str, refresh: bool = False) -> OpenModel:
     """The model in the folder `name` or, if there is no such folder, in MLflow.
 
-    refresh: query MLflow again, where an alias may have moved. A folder that has changed is always
-    read again. Raises UserError.
+    refresh: query MLflow again, because an alias may have moved. A folder that has changed is
+    always read again. Raises UserError if the model cannot be opened.
     """
     name = (name or "").strip()
     if not name:
         raise UserError("no model is selected: choose one, or type the path of a folder")
     if IN_SPACE and name != PIPELINE:
-        raise UserError(f"this page only has the model {PIPELINE}")
+        raise UserError(f"only the model {PIPELINE} is available on this page")
     folder = _folder(name)
     with _lock:
         if refresh and folder is None:
             _open.cache_clear()
-        return _open(name, folder, _modified(folder))
+        for _ in range(3):
+            modified = _modified(folder)
+            opened = _open(name, folder, modified)
+            if modified == _modified(folder):  # else the history may be that of a newer model
+                break
+        return opened
 
 
 def available() -> list[tuple[str, str]]:
-    """(label, name) of the models to choose from: the pipeline's first, then those in MLflow."""
+    """The (label, name) of each model to choose from: the pipeline's, then those in MLflow."""
     found = [(PIPELINE, PIPELINE)]
     with contextlib.suppress(UserError):  # there is no store, or it was moved
         (runtime,) = params.load(runtime=RuntimeParams)
@@ -65,15 +70,15 @@ _lock = threading.Lock()  # several visitors may open the same model: it is read
 
 @functools.lru_cache(maxsize=2)
 def _open(name: str, folder: Path | None, modified: tuple[int, ...]) -> OpenModel:
-    """modified: makes a retrained model another entry of the cache."""
+    """Open a model. modified: part of the cache key, so that a retrained model is read again."""
     where = device.resolve_device("auto")
     if folder is None:
         return OpenModel(name, *_from_mlflow(name, where))
-    return OpenModel(name, huggingface.load(folder, where), _history(folder))
+    return OpenModel(name, load_folder(folder, where), _history(folder))
 
 
 def _folder(name: str) -> Path | None:
-    """The folder that a name refers to; None if MLflow has to look the name up."""
+    """The folder that a name refers to, or None if the name has to be looked up in MLflow."""
     try:
         folder = Path(name).expanduser()
         is_path = name == PIPELINE or folder.is_dir() or os.sep in name
@@ -83,20 +88,21 @@ def _folder(name: str) -> Path | None:
 
 
 def _modified(folder: Path | None) -> tuple[int, ...]:
-    """When the files of a model were last written."""
-    names = ("model.safetensors", "config.json") if folder else ()
+    """Identifies a model's files: a different result means that the model has been replaced."""
+    patterns = ("*.safetensors", "*.json") if folder else ()
     try:
-        return tuple((folder / name).stat().st_mtime_ns for name in names if folder)
+        found = (path.stat() for each in patterns for path in sorted(Path(folder or "").glob(each)))
+        return tuple(n for s in found for n in (s.st_ino, s.st_size, s.st_mtime_ns))
     except OSError:
         return ()  # huggingface.load reports what is wrong
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """The history of the training that produced a folder's weights, if it is stored beside it."""
+    """The history of the run that trained the model in a folder, if it is stored next to it."""
     training = folder.parent / TRAINING.name
     try:
         record = read_record(training / RECORD)
-        if record.tags.get("weights_sha256") == files.sha256(folder / "model.safetensors"):
+        if record.tags.get("weights_sha256") == huggingface.weights_sha256(folder):
             return read_history(training / HISTORY)
     except UserError:
         pass
@@ -104,10 +110,10 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 
 def _from_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, Any]]]:
-    """A model, and the losses of its training."""
+    """A model, and the losses from its training."""
     (runtime,) = params.load(runtime=RuntimeParams)
     from folio.tracking import queries, registry
-    from folio.tracking.store import STORE_ERRORS, Store, first_line
+    from folio.tracking.store import STORE_ERRORS, Store, explain
 
     try:
         model = load_model(name, runtime.tracking_uri, where)
@@ -118,4 +124,4 @@ def _from_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, An
         text = str(problem) if is_uri else f"there is no folder {name}; {problem}"
         raise UserError(text) from None
     except STORE_ERRORS as problem:
-        raise UserError(f"MLflow cannot provide {name}: {first_line(problem)}") from None
+        raise UserError(f"cannot get {name} from MLflow: {explain(problem)}") from None

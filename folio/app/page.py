@@ -1,4 +1,4 @@
-"""The layout of the page, and which function handles which event."""
+"""The layout of the page, and the handlers of its events."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from folio.app.writing import MAX_PROMPT, MAX_TOKENS
 EXAMPLES = ["ROMEO:\n", "First Citizen:\n", "To be, or not to be", "My lord, the king is"]
 PANEL: dict[str, Any] = {"container": True, "apply_default_css": False, "min_width": 300}
 
-# The arrow keys move from token to token: a text has too many of them for the Tab key.
+# The arrow keys move from token to token: there are too many to reach with the Tab key.
 ARROW_KEYS = """
 element.addEventListener('keydown', event => {
     const tokens = [...element.querySelectorAll('.token')];
@@ -91,7 +91,7 @@ def _settings() -> list[gr.components.Component]:
     return [
         gr.Slider(
             0, 2, 0.8, step=0.05, label="Temperature",
-            info="0 always takes the most likely token; higher values vary more.",
+            info="0 always picks the most likely token; higher values give more varied text.",
         ),
         gr.Slider(
             0, 200, 0, step=1, label="Top-k",
@@ -99,7 +99,7 @@ def _settings() -> list[gr.components.Component]:
         ),
         gr.Slider(
             0.05, 1, 0.95, step=0.05, label="Top-p",
-            info="Sample from the most likely tokens that have this probability in total.",
+            info="Sample from the most likely tokens whose probabilities add up to this value.",
         ),
         gr.Slider(
             1, MAX_TOKENS, 200, step=1, label="Length",
@@ -115,7 +115,7 @@ def _settings() -> list[gr.components.Component]:
 def _text_box() -> gr.Textbox:
     return gr.Textbox(
         label="Text",
-        placeholder="The text appears here while it is generated.",
+        placeholder="The text will appear here as it is generated.",
         elem_classes="text",
         lines=20,
         max_lines=20,
@@ -144,9 +144,9 @@ def _on_generate(
     start: gr.Button,
     stop: gr.Button,
 ) -> None:
-    """Generate a text on a trigger, until Stop is clicked.
+    """Generate text on any of the triggers, until Stop is clicked.
 
-    inputs and outputs: those of events.generate.
+    inputs, outputs: those of events.generate.
     """
     text, probabilities, status, state = outputs
     requested = gr.on(triggers, events.wait, outputs=[status, state, start, stop], **_IMMEDIATE)

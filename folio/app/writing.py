@@ -1,4 +1,4 @@
-"""Generating a text for the page: checks of the input, the tokens as they come, the progress."""
+"""Text generation for the page: input checks, streaming of tokens, and progress."""
 
 import dataclasses
 import random
@@ -19,7 +19,7 @@ MAX_TOKENS = 1_000
 
 @dataclasses.dataclass
 class Text:
-    """A text while it is generated, and afterwards."""
+    """A text during and after its generation."""
 
     source: OpenModel
     ids: list[int]  # the prompt's, then the generated ones
@@ -36,7 +36,7 @@ class Text:
 
 
 def start(source: OpenModel, prompt: str, length: float, seed: str) -> Text:
-    """A text that consists of the prompt so far. Raises UserError for invalid input."""
+    """A text that so far consists only of the prompt. Raises UserError for invalid input."""
     if len(prompt) > MAX_PROMPT:
         raise UserError(f"the prompt has {len(prompt):,} characters: the maximum is {MAX_PROMPT:,}")
     ids = encode_prompt(source.model, prompt or "\n")
@@ -46,7 +46,7 @@ def start(source: OpenModel, prompt: str, length: float, seed: str) -> Text:
 def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iterator[str]:
     """Yield the content after each token that completes a character, and extend `text.ids`.
 
-    top_k: 0 allows every token. top_p: 1 allows every token.
+    Every token is allowed if top_k is 0 and top_p is 1.
     """
     content = text.content
     ids = generation.generate(
@@ -64,7 +64,7 @@ def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iter
 
 
 def progress(text: Text) -> str:
-    """One line: how many tokens there are, the speed and the seed."""
+    """One line with the number of tokens so far, the speed and the seed."""
     done = len(text.ids) - text.prompt_tokens
     parts = [f"{done:,} tokens" if done == text.wanted else f"{done:,} of {text.wanted:,} tokens"]
     if done and text.seconds:
@@ -77,7 +77,8 @@ def progress(text: Text) -> str:
 
 
 def _parse_seed(seed: str) -> int:
-    """A random seed if none is given. Raises UserError unless it is a whole number."""
+    """Parse a seed; if it is empty, pick one at random. Raises UserError if it is not a whole
+    number."""
     if not seed.strip():
         return random.randrange(10_000)
     try:

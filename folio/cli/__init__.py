@@ -1,5 +1,5 @@
-"""The command line, `python -m folio`: a module per command.
+"""The command line, `python -m folio`, with one module per command.
 
-The modules import PyTorch, MLflow and the rooms that use them inside their functions: importing
-both takes several seconds, and `python -m folio --help` should not.
+The modules import PyTorch, MLflow and everything that uses them inside functions: these imports
+take several seconds, which would slow down `python -m folio --help`.
 """

@@ -10,7 +10,7 @@ from folio.errors import UserError
 
 def compare(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="Names or ids of runs; by default the best runs.")
+        list[str] | None, typer.Argument(help="Names or ids of runs; by default, the best runs.")
     ] = None,
     best: Annotated[
         int, typer.Option(min=1, help="How many of the best runs to show by default.")

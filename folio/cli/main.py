@@ -1,6 +1,7 @@
 """The entry point of `python -m folio`: registers the commands and reports their errors."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -8,6 +9,8 @@ import typer
 
 from folio.cli import compare, doctor, promote, sample, serve, sweep, sync, variant
 from folio.errors import UserError, one_line_errors
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that could not be decoded
 
 app = typer.Typer(
     name="python -m folio",
@@ -31,6 +34,9 @@ app.command()(sweep.sweep)
 
 def main() -> None:
     with one_line_errors(), _mlflow_errors_as_user_errors():
+        for word in sys.argv[1:]:
+            if _SURROGATE.search(word):
+                raise UserError(f"the argument {word!a} is not valid {sys.getfilesystemencoding()}")
         app()
 
 
@@ -45,4 +51,4 @@ def _mlflow_errors_as_user_errors() -> Iterator[None]:
             raise
         if isinstance(error, OSError):  # one_line_errors reports a full disk
             raise
-        raise UserError(f"MLflow failed: {store.first_line(error)}") from None
+        raise UserError(f"MLflow failed: {store.explain(error)}") from None

@@ -1,4 +1,4 @@
-"""`python -m folio promote`: make a run's model the champion if it is the best one so far."""
+"""`python -m folio promote`: make a run's model the champion if it is the best so far."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 
 def promote(
     run: Annotated[
-        str | None, typer.Argument(help="Name or id of a run; by default that of models/gpt2.")
+        str | None,
+        typer.Argument(help="Name or id of a run; by default, the one that trained models/gpt2."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Make it the champion whatever the losses are.")
+        bool,
+        typer.Option("--force", help="Replace the champion even if the champion's loss is lower."),
     ] = False,
 ) -> None:
     """Make a run's model the champion if its loss is lower.
 
-    Registers the model in any case. The champion is the version with the alias `champion`,
-    models:/folio@champion, which `make serve` serves. Only validation losses on the same text are
-    compared.
+    Registers the model in either case. The champion is the version with the alias `champion`,
+    models:/folio@champion, which `make serve` serves. Losses are only compared if they were
+    measured on the same validation text.
 
     Example: python -m folio promote
     """
@@ -35,18 +37,18 @@ def promote(
 def promote_run(store: "Store", name: str, force: bool = False) -> str:
     """Register a run's model, and make it the champion if its validation loss is lower.
 
-    name: a run, as `find_run` takes it. force: make it the champion whatever the losses are.
-    Returns a line that says what was done and why. Raises UserError if the training has not
-    finished or has no model.
+    name: a name that `find_run` accepts. force: replace the champion even if the champion's loss is
+    lower or cannot be compared. Returns a line that says what was done and why. Raises UserError if
+    the run has not finished, or if its model is missing or damaged in MLflow.
     """
     from folio.tracking import registry
     from folio.tracking.queries import find_run
-    from folio.tracking.store import exclusive
 
     run = find_run(store, name)
     if run.status != "FINISHED":
-        raise UserError(f"{run.name} is {run.status}: only a finished training can be promoted")
-    with exclusive():  # otherwise two processes could both replace the same champion
+        raise UserError(f"{run.name} is {run.status}: only a finished run can be promoted")
+    registry.verify(store, run.id)
+    with store.exclusive():  # otherwise two processes could both replace the same champion
         version = registry.register(store, run)
         what = f"{run.name} (version {version}, validation loss {run.loss:.4f})"
         champion, number = registry.champion(store)
@@ -62,7 +64,7 @@ def reason_to_keep(champion: "TrackedRun", run: "TrackedRun") -> str | None:
     """Why the run does not replace the champion; None if it does."""
     ours, theirs = run.tags.get("held_out_digest"), champion.tags.get("held_out_digest")
     if ours is None or theirs != ours:
-        return "the losses are not comparable, because the validation texts are not the same"
+        return "the losses are not comparable, because the validation texts are different"
     if not run.loss < champion.loss:
         return f"its validation loss, {champion.loss:.4f} nats/token, is not higher"
     return None
@@ -82,9 +84,17 @@ def _run_of_workspace(store: "Store") -> str:
     from folio.run import RECORD, TRAINING, read_record
     from folio.tracking import queries
 
-    folio_id = read_record(TRAINING / RECORD).id
-    if queries.statuses(store).get(folio_id, "DELETED") == "DELETED":
+    record = read_record(TRAINING / RECORD)
+    run = queries.all_runs(store).get(record.id)
+    if run is None or queries.status_of(run) == "DELETED":
         raise UserError(
-            "the run of models/gpt2 is not in MLflow, or was deleted there: name another run"
+            "the run that trained models/gpt2 is not in MLflow, or was deleted there: specify"
+            " another run"
         )
-    return folio_id
+    ours = record.tags.get("weights_sha256")
+    if run.data.tags.get("weights_sha256", ours) != ours:
+        raise UserError(
+            "the run that trained models/gpt2 has different weights in MLflow, because another copy"
+            " of this project finished it there: specify another run"
+        )
+    return record.id

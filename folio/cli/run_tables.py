@@ -5,7 +5,7 @@ import time
 from rich import box
 from rich.table import Table
 
-from folio.tracking.queries import TrackedRun
+from folio.tracking.queries import EVALUATE, TrackedRun
 
 _METRICS = {  # metric: (title, format)
     "best_val_loss": ("validation loss", "{:.4f}"),
@@ -16,7 +16,8 @@ _METRICS = {  # metric: (title, format)
     "parameters": ("parameters", "{:,.0f}"),
     "median_tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
-_PARAMS = ("prepare.", "model.", "train.", "data.corpus")  # prefixes of the params to compare
+# Prefixes of the params to compare. Those of the evaluation are in the run's tags.
+_PARAMS = ("prepare.", "model.", "train.", "data.corpus", EVALUATE)
 
 
 def row_per_run(runs: list[TrackedRun]) -> Table:
@@ -52,14 +53,26 @@ def _new_table(*titles: str) -> Table:
 
 
 def _differing_params(runs: list[TrackedRun]) -> list[str]:
-    """The names of the params whose values are not the same in all runs."""
-    runs = [run for run in runs if run.params]  # a run that was killed at once has none
+    """The names of the params whose values are not the same in all runs that have such params."""
     keys = sorted({key for run in runs for key in run.params if key.startswith(_PARAMS)})
-    return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
+    differing = []
+    for key in keys:
+        evaluate = key.startswith(EVALUATE)
+        # A run that was killed immediately has no params, and one that has not been evaluated has
+        # no evaluation params.
+        compared = [run for run in runs if _has_params(run, evaluate)]
+        if len({run.params.get(key) for run in compared}) > 1:
+            differing.append(key)
+    return differing
+
+
+def _has_params(run: TrackedRun, evaluate: bool) -> bool:
+    """Whether a run has evaluation params, or training params if `evaluate` is false."""
+    return any(key.startswith(EVALUATE) == evaluate for key in run.params)
 
 
 def _short(key: str) -> str:
-    return key.partition(".")[2]
+    return key if key.startswith(EVALUATE) else key.partition(".")[2]
 
 
 def _name(run: TrackedRun) -> str:

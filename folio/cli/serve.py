@@ -1,13 +1,13 @@
-"""`python -m folio serve`: a registered model behind MLflow's scoring server."""
+"""`python -m folio serve`: serve a registered model with MLflow's scoring server."""
 
 import os
-import shutil
 import socket
 import sys
 from typing import Annotated
 
 import typer
 
+from folio import loopback
 from folio.cli.store import open_store
 from folio.errors import UserError
 
@@ -19,25 +19,31 @@ def serve(
         str, typer.Option(help="models:/NAME@ALIAS or models:/NAME/VERSION.")
     ] = "models:/folio@champion",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 5001,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Also answer requests for this host name, such as a proxy's."
+        ),
+    ] = None,
 ) -> None:
     """Serve a registered model on 127.0.0.1.
 
-    Only programs on this machine can reach it.
+    It can only be reached from this machine.
 
     Example: python -m folio serve
     """
-    from folio.tracking.registry import registered_model_id
+    from folio.tracking import registry
 
+    hosts = loopback.parse_hosts(allow_host or [])
     store = open_store()
-    registered_model_id(store, model)  # raises UserError if there is no such model
+    registry.registered_model_id(store, model)  # raises UserError if there is no such model
+    registry.verify(store, model)  # and if its files are missing or damaged
     _check_port(port)
-    mlflow = shutil.which("mlflow")
-    if not mlflow:
-        raise UserError("mlflow is not on the PATH: use `make serve`, or activate .venv")
     os.environ["MLFLOW_TRACKING_URI"] = store.uri
-    address = ["--host", _HOST, "--port", str(port), "--env-manager", "local"]
+    command = [sys.executable, "-m", "folio.tracking.scoring", "--model", model]
+    command += ["--port", str(port), *(f"--allow-host={name}" for name in hosts)]
     sys.stdout.flush()
-    os.execv(mlflow, [mlflow, "models", "serve", "--model-uri", model, *address])
+    os.execv(sys.executable, command)
 
 
 def _check_port(port: int) -> None:

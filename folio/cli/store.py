@@ -1,4 +1,4 @@
-"""The MLflow store that params.yaml names, for the commands that use it."""
+"""The MLflow store set in params.yaml, for the commands that use it."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ def tracking_uri() -> str | None:
 
 
 def open_store() -> "Store":
-    """Connect to the store. Raises UserError if it does not exist or does not answer."""
+    """Connect to the store. Raises UserError if it does not exist or respond."""
     from folio.tracking.store import Store
 
     return Store.existing(tracking_uri())

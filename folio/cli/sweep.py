@@ -1,10 +1,9 @@
-"""`python -m folio sweep`: train many settings and report the best."""
+"""`python -m folio sweep`: train with many settings and report the best."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from folio.cli.sections import param_sections
 from folio.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +19,8 @@ def sweep(
         int | None,
         typer.Option(metavar="N", help="Run N random trials instead of every combination."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of --random.")] = 1,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for --random.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials in parallel.")] = 1,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Start from a variant in variants/.")
     ] = None,
@@ -36,13 +35,13 @@ def sweep(
         str | None, typer.Option(metavar="NAME", help="Only write the report of an earlier sweep.")
     ] = None,
 ) -> None:
-    """Train many settings and report which one is the best.
+    """Train with many settings and report which is best.
 
-    Runs every combination of the values (a grid), or N random trials, for which a param may have a
-    range instead: 1e-4..1e-2. A range is sampled on a log scale if its high end is at least ten
-    times its low end; the prefixes log: and lin: override that. All trials are checked first, then
-    queued as DVC experiments. After Ctrl-C, the same command resumes the sweep. The report is in
-    sweeps/NAME.
+    Runs every combination of the values (a grid) or, with --random, N random trials. For these, a
+    param may have a range such as 1e-4..1e-2, which is sampled on a log scale if its high end is at
+    least ten times its low end; the prefixes log: and lin: override that. All trials are checked
+    first, then queued as DVC experiments. After Ctrl-C, the same command resumes the sweep. The
+    report is written to sweeps/NAME.
 
     Example: python -m folio sweep train.learning_rate=1e-3,2e-3,4e-3 model.n_layer=2,3 --jobs 2
 
@@ -58,10 +57,9 @@ def sweep(
     if report:
         _report(read_plan(report), runtime.tracking_uri)
         return
-    sections = param_sections()
-    trials = make_trials(settings or [], random, seed, sections)
+    trials = make_trials(settings or [], random, seed)
     base = variants.read(variant) if variant else {}
-    check_trials(trials, base, sections)
+    check_trials(trials, base)
     plan = make_plan(trials, base, name)
     print(plan.overview(), flush=True)
     if dry_run:
@@ -77,4 +75,4 @@ def _report(plan: "Plan", tracking_uri: str | None) -> None:
     from folio.sweeps.report import write_report
 
     path = write_report(plan, tracking_uri)
-    print(f"\n{path.read_text()}\nThis report is in {path}, with the plot beside it.")
+    print(f"\n{path.read_text(encoding='utf-8')}\nThis report is in {path}, next to the plot.")

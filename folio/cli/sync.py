@@ -1,4 +1,4 @@
-"""`python -m folio sync`: send MLflow the runs that it does not have."""
+"""`python -m folio sync`: send missing runs to MLflow."""
 
 import os
 
@@ -6,15 +6,15 @@ from folio.cli.store import tracking_uri
 
 
 def sync() -> None:
-    """Send MLflow every run that it does not have yet.
+    """Send every run that is missing from MLflow.
 
-    Sends the trainings and evaluations whose files are in the workspace or in DVC's cache, then
-    interrupted trainings as far as they got. Updates the artifact URIs of a local store whose
-    project was moved. A second run changes nothing.
+    Sends the training and evaluation runs whose files are in the workspace or in DVC's cache, then
+    the last state of interrupted training runs. Updates the artifact URIs of a local store if the
+    project was moved. Running it again changes nothing.
 
     Example: python -m folio sync
     """
-    # A training waits ten seconds for MLflow to answer; this command can wait longer.
+    # During training, MLflow has ten seconds to respond; this command can wait longer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     from folio.run import project_root
     from folio.tracking.sync import run

@@ -1,10 +1,14 @@
-"""Everything that uses MLflow. The settings below must be made before MLflow is imported."""
+"""Everything that uses MLflow. The settings below must be in place before MLflow is imported."""
 
 import os
 
+from folio import loopback
+
+loopback.bypass_proxies()  # for a server on this machine
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # By default, MLflow retries for minutes when a server is down. One attempt is enough here, because
-# whatever is missing is sent later. A retry after a lost response would create a run twice.
+# anything missing is sent later. A retry after a lost response would create a run twice.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # PostgreSQL's client would wait for minutes
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,13 +1,20 @@
-"""The SQLite store at the project's root: atomic creation, and repair after the project moved."""
+"""The SQLite store in the project's root: atomic creation, and repair if the project was moved."""
 
 import contextlib
+import glob
 import sqlite3
+import time
 from pathlib import Path
+from urllib.parse import quote
 
 from mlflow import MlflowClient
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from folio.run import project_root
 from folio.tracking import ui
+
+_JUST_CREATED = 5.0  # seconds
 
 # The columns of a local store that contain artifact URIs: (table, column).
 _ARTIFACT_URIS = (
@@ -24,27 +31,47 @@ def path_of(uri: str) -> Path | None:
 
     A relative path is relative to the project's root, wherever a stage runs.
     """
-    scheme, slashes, path = uri.partition("sqlite:///")
-    return project_root() / path if slashes and not scheme else None
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        return None
+    name = url.database or ""
+    is_file = uri.startswith("sqlite:///") and name and name != ":memory:"
+    return project_root() / name if is_file and not name.startswith("file:") else None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file is empty, as after a power failure. One that has just been created does not
+    count: another process may be about to write to it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return False
+    return status.st_size == 0 and time.time() - status.st_mtime > _JUST_CREATED
+
+
+def absolute_uri(uri: str) -> str:
+    """The SQLite URI with an absolute path, which works in any current folder."""
+    return f"sqlite:///{project_root() / uri.removeprefix('sqlite:///')}"
 
 
 def artifact_location(path: Path) -> str:
-    """The URI of the artifact folder, which is beside the SQLite store."""
+    """The URI of the artifact folder, which is next to the SQLite store."""
     return (path.parent / "mlruns").as_uri()
 
 
 def create(path: Path, experiment: str) -> None:
     """Create a store that contains the experiment, atomically.
 
-    If a process were killed while MLflow creates the tables, the store would stay broken.
+    If the process were killed while MLflow is creating the tables, the store would remain broken.
     """
     # A killed process may have left an incomplete store and its journal.
-    for leftover in path.parent.glob(f"{path.name}.new*"):
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.new*"):
         leftover.unlink()
     new = path.with_name(f"{path.name}.new")
-    client = MlflowClient(f"sqlite:///{new}")
+    client = MlflowClient(f"sqlite:///{new.parent}/{quote(new.name)}")
     client.create_experiment(experiment, artifact_location(path), ui.tags())
-    if not path.exists():  # otherwise `mlflow ui` has just created one
+    if not path.exists() or is_empty(path):  # otherwise `mlflow ui` has just created one
         new.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""Logging a training run to MLflow from another thread, without delaying the training."""
+"""Logs a training run to MLflow from another thread, without delaying training."""
 
 import dataclasses
 import sys
@@ -15,9 +15,9 @@ from folio.tracking.writer import RunWriter
 class RunLogger:
     """An asynchronous MLflow logger.
 
-    A failure of the store or the network is reported once and loses nothing: the points stay in the
-    history and are sent with the next ones. Leaving the `with` block waits until everything is sent
-    or MLflow has failed.
+    If the store or the network fails, the failure is reported once and no data is lost: the points
+    stay in the history and are sent with the next ones. Leaving the `with` block waits until
+    everything has been sent or MLflow has failed.
     """
 
     def __init__(self, uri: str | None, record: Record):
@@ -34,7 +34,7 @@ class RunLogger:
         return self
 
     def send(self, history: list[dict[str, Any]]) -> None:
-        """Send the rows of a history that are not in the store yet."""
+        """Send the rows of a history that are not yet in the store."""
         run = dataclasses.replace(self._latest[0], history=list(history))
         self._update(run, "RUNNING")
 
@@ -43,21 +43,25 @@ class RunLogger:
         self._update(run, "FINISHED")
 
     def __exit__(self, kind: type | None, problem: BaseException | None, _: object) -> None:
-        stopped = isinstance(problem, Stopped)
-        if problem:
-            self._update(self._latest[0], "KILLED" if stopped else "FAILED", str(problem))
-        self._closing = True  # after the last update, because the thread reads `_closing` first
-        self._updated.set()
-        self._thread.join(signals.seconds_left() if stopped else None)
-        if self._failed or self._thread.is_alive():
-            print(store.INCOMPLETE, file=sys.stderr)
+        with signals.deferred():  # a stop request during the last update would leave it incomplete
+            if problem:
+                status = "KILLED" if isinstance(problem, Stopped) else "FAILED"
+                self._update(self._latest[0], status, str(problem))
+            self._closing = True  # after the last update, because the thread reads `_closing` first
+            self._updated.set()
+            while self._thread.is_alive() and signals.seconds_left() != 0:
+                self._thread.join(0.1)
+            if self._failed or self._thread.is_alive():
+                print(store.INCOMPLETE, file=sys.stderr)
+        if not problem:
+            signals.check()
 
     def _update(self, run: Run, status: str, stopped: str | None = None) -> None:
         self._latest = (run, status, stopped)
         self._updated.set()
 
     def _work(self) -> None:
-        writer, sent, closing = None, 0, False  # sent: the number of rows in the store
+        writer, closing = None, False
         while not closing:
             self._updated.wait()
             self._updated.clear()
@@ -65,9 +69,8 @@ class RunLogger:
             run, status, stopped = self._latest
             try:
                 writer = writer or RunWriter(store.Store(self._uri))
-                rest = dataclasses.replace(run, history=run.history[sent:])
-                writer.send(rest, status, stopped)
-                sent, self._failed = len(run.history), False
+                writer.send(run, status, stopped)
+                self._failed = False
             except Exception as problem:  # whatever a store, a network or a disk can raise
                 if not self._failed:
                     store.warn(problem)

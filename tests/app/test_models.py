@@ -63,7 +63,14 @@ def test_open_model_finds_the_history_of_exactly_its_weights(project):
 
 def test_open_model_ignores_the_history_of_other_weights(project):
     write_training(project, "0" * 64)
-    assert models.open_model(models.PIPELINE).history == []
+    shutil.copytree(project / "models/gpt2", project / "models/mine")
+    assert models.open_model("models/mine").history == []
+
+
+def test_open_model_says_why_there_is_no_model(project):
+    shutil.rmtree(project / "models/gpt2")
+    with pytest.raises(UserError, match="there is no model in models/gpt2: `dvc repro` trains one"):
+        models.open_model(models.PIPELINE)
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "~nobody-of-that-name/x", "a\0b", "", None, "/x\n"])
@@ -76,7 +83,7 @@ def test_open_model_reports_an_invalid_name_in_one_line(project, name):
 def test_open_model_opens_only_the_pipelines_model_in_a_space(project, monkeypatch):
     monkeypatch.setattr(models, "IN_SPACE", True)
     assert models.open_model(models.PIPELINE).name == models.PIPELINE
-    with pytest.raises(UserError, match="only has the model models/gpt2"):
+    with pytest.raises(UserError, match="only the model models/gpt2 is available"):
         models.open_model(str(project))
 
 

@@ -17,7 +17,9 @@ def server() -> Any:
     return server
 
 
-def respond(server: Any, method: str, path: str, headers: dict[str, str]) -> dict[str, Any]:
+def respond(
+    server: Any, method: str, path: str, headers: dict[str, str], *allowed: str
+) -> dict[str, Any]:
     """The start of the guarded server's response to a request."""
     sent: list[dict[str, Any]] = []
 
@@ -28,9 +30,10 @@ def respond(server: Any, method: str, path: str, headers: dict[str, str]) -> dic
     async def send(message):
         sent.append(message)
 
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    known = {"host": "127.0.0.1:7860"} | headers
+    raw = [(name.encode(), value.encode()) for name, value in known.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw}
-    asyncio.run(server.Guard(app)(scope, None, send))
+    asyncio.run(server.Guard(app, allowed)(scope, None, send))
     return sent[0]
 
 
@@ -78,3 +81,39 @@ def test_serve_reports_a_port_in_use_in_one_line(server):
 def test_serve_reports_an_invalid_port_in_one_line(server):
     with pytest.raises(UserError, match=r"^port 65536: choose one from 0 to 65535$"):
         server.serve(server.build(), "127.0.0.1", 65536)
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/data", "/gradio_api/upload"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "10.evil.example", ""]
+)
+def test_guard_refuses_a_foreign_host_on_every_path(server, path, host):
+    assert respond(server, "GET", path, {"host": host})["status"] == 403
+    assert respond(server, "POST", path, {"host": host, "content-length": "1"})["status"] == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:1234", "127.0.0.1", "[::1]:7860"])
+def test_guard_answers_to_the_names_of_this_machine(server, host):
+    assert respond(server, "GET", "/", {"host": host})["status"] == 200
+
+
+def test_guard_answers_to_the_names_that_the_user_allows(server):
+    assert respond(server, "GET", "/", {"host": "box.example:80"}, "box.example")["status"] == 200
+    assert respond(server, "GET", "/", {"host": "other.example"}, "box.example")["status"] == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("ada-folio.hf.space", 200),
+        ("folio.ada.example", 200),  # SPACE_HOST
+        ("10.20.1.2:7860", 200),  # a check of Hugging Face that the container is up
+        ("localhost:7860", 200),
+        ("evil.example", 403),
+        ("hf.space.evil.example", 403),
+    ],
+)
+def test_guard_answers_to_the_host_of_a_space(server, monkeypatch, host, status):
+    monkeypatch.setattr(server, "IN_SPACE", True)
+    monkeypatch.setenv("SPACE_HOST", "Folio.ada.example")
+    assert respond(server, "GET", "/", {"host": host})["status"] == status

@@ -45,7 +45,7 @@ def test_start_limits_the_length(source):
 
 
 def test_start_rejects_a_prompt_outside_the_models_vocabulary():
-    with pytest.raises(UserError, match="beyond this model's vocabulary of 100"):
+    with pytest.raises(UserError, match="outside this model's vocabulary of 100"):
         writing.start(open_model(100), "hello", 3, "")
 
 

@@ -43,6 +43,16 @@ def test_mlflow_errors_become_one_line():
         raise MlflowException("no such run\ndetails")
 
 
+@pytest.mark.parametrize("words", [["sample", "caf\udce9"], ["compare", "a", "\udcff"]])
+def test_argument_that_is_not_text_is_a_one_line_error(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["folio", *words])
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert exit_info.value.code == 1
+    line = f"folio: the argument {words[-1]!a} is not valid utf-8\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), ZeroDivisionError()])
 def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)), main._mlflow_errors_as_user_errors():

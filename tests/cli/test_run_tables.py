@@ -1,5 +1,7 @@
 """The tables of `compare`, from runs that are made up."""
 
+import dataclasses
+
 from rich.console import Console
 from rich.table import Table
 
@@ -48,3 +50,15 @@ def test_column_per_run_shows_losses_and_only_the_params_that_differ():
     assert ["validation", "loss", "4.5000", "4.2500"] in rows
     assert ["train.seed", "1", "2"] in rows
     assert not [row for row in rows if "train.steps" in row]
+
+
+def test_params_of_evaluations_are_compared_among_evaluated_runs():
+    evaluated = [
+        dataclasses.replace(RUNS[0], params=RUNS[0].params | {"evaluate.stride": stride})
+        for stride in ("1", "16")
+    ]
+    rows = lines(row_per_run([*evaluated, RUNS[1]]))
+    strides = [word for row in rows for word in row if word.startswith("evaluate.")]
+    assert strides == ["evaluate.stride=1", "evaluate.stride=16", "evaluate.stride=-"]
+    assert not [row for row in lines(row_per_run([evaluated[0], RUNS[1]])) if "stride" in str(row)]
+    assert ["evaluate.stride", "1", "16"] in lines(column_per_run(evaluated))

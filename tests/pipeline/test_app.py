@@ -382,8 +382,43 @@ def test_the_page_starts_without_a_model_and_says_how_to_create_one(tmp_path):
     lines = [server.stdout.readline(), server.stdout.readline()]
     server.send_signal(signal.SIGINT)
     assert server.wait(timeout=10) == 0
-    assert lines[0] == "folio: there is no model in models/gpt2: `dvc repro train` trains one\n"
+    assert lines[0] == "folio: there is no model in models/gpt2: `dvc repro` trains one\n"
     assert "page is at" in lines[1]
+
+
+PROXIES = {
+    "http": "http://127.0.0.1:9",  # nothing listens there
+    "socks": "socks5://127.0.0.1:9",
+    "invalid": ":::",
+}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_the_page_starts_whatever_the_proxy(project, proxy):
+    names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    variables = dict.fromkeys(names, PROXIES[proxy]) | {"SSL_CERT_FILE": "/nowhere"}
+    port = free_port()
+    server = start(project, "--port", str(port), **variables)
+    line = server.stdout.readline()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=10) == 0
+    assert f"the page is at http://127.0.0.1:{port}" in line, line + server.stdout.read()
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "10.evil.example"])
+def test_a_foreign_host_is_refused(address, host):
+    for path in ("", "config", "gradio_api/queue/data?session_hash=x"):
+        message = urllib.request.Request(f"{address}/{path}", headers={"Host": host})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(message, timeout=20)
+        assert refused.value.code == 403
+
+
+def test_an_invalid_host_to_allow_is_reported_in_one_line(tmp_path):
+    server = start(tmp_path, "--allow-host", "http://box.example")
+    output = server.communicate(timeout=60)[0]
+    assert server.returncode == 1 and output.count("\n") == 1
+    assert "'http://box.example' is not a host name" in output
 
 
 def test_the_files_of_a_space_suffice_for_the_page(tmp_path):
@@ -400,7 +435,7 @@ def test_the_files_of_a_space_suffice_for_the_page(tmp_path):
         "*_, last = events.generate('models/gpt2', 'a', 1, 0, 1, 3, '');"
         "assert '3 tokens' in last[2];"
         "*_, last = events.generate('/etc', 'a', 1, 0, 1, 3, '');"
-        "assert 'only has the model' in last[2];"
+        "assert 'only the model' in last[2];"
         "assert len(events.show_model('models/gpt2')[1]['value']) > 500"
     )
     command = [sys.executable, "-W", "error::UserWarning", "-c", script]

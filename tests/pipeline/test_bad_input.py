@@ -66,16 +66,16 @@ def outs() -> dict[str, bytes]:
         (
             "train",
             {"model.n_embd": 17},
-            "model.n_embd: 17 is not divisible by n_head 2; take 16",
+            "model.n_embd: 17 is not divisible by n_head 2; try 16",
         ),
         ("train", {"model.block_size": 100_000}, "training part has only"),
         ("train", {"model.block_size": 2_000}, "validation part has only"),
-        ("train", {"runtime.device": "cuda"}, "runtime.device: PyTorch finds no cuda device"),
+        ("train", {"runtime.device": "cuda"}, "runtime.device: PyTorch found no cuda device"),
         ("prepare", {"prepare.corpus": "data/raw/none.txt"}, "data/raw/none.txt"),
         ("prepare", {"prepare.corpus": "tinyshakespear"}, "did you mean tinyshakespeare?"),
         ("prepare", {"prepare.validation_fraction": 1.5}, "prepare.validation_fraction: 1.5"),
         ("evaluate", {"evaluate.stride": 17}, "evaluate.stride: 17 is longer than"),
-        ("evaluate", {"evaluate.prompts": [""]}, "evaluate.prompts: one is empty"),
+        ("evaluate", {"evaluate.prompts": [""]}, "evaluate.prompts: a prompt is empty"),
     ],
 )
 def test_invalid_param_is_named(project, capsys, stage, settings, words):
@@ -128,7 +128,7 @@ def test_invalid_params_are_all_named_at_once(project, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "contains no text"), (b"caf\xe9 au lait", "not UTF-8 at byte 3")]
+    ("content", "words"), [(b"", "contains no text"), (b"caf\xe9 au lait", "valid UTF-8 at byte 3")]
 )
 def test_unusable_text_is_named(project, capsys, content, words):
     (project / "data/raw/verses.txt").write_bytes(content)
@@ -152,12 +152,31 @@ def test_evaluate_without_a_model_has_a_hint_how_to_train_one(project, capsys):
     assert "models/gpt2" in line and "dvc repro train" in line
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
-def test_evaluate_without_a_valid_training_record_has_a_hint(project, capsys, content):
-    file = project / "models/training/record.json"
-    file.unlink() if content is None else file.write_text(content)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("record.json", content) for content in (None, "", "[]", "{}", '{"id": 5}')),
+        *(("history.jsonl", content) for content in (None, "5", '{"train_loss": 1}', "[]")),
+        *(("metrics.json", content) for content in (None, "", "5", '{"steps": null}')),
+    ],
+)
+def test_evaluate_without_valid_files_of_the_training_has_a_hint(project, capsys, name, content):
+    file = project / "models/training" / name
+    file.unlink()  # it may be a link into DVC's cache
+    if content is not None:
+        file.write_text(content)
     line = error_of("evaluate", capsys)
-    assert "record.json is missing or damaged: `dvc repro --force train`" in line
+    hint = "`dvc repro` restores it, otherwise `dvc repro --force train` recreates it"
+    assert line.endswith(f"models/training/{name} is missing or damaged: {hint}")
+
+
+@pytest.mark.parametrize("content", ["", "5", "[]", "null"])
+def test_train_without_valid_statistics_has_a_hint(project, capsys, content):
+    file = project / "data/diagnostics.json"
+    file.unlink()
+    file.write_text(content)
+    line = error_of("train", capsys)
+    assert line.endswith("diagnostics.json is damaged: `dvc repro --force prepare` recreates it")
 
 
 def test_evaluate_rejects_a_model_from_another_training(project, capsys):
@@ -194,7 +213,7 @@ def full_disk(project) -> Path:
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
     yield small
-    subprocess.run(["umount", str(small)], check=True)
+    subprocess.run(["umount", "--lazy", str(small)], check=True)  # a file may still be open
 
 
 @pytest.mark.parametrize("full", [".checkpoints", "models", "data/prepared"])

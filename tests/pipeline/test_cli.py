@@ -24,7 +24,7 @@ from folio.cli.main import app as commands
 from folio.cli.promote import promote_run
 from folio.errors import UserError
 from folio.run import Run, new_id, read_training
-from folio.tracking import queries, registry, ui
+from folio.tracking import logged_models, queries, registry, ui
 from folio.tracking.queries import TrackedRun, find_run
 from folio.tracking.store import Store
 from folio.tracking.writer import RunWriter
@@ -112,7 +112,7 @@ def test_page_opens_the_model_of_a_run_with_the_losses_of_its_training(project, 
     [
         (
             ("sample", "--model", "nothing"),
-            "MLflow has no run 'nothing': `python -m folio compare`",
+            "there is no run 'nothing' in MLflow: `python -m folio compare`",
         ),
         (
             ("sample", "--model", "models:/folio@none"),
@@ -120,11 +120,13 @@ def test_page_opens_the_model_of_a_run_with_the_losses_of_its_training(project, 
         ),
         (("sample", "--model", "models:/folio"), "models:/folio@champion or models:/folio/1"),
         (("sample", ""), "the prompt is empty"),
+        (("sample", "--temperature", "inf"), "--temperature is inf: give a number"),
+        (("serve", "--allow-host", "http://x"), "'http://x' is not a host name"),
         (("sample", "--model", "data"), "there is no model in data"),
-        (("compare", ""), "which run?"),
+        (("compare", ""), "the name of a run is missing"),
         (("sample", "--model", "no/such/folder"), "there is no folder no/such/folder"),
-        (("compare", "nothing"), "MLflow has no run 'nothing'"),
-        (("promote", "nothing"), "MLflow has no run 'nothing'"),
+        (("compare", "nothing"), "there is no run 'nothing' in MLflow"),
+        (("promote", "nothing"), "there is no run 'nothing' in MLflow"),
         (("serve", "--model", "models:/folio@none"), "is not registered"),
     ],
 )
@@ -217,16 +219,14 @@ def test_promote_of_two_runs_at_once_leaves_the_better_one(project, store, monke
 def test_promote_rejects_a_training_that_has_not_finished(project, store):
     record = dataclasses.replace(read_training(project).record, id=new_id(), name="half")
     RunWriter(store).send(Run(record=record), "RUNNING")
-    with pytest.raises(
-        UserError, match="half is RUNNING: only a finished training can be promoted"
-    ):
+    with pytest.raises(UserError, match="half is RUNNING: only a finished run can be promoted"):
         promote_run(store, record.id)
 
 
 def test_promote_without_a_name_takes_the_run_of_models_gpt2(project, store, monkeypatch):
     assert folio(project, "promote", "--force").startswith(tracked(store, project).name)
-    monkeypatch.setattr(queries, "statuses", lambda _: {})
-    with pytest.raises(UserError, match="the run of models/gpt2 is not in MLflow"):
+    monkeypatch.setattr(queries, "all_runs", lambda _: {})
+    with pytest.raises(UserError, match="the run that trained models/gpt2 is not in MLflow"):
         folio(project, "promote")
 
 
@@ -245,7 +245,7 @@ def test_registry_logs_a_model_once_and_replaces_an_incomplete_one(project, stor
     trained, run_id = read_training(project), tracked(store, project).id
 
     def models() -> list[tuple[str, str]]:
-        return [(m.model_id, m.status) for m in registry._logged_models(store, run_id)]
+        return [(m.model_id, m.status) for m in logged_models.find_all(store, run_id)]
 
     [(first, _)] = models()
     RunWriter(store).send(trained, "FINISHED")
@@ -259,9 +259,9 @@ def test_registry_logs_a_model_once_and_replaces_an_incomplete_one(project, stor
 
 def test_sync_restores_a_model_that_mlflow_has_lost(project, store):
     kept = tracked(store, project)
-    store.client.delete_logged_model(registry.logged_model_id(store, kept))
+    store.client.delete_logged_model(logged_models.logged_model_id(store, kept))
     assert f"sent {kept.name}" in folio(project, "sync")
-    assert registry.logged_model_id(store, kept)
+    assert logged_models.logged_model_id(store, kept)
 
 
 def test_experiment_page_is_arranged(store):
@@ -277,10 +277,11 @@ def test_run_description_states_the_validation_loss(project, store):
     assert text in kept.tags["mlflow.note.content"]
 
 
-def ask(address: str, body: dict) -> tuple[int, dict]:
+def ask(address: str, body: dict | bytes, **headers: str) -> tuple[int, dict]:
     """Send a request to the scoring server. Returns the status and the answer."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), headers)
+    headers = {"Content-Type": "application/json"} | headers
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/invocations", content, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer)
@@ -296,7 +297,7 @@ def test_serve_answers_with_the_champion_and_rejects_invalid_requests(project, s
     server = subprocess.Popen(
         [sys.executable, "-m", "folio", "serve", "--port", str(port)],
         cwd=project,
-        env=environment(),
+        env=environment(HTTP_PROXY="http://127.0.0.1:9", ALL_PROXY="socks5://127.0.0.1:9"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -317,14 +318,32 @@ def test_serve_answers_with_the_champion_and_rejects_invalid_requests(project, s
         words = ("sample", "The sea", "--tokens", "4", "--seed", "7")
         assert "The sea" + answer["predictions"][0] == folio(project, *words)[:-1]
         for body, message in (
-            ({"inputs": ["a"], "params": {"tokens": 10**6}}, "tokens is 1000000; it must be 1 to"),
-            ({"inputs": [""]}, "a prompt of 0 characters; it must have 1 to"),
+            ({"inputs": ["a"], "params": {"tokens": 10**6}}, "1000000; it must be a whole number"),
+            ({"inputs": [""]}, "a prompt has 0 characters; it must have 1 to"),
             ({"inputs": ["a"] * 65}, "65 prompts; a request must have 1 to 64"),
-            ({"inputs": ["a" * 10_001]}, "a prompt of 10,001 characters"),
-            ({"inputs": ["a"], "params": {"top_p": 0.0}}, "top_p is 0, which leaves no token"),
+            ({"inputs": ["a" * 10_001]}, "a prompt has 10,001 characters"),
+            ({"inputs": ["a"], "params": {"top_p": 0.0}}, "top_p is 0, which excludes every token"),
+            ({"inputs": [None]}, "prompt 1 is null; it must be a string"),
+            ({"inputs": [["KING", "JULIET"]]}, "prompt 1 is a list"),
+            ({"inputs": ["a"], "params": {"tokens": "4"}}, "tokens is a string"),
+            ({"inputs": ["a"], "params": {"tokenz": 4}}, "'tokenz' is unknown"),
+            ({"inputs": ["a"], "params": {"top_p": float("nan")}}, "top_p is out of bounds"),
+            (
+                {"dataframe_split": {"columns": ["id", "prompt"], "data": [["1", "a"]]}},
+                "a table must have exactly one column",
+            ),
+            (b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+            (b"{", "not valid JSON"),
         ):
             status, answer = ask(address, body)
             assert status == 400 and message in answer["message"]
+            assert answer.keys() == {"error_code", "message"} and answer["message"].isprintable()
+        tiny = {"tokens": 4, "top_p": 1e-50, "seed": 1}
+        greedy = {"tokens": 4, "temperature": 0.0}
+        answers = [ask(address, {"inputs": ["A star"], "params": p}) for p in (tiny, greedy)]
+        assert answers[0] == answers[1] and answers[0][0] == 200
+        assert ask(address, {"inputs": ["a"]}, Host="evil.example")[0] == 403
+        assert ask(address, {"inputs": ["a"]}, Host=f"localhost:{port}")[0] == 200
     finally:
         os.killpg(server.pid, signal.SIGINT)
         output = server.communicate(timeout=30)[0]
@@ -342,7 +361,7 @@ def test_doctor_reports_each_problem_with_a_hint(make_project):
     done = process(folder, "doctor")
     assert done.returncode == 1
     assert "FAIL params.yaml: train.sede: unknown; did you mean train.seed?" in done.stdout
-    assert "FAIL no git commit: `git init" in done.stdout
+    assert "FAIL there is no git repository here: `git init" in done.stdout
     assert "ok   no MLflow store yet; the first run creates one" in done.stdout
 
 
@@ -356,8 +375,6 @@ def test_ctrl_c_during_imports_leaves_no_traceback(project, words, seconds):
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        # The tests themselves may run in the background, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)

@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,12 +25,14 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import parse_yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from folio import params, plots
-from folio.corpus import corpus, statistics
+from folio import params, plots, strict_yaml
+from folio.corpus import corpus, folder, statistics
 from folio.corpus import plots as corpus_plots
 from folio.corpus.params import PrepareParams
 from folio.errors import UserError
@@ -37,7 +40,7 @@ from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
 from folio.inference.evaluation import EvaluateParams
 from folio.runtime import RuntimeParams
-from folio.sweeps import variants
+from folio.sweeps import overrides, variants
 from folio.tokens import token_files, tokenizer
 from folio.training import checkpoint
 from folio.training.checkpoint import Checkpoint
@@ -224,6 +227,53 @@ def test_params_of_any_bytes_are_loaded_or_rejected(content):
     load_params(content)
 
 
+ODD_SCALARS = """yes no on off y n true null ~ nan .nan .inf inf = << 2024-01-01 1:40 1:40.5 0042 08
+    0o17 0b1 0x1F 1_000 1e-5 1E5 .5 -.5 .5e3 1."""
+PLAIN = st.text("0123456789_+-.:eExXobnNaAfFiI", min_size=1, max_size=10)
+PLAIN |= st.sampled_from(re.findall(r"\S+", ODD_SCALARS))
+
+
+@fuzz(600, scalar=PLAIN, key=st.sampled_from(KEYS), in_list=st.booleans())
+def test_plain_scalar_in_params_has_the_value_that_dvc_reads_or_is_rejected(scalar, key, in_list):
+    section, name = key
+    tree = {section: dict(values) for section, values in TREE.items()}
+    tree[section][name] = "PLACE"
+    content = yaml.safe_dump(tree).replace("PLACE", f"[{scalar}]" if in_list else scalar)
+    loaded = load_params(content.encode())
+    if loaded is not None:
+        value, in_dvc = (
+            loaded[f"{section}.{name}"],
+            parse_yaml(content, "params.yaml")[section][name],
+        )
+        pairs = zip(value, in_dvc, strict=True) if in_list else [(value, in_dvc)]
+        assert all(one == other and type(one) in (type(other), float) for one, other in pairs)
+
+
+def is_section(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        not isinstance(each, dict)
+        and not (isinstance(each, list) and any(isinstance(item, dict | list) for item in each))
+        for each in value.values()
+    )
+
+
+@fuzz(
+    600,
+    text=PLAIN
+    | st.text(st.sampled_from("[]{}:,-&*!|>'\"#%@?\n\n  \t<a=1.0~\\nNu\u2028\x85\ufeffé\r")),
+    form=st.sampled_from(["x: %s", "x: [%s, b]", "x:\n- %s\n- a", "x: '%s'", 'x: "%s"'])
+    | st.sampled_from(["x: |\n  %s\n", "x: >\n  %s\n", "%s: 1", "%s"]),
+)
+def test_yaml_of_any_text_has_the_values_that_dvc_reads_or_is_rejected(text, form):
+    document = form.replace("%s", text)
+    try:
+        found = strict_yaml.load(document)
+    except (ValueError, OverflowError, yaml.YAMLError):
+        return
+    if is_section(found) and all(isinstance(key, str) for key in found):
+        assert repr(found) == repr(dict(parse_yaml(document, "params.yaml")))
+
+
 @fuzz(80, content=st.binary() | TREES.map(lambda tree: yaml.safe_dump(tree).encode()))
 def test_variant_of_any_bytes_is_loaded_or_rejected(content):
     with empty_folder() as folder, pytest.MonkeyPatch.context() as patch:
@@ -253,6 +303,34 @@ def test_tracking_uri_with_a_relative_path_is_in_the_project_or_rejected(start, 
     path = "/".join(steps)
     if start in ("sqlite:///", "sqlite+pysqlite:///") and not path.startswith("/"):
         assert Path(os.path.normpath(f"/project/{path}")).is_relative_to("/project")
+
+
+VALUES = (
+    SCALARS
+    | st.text(st.sampled_from("\\\"'${}[](),:=#~? \n\t\rax1.\x85\x7f\0\ufeff\u2028\ud800é🙂"))
+    | st.lists(st.sampled_from(["ROMEO:", "\n", "\\n", "${oc.env:HOME}", "???", "\\", '"'])).map(
+        "".join
+    )
+)
+
+
+@fuzz(500, value=VALUES | st.lists(VALUES, max_size=3), key=st.sampled_from(KEYS))
+def test_any_value_goes_through_dvc_unchanged_or_is_rejected(value, key):
+    try:
+        options = overrides.param_options({".".join(key): value})
+    except UserError as error:
+        assert_one_line(error, ".".join(key))
+        return
+    with empty_folder() as folder:
+        (folder / "params.yaml").write_bytes(SHIPPED)
+        apply_overrides(folder / "params.yaml", options[1:])
+        tree = params.read(folder / "params.yaml")
+        in_dvc = parse_yaml((folder / "params.yaml").read_text(encoding="utf-8"), "params.yaml")
+    section, name = key
+    expected = {name: dict(values) for name, values in TREE.items()}
+    expected[section][name] = value
+    assert repr(tree[section][name]) == repr(value)
+    assert repr(tree) == repr(in_dvc) and repr(tree) == repr(expected)
 
 
 # --- text
@@ -326,7 +404,9 @@ def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, fraction):
                 continue
             assert 0 < found.train_characters < found.characters and found.name.isprintable()
             one = [name.removeprefix("data/raw/set/")]
-            keys = sorted(files) if name.endswith("/set") else one
+            texts, _ = folder.find_texts(root / "data/raw/set")
+            keys = [path.name for path in texts] if name.endswith("/set") else one
+            assert keys == sorted(keys)
             texts = [files[key].decode().removeprefix("\ufeff") for key in keys]
             joined = texts[0]
             for text in texts[1:]:
@@ -533,6 +613,65 @@ def test_tensors_of_any_name_shape_and_dtype_are_loaded_or_rejected(changes, n_l
         elif kind == "infinite":
             tensors[name] = torch.full_like(tensors[name], 1).div(0).to(tensors[name].dtype)
     open_model(json.dumps(config | {"n_layer": n_layer}).encode(), safetensors.torch.save(tensors))
+
+
+@functools.cache
+def sharded_folder() -> dict[str, bytes]:
+    """The files of a small model in two shards."""
+    config, weights = model_folder()
+    tensors = safetensors.torch.load(weights)
+    names, files = sorted(tensors), ("model-1.safetensors", "model-2.safetensors")
+    of_file = {files[0]: names[:10], files[1]: names[10:]}
+    index = {"weight_map": {name: file for file in files for name in of_file[file]}}
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
+    } | {
+        file: safetensors.torch.save({name: tensors[name] for name in of_file[file]})
+        for file in files
+    }
+
+
+@fuzz(
+    250,
+    name=st.sampled_from(["model.safetensors.index.json", "model-1.safetensors"]),
+    edits=EDITS,
+    entries=st.dictionaries(
+        st.text(max_size=8) | st.sampled_from(["transformer.wte.weight", "transformer.ln_f.bias"]),
+        TREES
+        | st.sampled_from(["../model-1.safetensors", "/dev/zero", "model-2.safetensors", "..", "."])
+        | st.sampled_from(
+            ["config.json", "model-3.safetensors", "a\0.safetensors", ".safetensors"]
+        ),
+        max_size=2,
+    ),
+    kind=st.sampled_from(["bytes", "entries", "missing", "tree"]),
+    tree=TREES,
+)
+def test_damaged_shards_and_indexes_are_rejected_or_equivalent(name, edits, entries, kind, tree):
+    files = dict(sharded_folder())
+    index = json.loads(files["model.safetensors.index.json"])
+    if kind == "bytes":
+        files[name] = damage(files[name], edits)
+    elif kind == "entries":
+        index["weight_map"] |= entries
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    elif kind == "tree":
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": tree}).encode()
+    else:
+        del files[name]
+    with empty_folder() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each, content in files.items():
+            (folder / each).write_bytes(content)
+        try:
+            model = huggingface.load(folder)
+        except UserError as error:
+            assert_one_line(error, folder)
+            return
+    assert model.params.n_layer == 2
+    with torch.no_grad():
+        assert model(torch.zeros(1, 1, dtype=torch.int64)).shape == (1, 1, 11)
 
 
 # --- checkpoints

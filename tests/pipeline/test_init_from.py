@@ -26,7 +26,7 @@ from conftest import (
 from torch.nn import functional as F
 
 from folio import params, signals
-from folio.errors import one_line_errors
+from folio.errors import UserError, one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
 from folio.run import Record, Run
@@ -196,14 +196,59 @@ def test_initial_weights_are_kept_when_no_step_improves_on_them(project, capsys)
     assert len(kept["transformer.wpe.weight"]) == 16
 
 
-def test_non_finite_weights_fail_in_one_line_before_any_step(project, capsys):
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("nan", "transformer.ln_f.bias has values that are NaN or infinite"),
+        ("-inf", "transformer.ln_f.bias has values that are NaN or infinite"),
+        ("3e38", "step 0: the validation loss is not finite; choose another train.init_from"),
+    ],
+)
+def test_non_finite_weights_fail_in_one_line_before_any_step(project, capsys, value, words):
     path = project / "data/pretrained/theirs/model.safetensors"
     weights = safetensors.torch.load_file(path)
-    weights["transformer.ln_f.bias"][0] = float("nan")
+    weights["transformer.ln_f.bias"][:] = float(value)
     safetensors.torch.save_file(weights, path)
-    assert "step 0: the validation loss is not finite; choose another train.init_from" in fails(
-        capsys
+    assert words in fails(capsys)
+
+
+def test_sharded_weights_are_those_of_one_file(project):
+    folder = project / "data/pretrained/theirs"
+    one = trainer(project)
+    transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(
+        folder.parent / "sharded", max_shard_size="200KB"
     )
+    assert len(list((folder.parent / "sharded").glob("*.safetensors"))) > 1
+    set_params(project, {"train.init_from": "sharded"})
+    other = trainer(project)
+    assert other.pretrained.sha256 not in ("", one.pretrained.sha256)
+    assert one.validate() == other.validate()
+    assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
+
+
+def test_key_changes_with_any_shard_of_the_weights(project):
+    folder = project / "data/pretrained/theirs"
+    transformers.GPT2LMHeadModel.from_pretrained(folder).save_pretrained(
+        folder.parent / "sharded", max_shard_size="200KB"
+    )
+    keys = []
+    for path in [None, *(folder.parent / "sharded").glob("*.safetensors")]:
+        if path:
+            tensors = safetensors.torch.load_file(path)
+            safetensors.torch.save_file({n: t + 1e-3 for n, t in tensors.items()}, path)
+        set_params(project, {"train.init_from": "sharded"})
+        weights = pretrained.find("sharded", project)
+        one = trainer(project)
+        keys.append(train_key(one.model.params, one.params, "data", weights))
+    assert len(set(keys)) == len(keys) > 2
+
+
+def test_weights_that_are_replaced_after_they_were_found_are_an_error(project):
+    found = pretrained.find("theirs", project)
+    write_folder(found.path, seed=2)
+    model = ModelParams(n_layer=1, n_head=2, n_embd=16, block_size=16, dropout=0.0)
+    with pytest.raises(UserError, match="data/pretrained/theirs changed while it was being read"):
+        found.weights(model, 50_257)
 
 
 # --- which folder
@@ -218,12 +263,12 @@ def test_non_finite_weights_fail_in_one_line_before_any_step(project, capsys):
         ({"n_positions": 8}, "set model.block_size to at most 8"),
         (
             {"n_layer": 3, "n_head": 1, "n_embd": 24, "n_positions": 8},
-            "data/pretrained/theirs has a model of another size: set model.n_layer to 3,"
+            "data/pretrained/theirs has a model of a different size: set model.n_layer to 3,"
             " model.n_head to 1, model.n_embd to 24, model.block_size to at most 8",
         ),
         (
             {"vocab_size": 50_304},
-            "has 50,304 tokens, and the text is encoded with GPT-2's 50,257: choose a",
+            "has 50,304 tokens, but the text is encoded with GPT-2's 50,257: choose a",
         ),
     ],
 )
@@ -241,11 +286,11 @@ def test_folder_of_another_size_fails_in_one_line_with_what_to_set(project, size
         ),
         ({"train.init_from": "data/pretrained/theirs"}, "did you mean theirs?; put one there"),
         ({"train.init_from": "../pretrained/theirs"}, "did you mean theirs?; put one there"),
-        ({"train.init_from": "/"}, "put one there (docs/fine-tuning.md) and give its name, or"),
+        ({"train.init_from": "/"}, "put one there (docs/fine-tuning.md) and use its name, or"),
         ({"train.init_from": ""}, "'' is not a GPT-2 folder"),
         ({"train.init_from": "\x1b[31m\0" * 10_000}, "is not a GPT-2 folder in data/pretrained;"),
         ({"train.init_from": None}, "train.init_from: None is not valid; expected a string"),
-        ({"train.tie_unseen_tokens": True}, "train.tie_unseen_tokens: set it to false with init"),
+        ({"train.tie_unseen_tokens": True}, "train.tie_unseen_tokens: must be false with init"),
     ],
 )
 def test_invalid_name_or_setting_fails_in_one_line(project, settings, words, capsys):
@@ -379,7 +424,8 @@ def test_dvc_retrains_only_when_the_folder_in_use_changes(project):
     # An experiment in a clone of its own, which has what git and DVC keep and nothing else.
     ran, said = dvc(project, "exp", "run", "--temp", "--name", "tuned")
     assert (
-        ran == ["prepare", "train", "evaluate"] and "starting from data/pretrained/theirs" in said
+        ran == ["check", "prepare", "train", "evaluate"]
+        and "starting from data/pretrained/theirs" in said
     )
     dvc(project, "exp", "apply", "tuned")
     write_folder(project / "data/pretrained/another")
@@ -392,7 +438,7 @@ def test_dvc_retrains_only_when_the_folder_in_use_changes(project):
     (theirs / "model.safetensors").write_bytes(before)
     assert dvc(project, *dry)[0] == []
     set_params(project, {"train.init_from": "another"})
-    assert dvc(project, *dry)[0] == ["train"]
+    assert dvc(project, *dry)[0] == ["check", "train"]
     set_params(project, {"train.init_from": "nowhere"})
     refused = run(project, "dvc", *dry)
     assert refused.returncode and "data/pretrained/nowhere" in refused.stderr

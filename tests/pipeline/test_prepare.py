@@ -5,18 +5,20 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, set_params
 
 from folio import params
 from folio.corpus import corpus
 from folio.corpus.params import PrepareParams
 from folio.errors import UserError
+from folio.run import ARTIFACTS, TRAINING
 from folio.tokens import token_files, tokenizer
 from stages.prepare import run
 
@@ -31,6 +33,11 @@ OUTS = [
 ]
 
 
+def test_training_logs_every_report_on_the_corpus():
+    logged = [path for path in ARTIFACTS[TRAINING] if path.startswith("data/")]
+    assert logged == [path for path in OUTS if path.startswith("data/diagnostics")]
+
+
 def settings(**changes):
     defaults = {
         "corpus": "tinyshakespeare",
@@ -39,6 +46,11 @@ def settings(**changes):
         "report_block_size": 128,
     }
     return PrepareParams(**defaults | changes)
+
+
+def write_params(root, corpus):
+    shutil.copy(ROOT / "params.yaml", root)
+    set_params(root, {"prepare.corpus": corpus})
 
 
 def written(root):
@@ -147,6 +159,64 @@ def test_own_text_is_split_by_the_validation_fraction(root, capsys):
     assert "Corpus: data/raw/mine.txt" in capsys.readouterr().out
 
 
+def report_of_folder(root, capsys, texts):
+    for name, text in texts.items():
+        (root / "data/raw/set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "data/raw/set" / name).write_text(text)
+    run(settings(corpus="data/raw/set"), root)
+    return capsys.readouterr().out
+
+
+def letters(start: int) -> str:
+    return "".join(
+        f"Letter {n}: the moon, {n * 7919 % 1000} stars.\n" for n in range(start, start + 99)
+    )
+
+
+def test_report_names_what_is_left_out_of_a_folder(root, capsys):
+    leftovers = [f".ipynb_checkpoints/{name}-checkpoint.txt" for name in "abcdefg"]
+    texts = {"a.txt": letters(0), "b.txt": letters(100), **dict.fromkeys(leftovers, letters(100))}
+    report = report_of_folder(root, capsys, texts)
+    assert "  Files                            2\n" in report
+    assert f"\nLeft out: {', '.join(leftovers[:5])} and 2 more\n" in report
+    assert "Warning" not in report
+
+
+def test_report_warns_about_files_with_the_same_text(root, capsys):
+    texts = {"a.txt": letters(0), "b.txt": letters(100), "z/b copy.txt": letters(100)}
+    report = report_of_folder(root, capsys, texts)
+    assert (
+        "\nWarning: the same text is in b.txt, z/b copy.txt: remove all but one of them\n" in report
+    )
+    assert "\nWarning: 100.0% of the validation text also occurs in the training text" in report
+
+
+def test_report_warns_about_validation_text_within_a_training_file(root, capsys):
+    texts = {"all.txt": letters(0) + letters(100), "b.txt": letters(140)[:1500]}
+    report = report_of_folder(root, capsys, texts)
+    assert "\nWarning: 100.0% of the validation text also occurs in the training text" in report
+    assert "the same text" not in report
+
+
+def test_report_warns_about_the_end_of_text_token(root, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizer.pieces, "__defaults__", (100,))
+    text = "".join(f"Letter {n}.<|endoftext|>\n" for n in range(1_234))
+    (root / "data/raw/mine.txt").write_text(text)
+    run(settings(corpus="data/raw/mine.txt"), root)
+    report = capsys.readouterr().out
+    assert "\nWarning: <|endoftext|> occurs 1,234 times. It is plain text of seven tokens" in report
+    data = token_files.read(root / "data/prepared")
+    assert 50256 not in data.train and 50256 not in data.val
+
+
+def test_report_warns_about_nul_characters(root, capsys):
+    (root / "data/raw/mine.txt").write_bytes(("Letter.\n" * 20).encode("utf-16-le"))
+    run(settings(corpus="data/raw/mine.txt"), root)
+    assert "\nWarning: the text contains 160 NUL characters. If it is UTF-16" in (
+        capsys.readouterr().out
+    )
+
+
 def test_report_escapes_control_characters(root, capsys):
     (root / "data/raw/mine.txt").write_bytes(b"\x1b]0;title\x07one\0\r\n" * 20)
     run(settings(corpus="data/raw/mine.txt"), root)
@@ -157,10 +227,7 @@ def test_report_escapes_control_characters(root, capsys):
 
 def test_report_can_be_printed_on_a_terminal_that_is_not_utf_8(root):
     (root / "data/raw/mine.txt").write_text("na\u00efve \u4e2d\n" * 20, encoding="utf-8")
-    (root / "params.yaml").write_text(
-        "prepare: {corpus: data/raw/mine.txt, validation_fraction: 0.1,"
-        " report_batch_size: 8, report_block_size: 128}"
-    )
+    write_params(root, "data/raw/mine.txt")
     done = subprocess.run(
         [sys.executable, "-m", "stages.prepare"],
         cwd=root,
@@ -191,10 +258,7 @@ def test_full_disk_leaves_no_incomplete_file(root):
 
 
 def test_bad_input_on_the_command_line_is_one_line_with_status_1(root):
-    (root / "params.yaml").write_text(
-        "prepare: {corpus: tinyshakspeare, validation_fraction: 0.1,"
-        " report_batch_size: 8, report_block_size: 128}"
-    )
+    write_params(root, "tinyshakspeare")
     done = subprocess.run(
         [sys.executable, "-m", "stages.prepare"],
         cwd=root,

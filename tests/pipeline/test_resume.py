@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, run, run_stages
+from conftest import environment, run, run_stages, set_params
 
 SETTINGS = {
     "train.steps": 40,
@@ -100,7 +100,12 @@ def assert_equals_uninterrupted(folder: Path, uninterrupted: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "status", "name"),
-    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")],
+    [
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGHUP, 129, "SIGHUP"),
+        (signal.SIGUSR1, 138, "SIGUSR1"),
+    ],
 )
 def test_signal_saves_the_step_and_prints_how_to_resume(
     prepared, uninterrupted, number, status, name
@@ -185,3 +190,56 @@ def test_damaged_checkpoint_is_reported_and_changes_no_result(prepared, uninterr
     resumed = run(folder, "python", "-m", "stages.train")
     assert f"{newest} is damaged: its checksum does not match; skipping it" in resumed.stderr
     assert_equals_uninterrupted(folder, uninterrupted)
+
+
+def damage(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "state.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "state.safetensors").write_bytes(content)
+
+
+def remove_checkpoints(newest: Path) -> None:
+    for checkpoint in newest.parent.glob("step-*"):
+        shutil.rmtree(checkpoint)
+
+
+# How the steps after a checkpoint come to be repeated.
+REPEATS = {
+    "newest checkpoint damaged": damage,
+    "newest checkpoint removed": shutil.rmtree,
+    "all checkpoints removed": remove_checkpoints,
+}
+
+
+@pytest.mark.parametrize(
+    ("repeat", "interval"),
+    [
+        ("newest checkpoint damaged", 3),
+        ("newest checkpoint damaged", 50),
+        ("newest checkpoint removed", 7),
+        ("all checkpoints removed", 3),
+    ],
+)
+def test_mlflow_and_the_history_have_the_same_points_after_steps_were_repeated(
+    prepared, uninterrupted, repeat, interval
+):
+    """Whatever runtime.log_interval is when training resumes."""
+    folder = prepared()
+    set_params(folder, {"runtime.log_interval": 4})
+    stop(folder, signal.SIGTERM, ".checkpoints/*/step-*20/sha256")
+    REPEATS[repeat](max(folder.glob(".checkpoints/*/step-*[0-9]")))
+    set_params(folder, {"runtime.log_interval": interval})
+    assert run(folder, "python", "-m", "stages.train").returncode == 0
+
+    files = [project / "models/gpt2/model.safetensors" for project in (uninterrupted, folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    history = [json.loads(row) for row in (folder / "models/training/history.jsonl").open()]
+    steps = [row["step"] for row in history]
+    assert steps == sorted(set(steps)) and {10, 20, 30, 40} <= {*steps}
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    [kept] = client.search_runs([client.get_experiment_by_name("folio").experiment_id])
+    for key in kept.data.metrics:
+        points = client.get_metric_history(kept.info.run_id, key)
+        rows = [(row["step"], row["time"], row[key]) for row in history if key in row]
+        sent = [(point.step, point.timestamp, point.value) for point in points]
+        assert sorted(sent) == rows or (not rows and len(sent) == 1), key

@@ -37,6 +37,12 @@ def swept(make_trained):
     return folder, done
 
 
+def queued(folder: Path) -> list[str]:
+    """The trials in DVC's queue, without the line about its workers, which exit when idle."""
+    status = run(folder, "dvc", "queue", "status").stdout
+    return [line for line in status.splitlines() if not line.startswith("Worker status")]
+
+
 def test_failed_trials_are_named_and_do_not_stop_the_others(swept):
     _, done = swept
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -92,21 +98,21 @@ def test_report_option_writes_the_report_of_an_earlier_sweep(swept):
     assert path.read_text() == text
     with inside(folder):
         for name in ("yours", "../sweeps/mine"):
-            with pytest.raises(UserError, match=f"no sweep '{name}' here; available: mine"):
+            with pytest.raises(UserError, match=f"there is no sweep '{name}'; available: mine"):
                 read_plan(name)
 
 
 def test_invalid_trial_or_taken_name_queues_nothing(swept):
     folder, _ = swept
-    before = run(folder, "dvc", "queue", "status").stdout
+    before = queued(folder)
     for settings, message in (
         (["train.steps=6,1"], "train.steps=1: train.warmup_steps: 1 "),
-        (["train.seed=1,2", "--name", "mine"], "another sweep is named 'mine'"),
+        (["train.seed=1,2", "--name", "mine"], "another sweep named 'mine'"),
     ):
         with pytest.raises(UserError, match=message) as error:
             folio(folder, "sweep", *settings)
         assert "\n" not in str(error.value)
-    assert run(folder, "dvc", "queue", "status").stdout == before
+    assert queued(folder) == before
 
 
 def test_ctrl_c_stops_the_trainings_and_the_same_command_resumes_them(swept):

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import commit, environment, folio, run, run_stages, set_params, succeed
+from conftest import commit, environment, folio, inside, run, run_stages, set_params, succeed
+
+from folio.errors import UserError
+from folio.run import read_evaluation, read_training
+from folio.tracking import queries
+from folio.tracking.store import Store
 
 
 def sync(folder: Path) -> str:
@@ -33,7 +38,7 @@ class StoredRun:
     params: dict[str, str]
     points: dict[str, list[tuple[int, int, float]]]  # metric -> (step, time, value)
     artifacts: dict[str, int]  # path -> size
-    model: tuple[str, dict[str, str]] | None  # status, tags
+    model: tuple[str, str] | None  # status, checksum of the weights
 
 
 def content(uri: str) -> dict[str, StoredRun]:
@@ -41,7 +46,7 @@ def content(uri: str) -> dict[str, StoredRun]:
     client, found = mlflow.MlflowClient(uri), {}
     experiment = client.get_experiment_by_name("folio").experiment_id
     models = {
-        model.source_run_id: (model.status, model.tags)
+        model.source_run_id: (model.status, model.tags["weights_sha256"])
         for model in client.search_logged_models([experiment])
     }
     for tracked in client.search_runs([experiment]):
@@ -150,7 +155,8 @@ def test_sync_names_the_files_that_are_missing_in_the_cache(repo, tmp_path):
     succeed(tmp_path, "git", "clone", "-q", str(repo), str(clone))
     assert "not in DVC's cache: 1 x models/training/record.json" in folio(clone, "sync")
     succeed(clone, "dvc", "pull", "models/training/record.json")
-    assert "not in DVC's cache: some files of 1x2x16-" in folio(clone, "sync")
+    output = folio(clone, "sync")
+    assert "not in DVC's cache: models/" in output and " of 1x2x16-" in output
 
 
 def test_sync_reports_in_one_line_that_the_server_is_down(make_project):
@@ -246,6 +252,29 @@ def test_sync_sends_what_an_unreliable_server_missed(make_project, serve):
     assert list(content(serve.uri).values()) == runs
 
 
+def test_sync_sends_again_what_a_server_has_lost(make_trained, serve, tmp_path, monkeypatch):
+    folder = make_trained(store=False)
+    serve()
+    set_params(folder, {"runtime.tracking_uri": serve.uri})
+    assert folio(folder, "sync").count("sent ") == 2
+    before = content(serve.uri)
+    assert folio(folder, "sync").strip() == "MLflow has every run"
+    places = tmp_path / "artifacts"
+    [weights] = places.rglob("model.safetensors")
+    [samples] = places.rglob("samples.md")
+    for lost in (places, weights.parents[2] / "code", samples.parent, weights):
+        shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+        assert " again: " in folio(folder, "sync"), lost
+        assert content(serve.uri) == before
+        assert folio(folder, "sync").strip() == "MLflow has every run"
+    damaged = weights.read_bytes()[:-99] + bytes(99)
+    weights.write_bytes(damaged)  # listings do not show this; fetching the model does
+    with pytest.raises(UserError, match=r"are missing or damaged in MLflow"):
+        folio(folder, "promote")
+    assert " again: " in folio(folder, "sync") and weights.read_bytes() != damaged
+    assert folio(folder, "promote").endswith("is now the champion: there was none before\n")
+
+
 def test_sync_sends_all_steps_of_an_interrupted_training(make_project):
     folder = make_project({"train.steps": 4000, "train.eval_interval": 50, "train.patience": None})
     run_stages(folder, "prepare")
@@ -263,3 +292,140 @@ def test_sync_sends_all_steps_of_an_interrupted_training(make_project):
     assert interrupted.status == "KILLED"
     steps = [step for step, *_ in interrupted.points["train_loss"]]
     assert steps == list(range(1, rows(folder) + 1))
+
+
+def evaluation_metrics(folder: Path) -> dict[str, float]:
+    metrics = json.loads((folder / "models/evaluation/metrics.json").read_text())
+    return {f"evaluate/{name}": value for name, value in metrics.items()}
+
+
+def shown(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """The evaluation that MLflow shows on the training run of the workspace: metrics, tags."""
+    with inside(folder):
+        store, folio_id = Store(None), read_training(folder).record.id
+        found = queries.find(store, folio_id)
+    metrics = {k: v for k, v in found.data.metrics.items() if k.startswith("evaluate/")}
+    return metrics, {k: v for k, v in found.data.tags.items() if k.startswith("evaluat")}
+
+
+def assert_shows_the_evaluation_in_the_workspace(folder: Path) -> None:
+    metrics, tags = shown(folder)
+    record = read_evaluation(folder).record
+    assert metrics == evaluation_metrics(folder)
+    assert tags == {"evaluation": record.id} | record.params
+
+
+def test_mlflow_shows_the_evaluation_in_the_workspace(make_trained, monkeypatch):
+    folder = make_trained()
+    assert_shows_the_evaluation_in_the_workspace(folder)
+    first = evaluation_metrics(folder)
+    set_params(folder, {"evaluate.stride": 1})
+    monkeypatch.setattr("stages.evaluate.now_ms", lambda: 5)  # the clock was set back
+    run_stages(folder, "evaluate")
+    assert evaluation_metrics(folder) != first
+    assert_shows_the_evaluation_in_the_workspace(folder)
+    succeed(folder, "git", "checkout", "-q", ".")
+    succeed(folder, "dvc", "checkout", "--force")
+    assert evaluation_metrics(folder) == first
+    assert shown(folder)[0] != first
+    assert "updated the evaluation metrics of 1x2x16-" in folio(folder, "sync")
+    assert_shows_the_evaluation_in_the_workspace(folder)
+    assert folio(folder, "sync").strip() == "MLflow has every run"
+    # Whatever was logged before, sync corrects it.
+    with inside(folder):
+        store = Store(None)
+        run_id = queries.run_id(store, read_training(folder).record.id)
+        store.client.log_metric(run_id, "evaluate/val_loss_sliding", 0.5, 2**52, step=77)
+    assert "updated" in folio(folder, "sync")
+    assert_shows_the_evaluation_in_the_workspace(folder)
+
+
+def test_compare_shows_the_params_of_evaluations_that_differ(make_trained, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = make_trained({"train.seed": 5, "evaluate.stride": 1})
+    succeed(folder, "dvc", "repro")
+    rows = [line for line in folio(folder, "compare").splitlines() if "1x2x16-" in line]
+    assert {word for row in rows for word in row.split() if "stride" in word} == {
+        "evaluate.stride=1",
+        "evaluate.stride=8",
+    }
+    assert not any("evaluate.top_p" in row for row in rows)
+
+
+def test_sync_rebuilds_the_same_figures_from_several_evaluations(make_trained):
+    """In an empty store, with an evaluation that was committed and a discarded one."""
+    folder = make_trained({"evaluate.stride": 1})
+    succeed(folder, "dvc", "repro")
+    succeed(folder, "git", "checkout", "-q", ".")
+    shutil.rmtree(folder / "models")
+    remove_store(folder)
+    assert sync(folder).count("sent ") == 3
+    succeed(folder, "dvc", "checkout")
+    [training] = [r for r in content(store(folder)).values() if r.name != "evaluate"]
+    points = {key: p for key, p in training.points.items() if key.startswith("evaluate/")}
+    assert {key: [value for *_, value in p] for key, p in points.items()} == {
+        key: [value] for key, value in evaluation_metrics(folder).items()
+    }
+    assert sync(folder).strip() == "MLflow has every run"
+
+
+@pytest.fixture
+def copies(make_project, tmp_path) -> tuple[list[Path], Callable[[Path], subprocess.Popen], str]:
+    """Three copies of a half-trained project that differ in runtime.log_interval, a function that
+    starts training in one, and the URI of the store that they share."""
+    shared = f"sqlite:///{tmp_path / 'shared.db'}"
+    first = make_project({"train.steps": 900, "train.eval_interval": 50, "train.patience": None})
+    run_stages(first, "prepare")
+
+    def start(folder: Path) -> subprocess.Popen:
+        command, env = [sys.executable, "-m", "stages.train"], environment()
+        return subprocess.Popen(command, cwd=folder, env=env | {"MLFLOW_TRACKING_URI": shared})
+
+    stop_at(60, first, start(first))
+    folders = [first, tmp_path / "second", tmp_path / "third"]
+    for copy, interval in zip(folders[1:], (7, 4), strict=True):
+        shutil.copytree(first, copy)
+        set_params(copy, {"runtime.log_interval": interval})
+    return folders, start, shared
+
+
+def stop_at(row: int, folder: Path, training: subprocess.Popen) -> None:
+    """Kill a training once its history has so many rows."""
+    wait_until(lambda: rows(folder) >= row, training)
+    training.kill()
+    training.wait()
+
+
+def assert_points_are_those_of_one(folders: list[Path], shared: str) -> None:
+    [tracked] = content(shared).values()
+    expected = []
+    for folder in folders:
+        points: dict[str, list[tuple[int, int, float]]] = {}
+        for row in read_training(folder).history:
+            for key in row.keys() - {"step", "time"}:
+                points.setdefault(key, []).append((row["step"], row["time"], row[key]))
+        expected.append(points)
+    summary = read_training(folders[0]).summary.keys()
+    assert {k: p for k, p in tracked.points.items() if k not in summary} in expected
+    assert all(len(tracked.points[key]) == 1 for key in summary)
+    for folder in folders:
+        assert "sent" not in succeed(
+            folder, "python", "-m", "folio", "sync", MLFLOW_TRACKING_URI=shared
+        )
+    assert list(content(shared).values()) == [tracked]
+
+
+def test_copies_of_a_half_trained_project_leave_the_points_of_one(copies):
+    """Two of them train at the same time, and the third one later."""
+    folders, start, shared = copies
+    running = [start(folder) for folder in folders[:2]]
+    assert [training.wait(200) for training in running] == [0, 0]
+    assert start(folders[2]).wait(200) == 0
+    assert_points_are_those_of_one(folders, shared)
+
+
+def test_points_of_a_copy_that_never_finished_do_not_remain(copies):
+    folders, start, shared = copies
+    stop_at(200, folders[0], start(folders[0]))
+    assert start(folders[1]).wait(200) == 0
+    assert_points_are_those_of_one(folders[1:2], shared)

@@ -18,11 +18,12 @@ import mlflow
 import pytest
 from conftest import ROOT, environment, open_store
 
+from folio import files, signals
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.run import Record, Run, read_evaluation, write_record
 from folio.signals import Stopped
-from folio.tracking import queries, registry
+from folio.tracking import logged_models, queries
 from folio.tracking.logger import RunLogger
 from folio.tracking.store import INCOMPLETE, Store
 from folio.tracking.system_metrics import SystemMetrics
@@ -214,6 +215,28 @@ with one_line_errors(), RunLogger({uri!r}, record) as logger:
     assert ended - float(training.stdout) < 10
 
 
+@pytest.mark.parametrize("sent", ["a training", "an evaluation"])
+def test_stop_request_while_the_end_is_sent_leaves_a_finished_run(project, monkeypatch, sent):
+    monkeypatch.setattr(signals, "GRACE_PERIOD", 24 * 3600.0)
+    monkeypatch.setattr(signals, "_cause", None)
+    terminate = mlflow.MlflowClient.set_terminated
+
+    def stop_before(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.3)
+        terminate(*arguments, **options)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", stop_before)
+    with pytest.raises(Stopped, match="stopped by SIGHUP"), signals.handled(print):
+        if sent == "an evaluation":
+            RunWriter(Store(None)).complete(finished_run(project))
+        else:
+            with RunLogger(None, RECORD) as logger:
+                logger.finish(finished_run(project))
+    [run] = runs(local(project))
+    assert run.info.status == "FINISHED" and run.data.metrics["best"] == 2.0
+
+
 def test_logger_sends_missed_points_with_the_next_call(project, monkeypatch):
     connect, failed = Store.__init__, threading.Event()
 
@@ -305,7 +328,8 @@ def test_evaluation_is_nested_and_the_training_gets_its_summary(project):
     assert [len(parents), len(children)] == [1, 2]
     parent = parents[0].info.run_id
     assert all(child.data.tags["mlflow.parentRunId"] == parent for child in children)
-    assert parents[0].data.metrics["evaluate/val_loss"] == 2.0
+    assert parents[0].data.metrics["evaluate/val_loss"] == 1.0  # of the last one
+    assert parents[0].data.tags["evaluation"] == "1" * 32
 
 
 def evaluation(folder: Path, names: tuple[str, ...] = ("loss.png", "samples.md")) -> Run:
@@ -385,8 +409,8 @@ def test_logged_model_generates_text_with_its_own_copy_of_folio(project, model, 
     store = Store(None)
     RunWriter(store).send(Run(record=RECORD), "FINISHED")
     run = queries.find_run(store, RECORD.id)
-    registry.log(store, run.id, folder, "the digest")
-    model_id = registry.logged_model_id(store, run)
+    logged_models.log(store, run.id, folder, files.sha256(folder / "model.safetensors"))
+    model_id = logged_models.logged_model_id(store, run)
     code = f"""
 import sys
 import mlflow
@@ -398,7 +422,7 @@ assert len(first) == len(second) == 9, (first, second)
 try:
     loaded.predict(["A"], params={{"tokens": 1001}})
 except mlflow.MlflowException as problem:
-    assert "tokens is 1001; it must be 1 to 1000" in str(problem)
+    assert "tokens is 1001; it must be a whole number between 1 and 1000" in str(problem)
     assert problem.get_http_status_code() == 400
 else:
     raise AssertionError

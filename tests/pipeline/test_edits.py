@@ -1,0 +1,149 @@
+"""An edit while a stage runs is not recorded as its input; an invalid param costs no model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run, run_stages, set_params
+
+from folio.errors import UserError
+
+# In the process of a stage: the first file that it writes also edits another one.
+EDIT = """
+import sys
+if sys.orig_argv[1:] == ["-m", "stages.{stage}"]:
+    from pathlib import Path
+    from folio import files
+    write_text = files.write_text
+    def write_and_edit(path, text):
+        files.write_text = write_text
+        edited = Path({path!r})
+        edited.write_text(edited.read_text().replace({old!r}, {new!r}))
+        write_text(path, text)
+    files.write_text = write_and_edit
+"""
+EDITS = {
+    "params of train": ("train", "params.yaml", "grad_clip: 1.0", "grad_clip: 0.5"),
+    "params of the model": ("train", "params.yaml", "dropout: 0.1", "dropout: 0.2"),
+    "source of train": ("train", "folio/training/schedule.py", '"""The', '"""the'),
+    "params of evaluate": ("evaluate", "params.yaml", "stride: 8", "stride: 4"),
+    "source of evaluate": ("evaluate", "folio/inference/params.py", '"""The', '"""the'),
+    "text": ("prepare", "data/raw/verses.txt", "star", "moon"),
+    "params of prepare": ("prepare", "params.yaml", "fraction: 0.1", "fraction: 0.2"),
+}
+
+
+@pytest.fixture(scope="module")
+def repo(make_trained) -> Path:
+    return make_trained()
+
+
+def edit_during(repo: Path, folder: Path, stage: str, path: str, old: str, new: str):
+    """Run `dvc repro` with an edit in the middle of a stage."""
+    folder.mkdir(exist_ok=True)
+    code = EDIT.format(stage=stage, path=path, old=old, new=new)
+    (folder / "sitecustomize.py").write_text(code)
+    return run(repo, "dvc", "repro", PYTHONPATH=f"{folder}:{repo}")
+
+
+def entry(repo: Path, stage: str) -> dict:
+    """What dvc.lock has of a stage."""
+    return yaml.safe_load((repo / "dvc.lock").read_text())["stages"][stage]
+
+
+def restore(repo: Path) -> None:
+    run(repo, "git", "checkout", "HEAD", "--", ".")
+    run(repo, "dvc", "checkout")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edit_during_a_stage_is_not_recorded(repo, tmp_path, name):
+    stage, path, old, new = EDITS[name]
+    first = {"prepare": "prepare.report_batch_size", "train": "train.seed"}
+    set_params(repo, {first.get(stage, "evaluate.seed"): 77 + list(EDITS).index(name)})  # it runs
+    before, recorded = (repo / path).read_text(), entry(repo, stage)
+    done = edit_during(repo, tmp_path / "site", stage, path, old, new)
+    after = (repo / path).read_text()
+    assert after != before, done.stdout + done.stderr
+    assert done.returncode != 0 and f"changed while {stage} was running" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert entry(repo, stage) == recorded
+    # With the edit undone, the result is that of the settings at the start, and so is the record.
+    (repo / path).write_text(before)
+    again = run(repo, "dvc", "repro")
+    assert again.returncode == 0, again.stderr
+    status = run(repo, "dvc", "status", "--json").stdout
+    assert json.loads(status) == {}
+    restore(repo)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "evaluate"])
+def test_no_edit_goes_unnoticed_while_a_stage_exits(repo, tmp_path, stage):
+    """A stage does not wait for what Python does at exit: it ends right after its last check."""
+    edit = tmp_path / "edited while the process exits"
+    code = f"import atexit, pathlib\natexit.register(pathlib.Path({str(edit)!r}).touch)\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    done = run(repo, "python", "-m", f"stages.{stage}", PYTHONPATH=f"{tmp_path}:{repo}")
+    assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+    assert not edit.exists()
+    assert run(repo, "python", "-c", "", PYTHONPATH=str(tmp_path)).returncode == 0
+    assert edit.exists()  # in a process that exits as usual
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prepare.corpus": "data/raw/none.txt"}, "'data/raw/none.txt' is neither tinyshakespeare"),
+        ({"prepare.corpus": "../verses.txt"}, "prepare.corpus: "),
+        ({"prepare.corpus": "x" * 5000}, "prepare.corpus: "),
+        ({"prepare.corpus": "\0"}, "prepare.corpus: "),
+        ({"train.init_from": "mine"}, "'mine' is not a GPT-2 folder in data/pretrained"),
+        ({"train.init_from": ""}, "'' is not a GPT-2 folder in data/pretrained"),
+    ],
+)
+def test_check_finds_a_missing_corpus_or_pretrained_folder(make_project, settings, words):
+    folder = make_project(settings | {"train.tie_unseen_tokens": False}, store=False)
+    with pytest.raises(UserError) as error:
+        run_stages(folder, "check")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_check_accepts_files_that_dvc_can_still_pull(make_project):
+    settings = {"prepare.corpus": "data/raw/books/one.txt", "train.init_from": "mine"}
+    folder = make_project(settings | {"train.tie_unseen_tokens": False}, store=False)
+    for name in ("raw/books", "pretrained/mine"):
+        (folder / f"data/{name}.dvc").write_text("outs: []\n")
+    run_stages(folder, "check")
+    assert (folder / "data/params.ok").exists()
+
+
+def test_invalid_param_is_found_before_dvc_removes_a_model(make_trained):
+    repo = make_trained()
+    kept = {path: path.read_bytes() for path in (repo / "models").rglob("*") if path.is_file()}
+    for setting in (
+        "train.steps=abc",
+        "model.n_head=3",
+        "evaluate.stride=64",
+        "evaluate.top_p=7",
+        "prepare.validation_fraction=2",
+        "prepare.corpus=data/raw/none.txt",
+        "train.warmup_steps=600",
+        "runtime.device=gpu",
+    ):  # a change in `runtime` alone runs no stage
+        done = run(repo, "dvc", "exp", "run", "-S", "train.seed=78", "-S", setting)
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert setting.partition("=")[0].partition(".")[2] in done.stderr
+        for path, content in kept.items():
+            assert path.read_bytes() == content, f"{setting}: {path}"
+        [way_back] = re.findall(r"`(git [^`]+)`", done.stderr)
+        run(repo, *way_back.split())
+    assert "Running stage" not in run(repo, "dvc", "repro").stdout
+    # A new text does not rerun check, because no param of a stage has changed.
+    set_params(repo, {"runtime.log_interval": "abc"})
+    with (repo / "data/raw/verses.txt").open("a") as file:
+        file.write("One more line.\n")
+    done = run(repo, "dvc", "repro")
+    assert "folio prepare: params.yaml: runtime.log_interval: 'abc'" in done.stderr
+    assert {path: path.read_bytes() for path in kept} == kept
