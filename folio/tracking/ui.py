@@ -53,9 +53,8 @@ def tags() -> dict[str, str]:
         "mlflow.experiment.primaryMetric.name": "best_val_loss",
         "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
         "mlflow.note.content": (
-            "Each run is one trained variant. Variants are ranked by best_val_loss, the lowest"
-            " validation loss in nats/token. Losses are comparable only between runs with the same"
-            " held_out_digest, the digest of the validation text."
+            "Each run is one trained variant. Compare best_val_loss (validation loss, nats/token)"
+            " only between runs with the same held_out_digest."
         ),
         TAG: json.dumps(_layout(), separators=(",", ":")),
     }
