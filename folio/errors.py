@@ -47,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
             with signals.handled(report):
                 yield
         except UserError as error:
-            _exit(str(error))
+            _exit(f"{error}{_restore_hint()}")
         except BrokenPipeError:
             report("stopped by a closed pipe; run the same command again to continue")
             sys.exit(128 + signals.SIGPIPE)
@@ -59,6 +59,16 @@ def one_line_errors() -> Iterator[None]:
             report(str(stopped))
             sys.stdout.flush()
             os._exit(stopped.status)  # a regular exit takes seconds: PyTorch and MLflow clean up
+
+
+def _restore_hint() -> str:
+    """How to restore the outs that DVC removed before it started this stage, if it did."""
+    stages = [word.removeprefix("stages.") for word in sys.orig_argv if word.startswith("stages.")]
+    lock = Path("dvc.lock")
+    if "DVC_ROOT" not in os.environ or stages in ([], ["check"]) or not lock.is_file():
+        return ""
+    has_run = f"\n  {stages[0]}:\n" in lock.read_text(encoding="utf-8", errors="replace")
+    return "; `dvc checkout` restores its previous results" if has_run else ""
 
 
 def _check_folder() -> None:

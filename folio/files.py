@@ -37,6 +37,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def touch(path: Path) -> None:
+    """Change the modification time of a file, so that git reads its content.
+
+    git compares sizes and times, the latter in whole seconds on some systems. `dvc exp run -S` may
+    write params.yaml within the second in which git last saw it: then git regards it as unchanged,
+    and `git checkout` does not restore it.
+    """
+    later = path.stat().st_mtime + 2
+    os.utime(path, (later, later))
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder, if it exists. Renames it first, so that if the process is killed halfway, no
     incomplete folder is left under that name."""

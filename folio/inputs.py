@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from pathspec import GitIgnoreSpec
 
 from folio import strict_yaml
 from folio.errors import UserError
-
-# Folders inside deps that DVC ignores (.dvcignore): Python and other tools may write to them.
-_IGNORED = {"__pycache__", ".cache", ".ipynb_checkpoints"}
 
 Stat = tuple[int, ...]
 Values = dict[str, Any]  # param -> value
@@ -39,10 +37,14 @@ def remember() -> None:
         _at_start = Inputs(names[0], Path.cwd())
 
 
-def check() -> None:
-    """Raise UserError if an input has changed since `remember`; do nothing without `remember`."""
+def check(unwritten: bool = False) -> None:
+    """Raise UserError if an input has changed since `remember`; do nothing without `remember`.
+
+    unwritten: also if a file was written and has the same content as before. It may have had
+    another content when it was read.
+    """
     if _at_start:
-        _at_start.check()
+        _at_start.check(unwritten)
 
 
 def exit_after_check() -> NoReturn:
@@ -58,13 +60,15 @@ class Inputs:
         """The params and deps of a stage in root/dvc.yaml, as they are now."""
         self._stage, self._root = stage, root
         self._values = self._read_values()
+        self._ignored = _read_ignored(root / ".dvcignore")
         self._files = self._read_files(known={})
 
-    def check(self) -> None:
+    def check(self, unwritten: bool = False) -> None:
         """Raise UserError with the inputs that have changed since they were read, if any."""
         values, files = self._read_values(), self._read_files(known=self._files)
-        hashes = {path: sha256 for path, (_, sha256) in files.items()}
-        before = {path: sha256 for path, (_, sha256) in self._files.items()}
+        identity = slice(None) if unwritten else slice(1, None)
+        hashes = {path: found[identity] for path, found in files.items()}
+        before = {path: found[identity] for path, found in self._files.items()}
         changed = [
             f"{name} in params.yaml ({_show(self._values.get(name))} -> {_show(values.get(name))})"
             for name in _differing(self._values, values)
@@ -99,6 +103,8 @@ class Inputs:
             path = self._root / self._interpolate(str(dep))
             for file in _files(path):
                 name = file.relative_to(self._root).as_posix()
+                if self._ignored.match_file(name):
+                    continue
                 try:
                     stat = _identity(file)
                     same = name in known and known[name][0] == stat
@@ -127,12 +133,17 @@ def _load(path: Path, load: Callable[[str], Any]) -> Any:
         return None
 
 
+def _read_ignored(path: Path) -> GitIgnoreSpec:
+    """The files that DVC ignores: Python, editors and other tools may write them at any time."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return GitIgnoreSpec.from_lines(["__pycache__/", "*.pyc", *lines])
+
+
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path] if path.is_file() else []
     found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name not in _IGNORED]
+    for folder, _, names in os.walk(path):
         found += [Path(folder, name) for name in names if Path(folder, name).is_file()]
     return found
 

@@ -15,6 +15,7 @@ def main() -> None:
     try:
         _check()
     except UserError as error:
+        files.touch(params.FILE)
         raise UserError(f"{error}{_way_back()}") from None
     files.write_text(OUT, "every section of params.yaml is valid\n")
     inputs.check()
@@ -38,9 +39,10 @@ def _way_back() -> str:
 
 
 def _may_be_pulled(path: Path) -> bool:
-    """Whether DVC tracks a path, so that `dvc repro --pull` restores it after this stage."""
+    """Whether a path is missing because DVC has not pulled it yet: `dvc repro --pull` does so after
+    this stage."""
     tracked = [file.with_suffix("") for file in Path("data").rglob("*.dvc")]
-    return any(path.is_relative_to(each) for each in tracked)
+    return any(path.is_relative_to(each) and not each.exists() for each in tracked)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def root(tmp_path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("as it was at the start\n")
     (tmp_path / "dvc.yaml").write_text(DVC)
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
     set_values(tmp_path, model={"n_layer": 1}, train={"seed": 1, "init_from": "mine"}, runtime={})
     return tmp_path
 
@@ -52,6 +53,8 @@ def test_unchanged_inputs_pass(root):
     os.utime(root / FILES[0])  # touched, with the same content
     (root / "folio/gpt/__pycache__").mkdir()
     (root / "folio/gpt/__pycache__/model.pyc").write_bytes(b"byte code")
+    for name in (".model.py.swp", "model.py~", ".#model.py", "#model.py#", "4913", ".DS_Store"):
+        (root / "folio/gpt" / name).write_text("written by an editor")
     (root / "folio/tracking/ui.py").write_text("no dep of train")
     (root / "data/pretrained/other/x").write_text("not in use")
     values = yaml.safe_load((root / "params.yaml").read_text())
@@ -73,6 +76,17 @@ def test_changed_file_of_same_size_and_time_is_named(root, name):
     path.write_text(text.replace("start", "close"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert f"{name} changed" in message(inputs)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_that_was_changed_and_restored_is_noticed_if_asked(root, name):
+    inputs = Inputs("train", root)
+    inputs.check(unwritten=True)
+    for content in ("another\n", "as it was at the start\n"):
+        (root / name).write_text(content)
+    inputs.check()
+    with pytest.raises(UserError, match=f"{name} changed while train was running"):
+        inputs.check(unwritten=True)
 
 
 def test_added_and_removed_files_are_named(root):

@@ -33,7 +33,7 @@ _FOLDERS = {
 _RWLOCKS = (".dvc/tmp/rwlock", ".dvc/tmp/exps/rwlock")
 # Such a change gives the run a different train_key, so training starts over.
 _UNLESS = ", unless its params, the text or the code have changed since it started"
-WAY_BACK = "git checkout HEAD -- . && dvc checkout"
+WAY_BACK = "git checkout HEAD -- . && dvc checkout --force"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def mlflow_store() -> Iterator[Finding]:
         lost = sync.runs_with_lost_files(opened, project_root())
     except store.STORE_ERRORS as problem:
         raise UserError(f"MLflow failed: {store.explain(problem)}") from None
-    yield Finding(f"MLflow store, {len(runs)} training runs")
+    yield Finding(f"MLflow store, training runs: {len(runs)}")
     if lost:
         names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         hint = f"{store.SYNC} resends those that are in DVC's cache"
@@ -177,6 +177,8 @@ def _params_in_git(commit: str, is_detached: bool) -> Iterator[Finding]:
 
     `dvc exp run -S` changes params.yaml, stages it and detaches HEAD while it runs.
     """
+    with contextlib.suppress(OSError):
+        files.touch(Path("params.yaml"))
     status = commands.git("status", "--porcelain", "--", "params.yaml")
     is_staged = status[:1] not in ("", " ", "?")
     if dvc_processes():

@@ -33,11 +33,15 @@ def normalize(body: bytes, content_type: str, types: Mapping[str, type]) -> byte
     the model has, each int or float. Raises RefusedError.
     """
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # Excel and PowerShell write a byte order mark
     except UnicodeDecodeError:
         raise RefusedError("the request is not valid UTF-8") from None
     kind, _, options = content_type.partition(";")
-    if options.strip().lower().replace(" ", "").replace('"', "") not in ("", "charset=utf-8"):
+    if options.strip().lower().replace(" ", "").replace('"', "") not in (
+        "",
+        "charset=utf-8",
+        "charset=utf8",
+    ):
         raise RefusedError("the only allowed parameter of Content-Type is charset=utf-8", 415)
     if kind.strip().lower() == "text/csv":
         return _request(_csv_prompts(text), {})
@@ -105,7 +109,7 @@ def _split_prompts(value: Any) -> list[str]:
     if not isinstance(value, dict) or value.keys() - {"columns", "index", "data"}:
         raise RefusedError("dataframe_split must be an object with only columns, data and index")
     columns, rows = value.get("columns"), value.get("data")
-    if columns not in (None, [COLUMN]):
+    if columns not in (None, [COLUMN], [0]):  # pandas calls a column without a name 0
         raise RefusedError(f"dataframe_split: {_ONE_COLUMN}")
     if not isinstance(rows, list):
         raise RefusedError(f"dataframe_split: data is {_kind(rows)}; it must be a list of rows")

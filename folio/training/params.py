@@ -31,7 +31,7 @@ class TrainParams:
     def __post_init__(self):
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"warmup_steps: {self.warmup_steps} is not less than steps {self.steps}"
+                f"warmup_steps: {self.warmup_steps} is not less than steps {self.steps}: lower it"
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(

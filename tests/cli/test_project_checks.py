@@ -130,7 +130,7 @@ def test_changed_params_are_shown_and_are_no_problem(repository, staged, words):
     if staged:
         succeed(repository, "git", "add", "params.yaml")
     _, text = texts()
-    assert words in text and "`git checkout HEAD -- . && dvc checkout`" in text
+    assert words in text and "`git checkout HEAD -- . && dvc checkout --force`" in text
     assert hints(project_checks.git_repository) == []
     succeed(repository, "git", "checkout", "HEAD", "--", ".")
     assert (repository / "params.yaml").read_text() == "a: 1\n" and len(texts()) == 1

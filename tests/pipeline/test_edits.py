@@ -1,12 +1,13 @@
 """An edit while a stage runs is not recorded as its input; an invalid param costs no model."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run, run_stages, set_params
+from conftest import commit, run, run_stages, set_params, succeed
 
 from folio.errors import UserError
 
@@ -110,6 +111,32 @@ def test_check_finds_a_missing_corpus_or_pretrained_folder(make_project, setting
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["raw", "pretrained"])
+def test_check_finds_a_missing_file_in_a_folder_that_dvc_has_pulled(make_project, name):
+    settings = {
+        "raw": {"prepare.corpus": "data/raw/typo.txt"},
+        "pretrained": {"train.init_from": "typo", "train.tie_unseen_tokens": False},
+    }
+    folder = make_project(settings[name], store=False)
+    (folder / f"data/{name}").mkdir(exist_ok=True)
+    (folder / f"data/{name}.dvc").write_text("outs: []\n")
+    with pytest.raises(UserError, match="typo"):
+        run_stages(folder, "check")
+
+
+def test_git_restores_an_invalid_param_that_was_written_within_a_second(make_project):
+    folder = make_project(store=False)
+    commit(folder)
+    params = folder / "params.yaml"
+    before, status = params.read_text(), params.stat()
+    params.write_text(before.replace("steps: 6", "steps: x"))
+    os.utime(params, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"train\.steps"):
+        run_stages(folder, "check")
+    succeed(folder, "git", "checkout", "HEAD", "--", "params.yaml")
+    assert params.read_text() == before
+
+
 def test_check_accepts_files_that_dvc_can_still_pull(make_project):
     settings = {"prepare.corpus": "data/raw/books/one.txt", "train.init_from": "mine"}
     folder = make_project(settings | {"train.tie_unseen_tokens": False}, store=False)
@@ -147,3 +174,14 @@ def test_invalid_param_is_found_before_dvc_removes_a_model(make_trained):
     done = run(repo, "dvc", "repro")
     assert "folio prepare: params.yaml: runtime.log_interval: 'abc'" in done.stderr
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_stage_that_fails_says_how_to_restore_what_dvc_removed(make_trained):
+    repo = make_trained()
+    weights = repo / "models/gpt2/model.safetensors"
+    before = weights.read_bytes()
+    done = run(repo, "dvc", "exp", "run", "-S", "model.block_size=9999")  # longer than the text
+    assert done.returncode and not weights.exists()
+    assert "; `dvc checkout` restores its previous results\n" in done.stderr
+    succeed(repo, "sh", "-ec", "git checkout HEAD -- . && dvc checkout --force")
+    assert weights.read_bytes() == before

@@ -67,6 +67,7 @@ def refusal(body: Any, content_type: str = "application/json", status: int = 400
         {"instances": {"prompt": ["KING", "a"]}},
         {"dataframe_split": {"columns": ["prompt"], "data": [["KING"], ["a"]]}},
         {"dataframe_split": {"data": [["KING"], ["a"]], "index": [7, 8]}},
+        {"dataframe_split": {"columns": [0], "data": [["KING"], ["a"]]}},  # without a name
         {"dataframe_records": [{"prompt": "KING"}, {"prompt": "a"}]},
     ],
     ids=json.dumps,
@@ -201,10 +202,17 @@ def test_other_content_types_are_refused(content_type):
 
 @pytest.mark.parametrize(
     "content_type",
-    ["Application/JSON", "application/json; charset=utf-8", 'application/json;charset="UTF-8"'],
+    ["Application/JSON", "application/json; charset=utf-8", 'application/json;charset="UTF-8"']
+    + ["application/json; charset=utf8"],
 )
 def test_content_type_may_name_utf_8(content_type):
     assert read({"inputs": ["a"]}, content_type) == (["a"], {})
+
+
+def test_byte_order_mark_is_no_part_of_a_request():
+    mark = "\ufeff".encode()
+    assert read(mark + b"prompt\r\n" + b"KING\r\n", "text/csv") == (["KING"], {})
+    assert read(mark + b'{"inputs": ["KING"]}') == (["KING"], {})
 
 
 def test_csv_is_read_as_text():
