@@ -24,8 +24,9 @@ from folio.gpt import model_files
 from folio.gpt.model import GPT, ModelParams
 from folio.tracking.store import Store
 
-# The tests may run in the background with SIGINT ignored, or under nohup: their processes do not.
-for number in (signal.SIGINT, signal.SIGHUP):
+# The tests may run in the background, where a shell ignores SIGINT and SIGQUIT, or under nohup: the
+# processes that they start do not.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
