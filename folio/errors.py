@@ -61,13 +61,18 @@ def one_line_errors() -> Iterator[None]:
             os._exit(stopped.status)  # a regular exit takes seconds: PyTorch and MLflow clean up
 
 
+def running_stage() -> str:
+    """The stage that this process runs as `python -m stages.NAME`; "" in any other process."""
+    names = [word.removeprefix("stages.") for word in sys.orig_argv if word.startswith("stages.")]
+    return names[0] if names else ""
+
+
 def _restore_hint() -> str:
     """How to restore the outs that DVC removed before it started this stage, if it did."""
-    stages = [word.removeprefix("stages.") for word in sys.orig_argv if word.startswith("stages.")]
-    lock = Path("dvc.lock")
-    if "DVC_ROOT" not in os.environ or stages in ([], ["check"]) or not lock.is_file():
+    stage, lock = running_stage(), Path("dvc.lock")
+    if "DVC_ROOT" not in os.environ or stage in ("", "check") or not lock.is_file():
         return ""
-    has_run = f"\n  {stages[0]}:\n" in lock.read_text(encoding="utf-8", errors="replace")
+    has_run = f"\n  {stage}:\n" in lock.read_text(encoding="utf-8", errors="replace")
     return "; `dvc checkout` restores its previous results" if has_run else ""
 
 

@@ -17,7 +17,7 @@ import yaml
 from pathspec import GitIgnoreSpec
 
 from folio import strict_yaml
-from folio.errors import UserError
+from folio.errors import UserError, running_stage
 
 Stat = tuple[int, ...]
 Values = dict[str, Any]  # param -> value
@@ -32,19 +32,19 @@ def remember() -> None:
     Must be called before the stage's sources are imported.
     """
     global _at_start
-    names = [word.removeprefix("stages.") for word in sys.orig_argv if word.startswith("stages.")]
-    if sys.argv[0] == "-m" and names:
-        _at_start = Inputs(names[0], Path.cwd())
+    name = running_stage()
+    if sys.argv[0] == "-m" and name:
+        _at_start = Inputs(name, Path.cwd())
 
 
-def check(unwritten: bool = False) -> None:
+def check(strict: bool = False) -> None:
     """Raise UserError if an input has changed since `remember`; do nothing without `remember`.
 
-    unwritten: also if a file was written and has the same content as before. It may have had
-    another content when it was read.
+    strict: also if a file was written, although its content is the same as before: it may have been
+    different when the stage read it.
     """
     if _at_start:
-        _at_start.check(unwritten)
+        _at_start.check(strict)
 
 
 def exit_after_check() -> NoReturn:
@@ -63,10 +63,10 @@ class Inputs:
         self._ignored = _read_ignored(root / ".dvcignore")
         self._files = self._read_files(known={})
 
-    def check(self, unwritten: bool = False) -> None:
+    def check(self, strict: bool = False) -> None:
         """Raise UserError with the inputs that have changed since they were read, if any."""
         values, files = self._read_values(), self._read_files(known=self._files)
-        identity = slice(None) if unwritten else slice(1, None)
+        identity = slice(None) if strict else slice(1, None)
         hashes = {path: found[identity] for path, found in files.items()}
         before = {path: found[identity] for path, found in self._files.items()}
         changed = [

@@ -35,7 +35,7 @@ from folio.tracking.writer import RunWriter
 
 def main() -> None:
     evaluate, runtime = params.load(evaluate=EvaluateParams, runtime=RuntimeParams)
-    inputs.check(unwritten=True)  # the sources have been imported
+    inputs.check(strict=True)  # the sources have been imported
     run(evaluate, runtime, Path.cwd(), project_root())
     inputs.check()
 

@@ -125,9 +125,9 @@ def main() -> None:
     """Run the stage in the current folder, with the settings in params.yaml."""
     # train needs a valid `runtime`, and DVC would remove the model before train reports a problem.
     params, _ = load(prepare=PrepareParams, runtime=RuntimeParams)
-    inputs.check(unwritten=True)  # the sources have been imported
+    inputs.check(strict=True)  # the sources have been imported
     run(params, Path())
-    inputs.check(unwritten=True)
+    inputs.check(strict=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from folio.training.trainer import LOWER_RATE, Trainer
 
 def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)
-    inputs.check(unwritten=True)  # the sources have been imported
+    inputs.check(strict=True)  # the sources have been imported
     run(model, train, runtime, Path.cwd(), project_root())
     inputs.check()
 

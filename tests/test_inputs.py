@@ -81,12 +81,12 @@ def test_changed_file_of_same_size_and_time_is_named(root, name):
 @pytest.mark.parametrize("name", FILES)
 def test_file_that_was_changed_and_restored_is_noticed_if_asked(root, name):
     inputs = Inputs("train", root)
-    inputs.check(unwritten=True)
+    inputs.check(strict=True)
     for content in ("another\n", "as it was at the start\n"):
         (root / name).write_text(content)
     inputs.check()
     with pytest.raises(UserError, match=f"{name} changed while train was running"):
-        inputs.check(unwritten=True)
+        inputs.check(strict=True)
 
 
 def test_added_and_removed_files_are_named(root):
