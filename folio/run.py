@@ -5,6 +5,7 @@ DVC tracks both, so a run that was restored from its cache or pulled from anothe
 be written to any MLflow store later (folio/tracking/sync.py).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -218,6 +219,21 @@ def is_training(root: Path) -> bool:
             if not idle:
                 return True
     return False
+
+
+def unfinished_steps(root: Path) -> dict[str, int]:
+    """The last step that each unfinished training run has saved, by the name of its DVC experiment.
+
+    Leaves out runs of no experiment, and those whose files are missing or damaged.
+    """
+    steps = {}
+    for path in (root / UNFINISHED).glob(f"*/{RECORD}"):
+        with contextlib.suppress(UserError):
+            experiment = read_record(path).tags.get("dvc_experiment", "")
+            history = read_history(path.parent / HISTORY)
+            steps[experiment] = history[-1]["step"] if history else 0
+    steps.pop("", None)
+    return steps
 
 
 def remove_unfinished(folder: Path) -> None:

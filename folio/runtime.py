@@ -19,6 +19,11 @@ class RuntimeParams:
     system_metrics: bool  # log CPU, memory, disk, network and GPU usage to MLflow
     progress: bool  # show a progress bar in a terminal
 
+    @property
+    def hide_progress(self) -> bool | None:
+        """Whether to hide progress bars. None: unless stderr is a terminal."""
+        return None if self.progress else True
+
     def __post_init__(self) -> None:
         if self.tracking_uri is not None and _leaves_project(self.tracking_uri):
             raise ValueError(

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from folio import device, files, inputs, params, plots
+from folio import device, files, inputs, params, plots, progress
 from folio.errors import UserError, one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
@@ -53,11 +53,12 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     _check_fit(p, model, data)
     trained = _read_training(root)
     training = trained.record
-    losses = token_losses(model, data.val)
-    metrics = compute_metrics(model, data, losses, p.stride)
+    track = progress.tracker(runtime.hide_progress)
+    losses = token_losses(model, data.val, track=track, description="validation loss")
+    metrics = compute_metrics(model, data, losses, p.stride, track)
     out = root / EVALUATION
     files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    files.write_text(out / "samples.md", samples_page(model, p))
+    files.write_text(out / "samples.md", samples_page(model, p, track))
     plots.loss_curve(trained.history, out / "loss.png")
     plots.loss_by_position(losses, model.params.block_size, out / "loss_by_position.png")
     plots.loss_by_rarity(losses, data.val[1:], data.train, out / "loss_by_rarity.png")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from folio import files, inputs, plots
+from folio import files, inputs, plots, progress
 from folio.corpus import corpus, overlap
 from folio.corpus import plots as corpus_plots
 from folio.corpus.encoding import SplitIds, SplitText, encode_corpus
@@ -22,9 +22,10 @@ _MAX_NAMES = 5  # in a line of the report
 _MAX_SHARED = 0.01  # of the validation text
 
 
-def run(params: PrepareParams, root: Path) -> None:
+def run(params: PrepareParams, root: Path, hide_progress: bool | None = True) -> None:
     """Write root/data/prepared, data/diagnostics.json and data/diagnostics, and print a report.
 
+    hide_progress: see RuntimeParams.
     Raises UserError if the corpus does not exist or is not usable.
     """
     data = root / "data"
@@ -32,9 +33,12 @@ def run(params: PrepareParams, root: Path) -> None:
     statistics = CorpusStatistics(tokenizer.VOCAB_SIZE)
 
     def counted_pieces() -> Iterator[tuple[SplitText, SplitIds]]:
-        for text, ids in encode_corpus(source):
-            statistics.add(text["train"] + text["val"], **ids)
-            yield text, ids
+        with progress.bar(source.characters, "tokenizing", "characters", hide_progress) as bar:
+            for text, ids in encode_corpus(source):
+                piece = text["train"] + text["val"]
+                statistics.add(piece, **ids)
+                yield text, ids
+                bar.update(len(piece))
 
     token_files.write(data / "prepared", source.name, tokenizer.VOCAB_SIZE, counted_pieces())
 
@@ -51,7 +55,7 @@ def run(params: PrepareParams, root: Path) -> None:
     plots.save(figure, data / "diagnostics/lengths.png")
 
     tokens = token_files.read(data / "prepared")
-    shared = overlap.shared_fraction(tokens.train, tokens.val)
+    shared = overlap.shared_fraction(tokens.train, tokens.val, progress.tracker(hide_progress))
     print(format_report(params, source, summary, statistics, shared))
 
 
@@ -124,9 +128,9 @@ def _first(names: tuple[str, ...]) -> str:
 def main() -> None:
     """Run the stage in the current folder, with the settings in params.yaml."""
     # train needs a valid `runtime`, and DVC would remove the model before train reports a problem.
-    params, _ = load(prepare=PrepareParams, runtime=RuntimeParams)
+    params, runtime = load(prepare=PrepareParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
-    run(params, Path())
+    run(params, Path(), runtime.hide_progress)
     inputs.check(strict=True)
 
 

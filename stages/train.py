@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from folio import device, inputs, params, signals
+from folio import device, inputs, params, progress, signals
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 from folio.run import UNFINISHED, lock_for_training, project_root, read_training
@@ -108,16 +108,15 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
 def validate(trainer: Trainer, bar: tqdm, metrics: dict[str, float]) -> dict[str, float]:
     """Add the validation loss to the metrics and return them. Updates early stopping."""
     with signals.interruptible():  # nothing changes until the loss has been computed
-        metrics = metrics | {"val_loss": trainer.validate()}
+        metrics = metrics | {"val_loss": trainer.validate(progress.tracker(bar.disable))}
     trainer.early_stopping.update(metrics["val_loss"], trainer.steps_done, trainer.model)
     bar.write(messages.evaluation(trainer, metrics))
     return metrics
 
 
 def progress_bar(trainer: Trainer, runtime: RuntimeParams) -> tqdm:
-    hidden = None if runtime.progress else True  # None: shown in a terminal
     total, done = trainer.params.steps, trainer.steps_done
-    return tqdm(total=total, initial=done, unit="step", disable=hidden)
+    return tqdm(total=total, initial=done, unit="step", disable=runtime.hide_progress)
 
 
 def show_speed(bar: tqdm, metrics: dict[str, float]) -> None:

@@ -33,10 +33,11 @@ def compare(
         raise UserError("MLflow has no runs yet: `dvc repro` creates the first one")
     console = Console(markup=False, emoji=False, highlight=False)  # a name may contain [red]
     if runs:
-        console.print(run_tables.column_per_run(found))
+        for table in run_tables.column_per_run(found, console.width):
+            console.print(table)
     else:
         found.sort(key=lambda run: (run.loss, -run.started))
-        console.print(run_tables.row_per_run(found[:best]))
+        console.print(run_tables.row_per_run(found[:best], console.width))
         if len(found) > best:
             console.print(f"{len(found) - best} more: --best {len(found)} shows all")
     if len({run.tags.get("held_out_digest") for run in found}) > 1:

@@ -4,6 +4,7 @@ import time
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from folio.tracking.queries import EVALUATE, TrackedRun
 
@@ -20,26 +21,52 @@ _METRICS = {  # metric: (title, format)
 _PARAMS = ("prepare.", "model.", "train.", "data.corpus", EVALUATE)
 
 
-def row_per_run(runs: list[TrackedRun]) -> Table:
-    table = _new_table("run", "val loss", "train loss", "steps", "tokens/s", "duration")
-    table.add_column("differing params", overflow="fold")
-    metrics = ("best_val_loss", "last_train_loss", "steps", "median_tokens_per_second")
+_WIDE = 110  # characters; in a narrower terminal, the params of a run are below its name
+_COLUMN = 16  # the least width of a run's column: that of the time when it started
+
+
+def row_per_run(runs: list[TrackedRun], width: int) -> Table:
+    """A table with a row per run, for a terminal with this width in characters."""
     differing = _differing_params(runs)
+    metrics = ["best_val_loss", "last_train_loss", "steps"]
+    titles = ["validation\nloss", "training\nloss", "steps"]
+    if width >= _WIDE:
+        metrics, titles = [*metrics, "median_tokens_per_second"], [*titles, "tokens/s"]
+        table = _new_table("run", *titles, "duration")
+        table.add_column("differing params", overflow="fold")
+    else:
+        table = _new_table(*titles, "duration")
+        table.add_column("run", overflow="fold")
     for run in runs:
-        cells = [_metric(run, metric) for metric in metrics]
+        numbers = [*(_metric(run, metric) for metric in metrics), _duration(run)]
         params = " ".join(f"{_short(key)}={run.params.get(key, '-')}" for key in differing)
-        table.add_row(_name(run), *cells, _duration(run), params)
+        if width >= _WIDE:
+            table.add_row(_name(run), *numbers, params)
+        else:
+            table.add_row(
+                *numbers, Text.assemble(_name(run), "\n" if params else "", (params, "dim"))
+            )
     return table
 
 
-def column_per_run(runs: list[TrackedRun]) -> Table:
+def column_per_run(runs: list[TrackedRun], width: int) -> list[Table]:
+    """Tables with a column per run, as many as needed for a terminal with this width."""
+    differing = _differing_params(runs)
+    titles = [*(title for title, _ in _METRICS.values()), *differing]
+    count = max(1, (width - max(map(len, titles))) // (_COLUMN + 2))
+    return [
+        _columns(runs[first : first + count], differing) for first in range(0, len(runs), count)
+    ]
+
+
+def _columns(runs: list[TrackedRun], params: list[str]) -> Table:
     table = _new_table("", *map(_name, runs))
     for metric, (title, _) in _METRICS.items():
         table.add_row(title, *(_metric(run, metric) for run in runs))
     table.add_row("duration", *map(_duration, runs))
     table.add_row("started", *map(_start, runs))
     table.add_row("MLflow id", *(run.id[:8] for run in runs), end_section=True)
-    for key in _differing_params(runs):
+    for key in params:
         table.add_row(key, *(run.params.get(key, "-") for run in runs))
     return table
 
@@ -48,7 +75,7 @@ def _new_table(*titles: str) -> Table:
     """A table with a left-aligned first column and right-aligned others."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
     return table
 
 

@@ -6,19 +6,27 @@ import numpy as np
 import torch
 
 from folio.gpt.model import GPT
+from folio.progress import Track, untracked
 
 # Tokens per forward pass; the head computes the logits of few at a time (see cross_entropy.py).
 _BATCH_TOKENS = {"cpu": 1_024, "cuda": 65_536, "mps": 8_192}
 
 
 @torch.inference_mode()
-def token_losses(model: GPT, tokens: np.ndarray, stride: int | None = None) -> np.ndarray:
+def token_losses(
+    model: GPT,
+    tokens: np.ndarray,
+    stride: int | None = None,
+    track: Track = untracked,
+    description: str = "",
+) -> np.ndarray:
     """The loss of each token except the first, given those before it, in nats: [N - 1] float64.
 
     tokens [N]. Windows as long as the context start every `stride` tokens, and each scores only the
     tokens that no earlier window has scored. The default stride is the context length, so windows
     do not overlap; with a shorter one, every token after the first window is predicted from at
     least context - stride tokens. The model is put in eval mode, then back in its previous mode.
+    `track` may show the progress, with the description.
     """
     context = model.params.block_size
     stride = stride or context
@@ -27,7 +35,8 @@ def token_losses(model: GPT, tokens: np.ndarray, stride: int | None = None) -> n
     losses = np.empty(len(tokens) - 1)
     training = model.training
     model.eval()
-    for starts, length in _batches(len(tokens) - 1, context, stride, device.type):
+    batches = list(_batches(len(tokens) - 1, context, stride, device.type))
+    for starts, length in track(batches, description):
         windows = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
         ids = torch.from_numpy(windows).to(device)
         scored = model.token_losses(ids[:, :-1], ids[:, 1:]).cpu().double().numpy()

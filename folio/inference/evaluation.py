@@ -15,6 +15,7 @@ from folio.gpt.model import GPT
 from folio.gpt.validation import token_losses
 from folio.inference import generation
 from folio.inference.params import EvaluateParams
+from folio.progress import Track, untracked
 from folio.tokens import tokenizer
 from folio.tokens.token_files import TokenData
 
@@ -25,7 +26,7 @@ _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 
 
 def compute_metrics(
-    model: GPT, data: TokenData, losses: np.ndarray, stride: int
+    model: GPT, data: TokenData, losses: np.ndarray, stride: int, track: Track = untracked
 ) -> dict[str, float]:
     """The metrics of a model, by name; losses are in nats/token unless the name says otherwise.
 
@@ -34,27 +35,28 @@ def compute_metrics(
     including its first token, which has no loss. train_loss covers the last N training tokens.
     """
     total, mean = float(losses.sum()), float(losses.sum()) / len(losses)
-    sliding = token_losses(model, data.val, stride)
+    sliding = token_losses(model, data.val, stride, track, "loss with a sliding window")
     end_of_train = data.train[-len(data.val) :]
+    train = token_losses(model, end_of_train, track=track, description="training loss")
     return {
         "val_loss": mean,
         "val_loss_per_character": total / data.meta["val_characters"],
         "val_bits_per_byte": total * (1 / math.log(2)) / data.meta["val_bytes"],
         "val_perplexity": math.exp(min(mean, 700)),
         "val_loss_sliding": float(sliding.mean()),
-        "train_loss": float(token_losses(model, end_of_train).mean()),
+        "train_loss": float(train.mean()),
     }
 
 
-def samples_page(model: GPT, p: EvaluateParams) -> str:
+def samples_page(model: GPT, p: EvaluateParams, track: Track = untracked) -> str:
     """A Markdown page with one sample per prompt and temperature.
 
     Every sample has its own generator, seeded with p.seed plus the number of the sample, so that
     changing the length of one sample does not affect the others.
     """
     page = ["# Samples\n"]
-    samples = itertools.product(p.prompts, p.temperatures)
-    for number, (prompt, temperature) in enumerate(samples):
+    samples = list(enumerate(itertools.product(p.prompts, p.temperatures)))
+    for number, (prompt, temperature) in track(samples, "samples"):
         generator = torch.Generator().manual_seed(p.seed + number)
         ids = generation.generate(
             model,

@@ -55,6 +55,14 @@ class Plan:
         """The settings of a trial that vary between trials."""
         return {k: v for k, v in self.trials[experiment].items() if k not in self.fixed}
 
+    def steps(self) -> dict[str, int]:
+        """The maximum number of training steps of each experiment."""
+        default = params.read(params.FILE)["train"]["steps"]
+        key = "train.steps"
+        return {
+            name: trial.get(key, self.base.get(key, default)) for name, trial in self.trials.items()
+        }
+
     def finished(self) -> dict[str, str]:
         """The experiments that have finished, each with its commit."""
         prefix = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from folio import signals
 from folio.errors import UserError
-from folio.run import TRAINING
+from folio.run import TRAINING, unfinished_steps
 from folio.sweeps import queue
 from folio.sweeps.plan import Plan, read_plan
 from folio.sweeps.space import format_trial
@@ -113,7 +113,12 @@ def _wait(plan: Plan) -> list[str]:
     if finished:
         print(f"{len(finished)} of {len(plan.trials)} trials have already finished")
     status = queue.QueueStatus(states={}, workers=0)
-    with tqdm(total=len(plan.trials), initial=len(finished), unit="trial", disable=None) as bar:
+    steps = plan.steps()
+    done = sum(steps[name] for name in finished)
+    # smoothing=0: the time left follows from the mean speed, because steps are reported in batches.
+    with tqdm(
+        total=sum(steps.values()), initial=done, unit="step", smoothing=0, disable=None
+    ) as bar:
         progress = _Progress(plan, set(finished), bar)
         while True:
             try:
@@ -138,7 +143,7 @@ class _Progress:
 
     def __init__(self, plan: Plan, finished: set[str], bar: tqdm):
         self.finished, self.failed = finished, set[str]()
-        self._plan, self._bar = plan, bar
+        self._plan, self._steps, self._bar = plan, plan.steps(), bar
         self._cache = DvcCache(Path.cwd())
 
     @property
@@ -155,9 +160,21 @@ class _Progress:
         for name in sorted(failed - self.failed):
             self._print(name, "failed")
         self.finished, self.failed = set(finished), failed
-        self._bar.set_postfix_str(f"{running} running, {len(failed)} failed")
-        self._bar.update(len(finished) + len(failed) - self._bar.n)
+        ended = len(finished) + len(failed)
+        self._bar.set_description(f"{ended} of {len(self._plan.trials)} trials", refresh=False)
+        self._bar.set_postfix_str(f"{running} running, {len(failed)} failed", refresh=False)
+        self._bar.update(self._steps_done() - self._bar.n)
+        self._bar.refresh()
         sys.stdout.flush()  # stdout may be a file
+
+    def _steps_done(self) -> int:
+        """The steps of all trials so far. Those that have ended count in full."""
+        training = unfinished_steps(Path.cwd())
+        ended = self.finished | self.failed
+        return sum(
+            total if name in ended else min(training.get(name, 0), total)
+            for name, total in self._steps.items()
+        )
 
     def _print(self, name: str, result: str) -> None:
         self._bar.write(f"{name}  {format_trial(self._plan.varied(name))}  {result}")

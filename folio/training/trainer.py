@@ -12,6 +12,7 @@ from folio import device
 from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.gpt.validation import token_losses
+from folio.progress import Track, untracked
 from folio.tokens import vocabulary
 from folio.tokens.batches import Batches
 from folio.tokens.token_files import TokenData
@@ -124,9 +125,10 @@ class Trainer:
             "grad_norm": stats.norm / max(1, stats.norms),
         }
 
-    def validate(self) -> float:
+    def validate(self, track: Track = untracked) -> float:
         """The validation loss in nats/token. Raises UserError if it is not finite."""
-        loss = float(token_losses(self.model, self._val).mean())
+        losses = token_losses(self.model, self._val, track=track, description="validation")
+        loss = float(losses.mean())
         if not math.isfinite(loss):
             hint = LOWER_RATE if self.steps_done else "choose another train.init_from"
             raise UserError(f"step {self.steps_done}: the validation loss is not finite; {hint}")
