@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
@@ -24,11 +25,15 @@ def run(name: str, loss: float | None, status: str = "FINISHED", **params: str) 
     )
 
 
-def lines(table: Table) -> list[list[str]]:
-    console = Console(width=120, markup=False)
+def text(*tables: Table, width: int) -> str:
+    console = Console(width=width, markup=False)
     with console.capture() as capture:
-        console.print(table)
-    return [line.split() for line in capture.get().splitlines()]
+        console.print(*tables)
+    return capture.get()
+
+
+def lines(*tables: Table) -> list[list[str]]:
+    return [line.split() for line in text(*tables, width=120).splitlines()]
 
 
 RUNS = [
@@ -39,14 +44,14 @@ RUNS = [
 
 
 def test_row_per_run_shows_losses_and_only_the_params_that_differ():
-    rows = lines(row_per_run(RUNS))
+    rows = lines(row_per_run(RUNS, 120))
     assert ["a", "4.5000", "-", "3,000", "-", "1:02:03", "seed=1"] in rows
     assert ["b", "4.2500", "-", "3,000", "-", "1:02:03", "seed=2"] in rows
     assert ["c", "(killed)", "-", "-", "-", "-", "-", "seed=-"] in rows
 
 
 def test_column_per_run_shows_losses_and_only_the_params_that_differ():
-    rows = lines(column_per_run(RUNS[:2]))
+    rows = lines(*column_per_run(RUNS[:2], 120))
     assert ["validation", "loss", "4.5000", "4.2500"] in rows
     assert ["train.seed", "1", "2"] in rows
     assert not [row for row in rows if "train.steps" in row]
@@ -57,8 +62,33 @@ def test_params_of_evaluations_are_compared_among_evaluated_runs():
         dataclasses.replace(RUNS[0], params=RUNS[0].params | {"evaluate.stride": stride})
         for stride in ("1", "16")
     ]
-    rows = lines(row_per_run([*evaluated, RUNS[1]]))
+    rows = lines(row_per_run([*evaluated, RUNS[1]], 120))
     strides = [word for row in rows for word in row if word.startswith("evaluate.")]
     assert strides == ["evaluate.stride=1", "evaluate.stride=16", "evaluate.stride=-"]
-    assert not [row for row in lines(row_per_run([evaluated[0], RUNS[1]])) if "stride" in str(row)]
-    assert ["evaluate.stride", "1", "16"] in lines(column_per_run(evaluated))
+    one = text(row_per_run([evaluated[0], RUNS[1]], 120), width=120)
+    assert "stride" not in one
+    assert ["evaluate.stride", "1", "16"] in lines(*column_per_run(evaluated, 120))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("number", [1, 2, 5, 9])
+def test_tables_are_complete_at_any_width(width, number):
+    """Names as long as those of experiments, and eight params that differ."""
+    runs = [
+        run(
+            f"sweep-3fa9c1-0{index} 2x4x128-2f978d",
+            4.5 + index,
+            **{f"beta_of_param_{key}": f"0.{index}{key}" for key in range(8)},
+        )
+        for index in range(number)
+    ]
+    for output in (
+        text(row_per_run(runs, width), width=width),
+        text(*column_per_run(runs, width), width=width),
+    ):
+        assert "…" not in output and max(map(len, output.splitlines())) <= width
+        words = output.replace("\n", " ").split()
+        for index in range(number):
+            assert {f"{4.5 + index:.4f}", f"sweep-3fa9c1-0{index}"} <= set(words)
+            if number > 1:
+                assert sum(f"0.{index}{key}" in output for key in range(8)) == 8
