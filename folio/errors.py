@@ -37,9 +37,10 @@ class UserError(ValueError):
 def one_line_errors() -> Iterator[None]:
     """Turn bad input, disk errors and stop requests into one line on stderr and an exit status.
 
-    The exit status is 1 for UserError and for a disk error (see disk_hint), and 128 plus the number
-    of the signal for a stop request: 130 for Ctrl-C, 143 for SIGTERM. It is 141, as for SIGPIPE, if
-    the reader of the output has exited. Any other exception is a bug and keeps its traceback.
+    The exit status is 1 for UserError, for a disk error (see disk_hint) and for a lack of memory,
+    and 128 plus the number of the signal for a stop request: 130 for Ctrl-C, 143 for SIGTERM. It is
+    141, as for SIGPIPE, if the reader of the output has exited. Any other exception is a bug and
+    keeps its traceback.
     """
     with output.guarded(report):
         try:
@@ -54,6 +55,10 @@ def one_line_errors() -> Iterator[None]:
         except OSError as error:
             if hint := disk_hint(error):
                 _exit(f"{hint}, then run the same command again")
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if hint := _memory_hint(error):
+                _exit(f"{hint}{_restore_hint()}")
             raise
         except signals.Stopped as stopped:
             report(str(stopped))
@@ -105,6 +110,16 @@ def disk_hint(error: OSError) -> str | None:
         return None
     where = f" while writing {path}" if path else ""
     return f"{error.strerror}{where}: {_DISK_HINTS[error.errno]}"
+
+
+def _memory_hint(error: Exception) -> str | None:
+    """A lack of memory in one line, with a hint on how to fix it; None for any other error."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError"  # PyTorch's, for any kind of GPU
+    on_gpu |= "CUDA error: out of memory" in str(error)
+    if on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        memory = "GPU memory" if on_gpu else "memory"
+        return f"out of {memory}: docs/recipes.md (Out of GPU memory) lists what uses less"
+    return None
 
 
 def report(line: str) -> None:

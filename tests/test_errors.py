@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import torch
 
 from folio.errors import UserError, one_line_errors
 
@@ -20,6 +21,15 @@ from folio.errors import UserError, one_line_errors
             OSError(errno.EACCES, "Permission denied"),
             "Permission denied: make it writable, then run the same command again",
         ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "out of GPU memory: docs/recipes.md (Out of GPU memory) lists what uses less",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"),
+            "out of memory: docs/recipes.md (Out of GPU memory) lists what uses less",
+        ),
+        (MemoryError(), "out of memory: docs/recipes.md (Out of GPU memory) lists what uses less"),
     ],
 )
 def test_one_line_errors_prints_one_line_and_exits_with_status_1(capsys, error, line):
@@ -36,7 +46,9 @@ def test_one_line_errors_names_the_stage_that_dvc_runs(capsys, monkeypatch):
     assert capsys.readouterr().err == "folio train: no\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOENT, "a bug")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError(errno.ENOENT, "a bug"), RuntimeError("a bug")]
+)
 def test_one_line_errors_lets_bugs_through(error):
     with pytest.raises(type(error), match="a bug"), one_line_errors():
         raise error

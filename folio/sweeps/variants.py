@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from folio import commands, params
+import yaml
+
+from folio import commands, params, strict_yaml
 from folio.errors import UserError
 from folio.sweeps import overrides, queue
 
@@ -41,18 +43,38 @@ def read(name: str) -> dict[str, Any]:
     }
 
 
+def _uncommitted(tree: dict[Any, Any]) -> set[str]:
+    """The names of the params whose values in params.yaml are not those of the last commit.
+
+    Empty if the commit has no params.yaml, or none that can be read.
+    """
+    try:
+        committed = strict_yaml.load(commands.git("show", f"HEAD:./{params.FILE}"))
+        before, now = ({(s, k): v for s in t for k, v in t[s].items()} for t in (committed, tree))
+    except (UserError, ValueError, AttributeError, TypeError, yaml.YAMLError):
+        return set()
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    return {f"{section}.{key}" for section, key in changed if section != "runtime"}
+
+
 def train(name: str, queued: bool = False) -> None:
     """Replace this process with the `dvc exp run` command that trains a variant or queues it.
 
     Raises UserError if there is no such variant, its settings are invalid, dvc is not installed, or
     there is no git commit for the experiment to start from.
     """
-    settings = read(name)
-    overrides.check(params.read(params.FILE), settings, f"{params.FILE} with variant {name}")
+    settings, current = read(name), params.read(params.FILE)
+    overrides.check(current, settings, f"{params.FILE} with variant {name}")
     queue.require_dvc()
     if queued:
         queue.check_folder()
     commands.head()
+    if stacked := sorted(_uncommitted(current) - settings.keys()):
+        print(
+            f"{name} is applied to params.yaml as it is now, which differs from the commit in"
+            f" {', '.join(stacked)} (`git checkout HEAD -- . && dvc checkout -f` discards that)",
+            file=sys.stderr,
+        )
     command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
     command += overrides.param_options(settings)
     sys.stdout.flush()

@@ -41,6 +41,19 @@ def test_variant_trains_with_the_values_in_its_file(project):
         assert values.items() <= in_dvc[section].items() and values.items() <= stage.items()
 
 
+def test_variant_on_top_of_another_one_names_what_it_starts_from(project):
+    succeed(project, "git", "checkout", "HEAD", "--", ".")
+    (project / "variants/other.yaml").write_text("train: {seed: 5, steps: 2}\n")
+    command = ("python", "-m", "folio", "variant", "other", "--queue")
+    assert "is applied to" not in run(project, *command).stderr
+    tree = yaml.safe_load((project / "params.yaml").read_text())
+    tree["train"] |= {"seed": 9, "learning_rate": 0.5}
+    (project / "params.yaml").write_text(yaml.safe_dump(tree))
+    done = run(project, *command)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("other is applied to")]
+    assert "differs from the commit in train.learning_rate (" in line
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
