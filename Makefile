@@ -2,7 +2,7 @@
 # make test         check with ruff and mypy, and run all tests
 # make test-fast    the unit tests only: without tests/pipeline, which runs DVC, servers and browsers
 # make app [PORT=7860]      a page on 127.0.0.1 for trying out the model
-# make ui           MLflow on 127.0.0.1:5000
+# make ui [PORT=5000]       MLflow on 127.0.0.1
 # make variant NAME=seed-30m [QUEUE=1]      train a variant as a DVC experiment
 # make promote [RUN=id]     make the model the champion if its validation loss is lower
 # make serve        serve the champion on 127.0.0.1:5001
@@ -41,11 +41,8 @@ test-fast: $(TESTS_NEED)
 app: .venv/app
 	@python app.py $(if $(PORT),--port $(PORT))
 
-# By default, MLflow also answers to names such as 10.example.com, as if they were private addresses.
-ui: export MLFLOW_SERVER_ALLOWED_HOSTS ?= localhost,localhost:*,127.0.0.1,127.0.0.1:*,[[]::1]:*
 ui: .venv/base
-	@echo 'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART'
-	mlflow ui --host 127.0.0.1
+	@python -m folio ui $(if $(PORT),--port $(PORT))
 
 variant: .venv/base | git
 	@test -n '$(NAME)' || { echo 'NAME is missing: make variant NAME=..., one of $(VARIANTS)'; exit 1; }

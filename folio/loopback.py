@@ -9,10 +9,12 @@ import contextlib
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Collection, Iterable, Iterator
 
 from folio.errors import UserError
 
+HOST = "127.0.0.1"  # the address that Folio's servers listen on
 HINT = "use 127.0.0.1 or localhost, or allow the name with --allow-host"
 _VARIABLE = "FOLIO_ALLOWED_HOSTS"  # names, separated by commas
 _OURS = ("localhost", "127.0.0.1", "::1")
@@ -67,6 +69,16 @@ def parse_hosts(names: Iterable[str]) -> list[str]:
             )
         found.append(name.removeprefix("*") or "*")
     return found
+
+
+def check_port(port: int) -> None:
+    """Raise UserError if a server cannot listen on this port of HOST."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port {port}: {error.strerror}; choose another --port") from None
 
 
 def bypass_proxies() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import typer
 
-from folio.cli import compare, doctor, promote, sample, serve, sweep, sync, variant
+from folio.cli import compare, doctor, promote, sample, serve, sweep, sync, ui, variant
 from folio.errors import UserError, one_line_errors
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that could not be decoded
@@ -16,7 +16,6 @@ app = typer.Typer(
     name="python -m folio",
     help="Folio trains, compares and serves GPT-2 language models. Run it in the root folder of the"
     " project.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -25,6 +24,7 @@ app = typer.Typer(
 app.command()(sample.sample)
 app.command()(compare.compare)
 app.command()(promote.promote)
+app.command()(ui.ui)
 app.command()(serve.serve)
 app.command()(doctor.doctor)
 app.command()(sync.sync)
@@ -37,7 +37,7 @@ def main() -> None:
         for word in sys.argv[1:]:
             if _SURROGATE.search(word):
                 raise UserError(f"the argument {word!a} is not valid {sys.getfilesystemencoding()}")
-        app()
+        app(sys.argv[1:] or ["--help"])
 
 
 @contextlib.contextmanager

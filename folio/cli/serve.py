@@ -1,7 +1,6 @@
 """`python -m folio serve`: serve a registered model with MLflow's scoring server."""
 
 import os
-import socket
 import sys
 from typing import Annotated
 
@@ -9,9 +8,6 @@ import typer
 
 from folio import loopback
 from folio.cli.store import open_store
-from folio.errors import UserError
-
-_HOST = "127.0.0.1"
 
 
 def serve(
@@ -38,18 +34,9 @@ def serve(
     store = open_store()
     registry.registered_model_id(store, model)  # raises UserError if there is no such model
     registry.verify(store, model)  # and if its files are missing or damaged
-    _check_port(port)
+    loopback.check_port(port)
     os.environ["MLFLOW_TRACKING_URI"] = store.uri
     command = [sys.executable, "-m", "folio.tracking.scoring", "--model", model]
     command += ["--port", str(port), *(f"--allow-host={name}" for name in hosts)]
     sys.stdout.flush()
     os.execv(sys.executable, command)
-
-
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except OSError as error:
-            raise UserError(f"port {port}: {error.strerror}; choose another --port") from None

@@ -26,7 +26,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-HOST = "127.0.0.1"
 _INTERNAL = "the model failed; the server's output has the details"
 
 
@@ -38,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     allowed = loopback.parse_hosts(options.allow_host)
     app = Checked(_load(options.model), allowed)
-    uvicorn.run(app, host=HOST, port=options.port)
+    uvicorn.run(app, host=loopback.HOST, port=options.port)
 
 
 def _load(uri: str) -> PyFuncModel:

@@ -289,11 +289,64 @@ def ask(address: str, body: dict | bytes, **headers: str) -> tuple[int, dict]:
         return refusal.code, json.load(refusal)
 
 
-def test_serve_answers_with_the_champion_and_rejects_invalid_requests(project, store):
-    promote_run(store, send_copy(store, project, 0.5), force=True)
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_ui_prints_the_address_of_the_runs_once_mlflow_answers(project, store):
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "folio", "ui", "--port", str(port)],
+        cwd=project,
+        env=environment(HTTP_PROXY="http://127.0.0.1:9", FOLIO_ALLOWED_HOSTS="box.example"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        page = server.stdout.readline()
+        base, _, view = page.partition("/#/")
+        assert base == f"http://127.0.0.1:{port}"
+        assert view.startswith(f"experiments/{store.experiment_id}/runs?")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        body = json.dumps({"experiment_ids": [store.experiment_id]}).encode()
+        for host, status in (("", 200), ("box.example", 200), ("evil.example", 403)):
+            headers = {"Content-Type": "application/json"} | ({"Host": host} if host else {})
+            request = urllib.request.Request(f"{base}/api/2.0/mlflow/runs/search", body, headers)
+            try:
+                with direct.open(request, timeout=30) as answer:
+                    assert answer.status == status
+                    assert tracked(store, project).id in answer.read().decode()
+            except urllib.error.HTTPError as refusal:
+                assert refusal.code == status
+        message = process(project, "ui", "--port", str(port)).stderr
+        assert message == f"folio: port {port}: Address already in use; choose another --port\n"
+    finally:
+        os.kill(server.pid, signal.SIGINT)
+        errors = server.communicate(timeout=30)[1]
+    assert server.returncode == 130 and "the same command starts MLflow again" in errors
+    for _ in range(100):  # MLflow's own processes end, too
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.1)
+    pytest.fail("MLflow is still running")
+
+
+def test_ui_of_runs_on_a_server_prints_its_address(project, store, monkeypatch):
+    monkeypatch.setattr("folio.cli.ui.open_store", lambda: store)
+    monkeypatch.setattr(store, "uri", "https://mlflow.example.org/")
+    done = CliRunner().invoke(commands, ["ui"])
+    address = f"https://mlflow.example.org/#/experiments/{store.experiment_id}/runs?"
+    assert done.exit_code == 0 and done.stdout.startswith(address)
+
+
+def test_serve_answers_with_the_champion_and_rejects_invalid_requests(project, store):
+    promote_run(store, send_copy(store, project, 0.5), force=True)
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "folio", "serve", "--port", str(port)],
         cwd=project,
