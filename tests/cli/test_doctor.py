@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+import pytest
+import torch
+
+from folio import device
 from folio.cli import doctor
 from folio.cli.doctor import Finding
 from folio.errors import UserError
@@ -36,3 +40,13 @@ def test_more_threads_than_cores_are_a_problem(monkeypatch):
     assert list(doctor._thread_problems(2)) == []
     [finding] = doctor._thread_problems(3)
     assert finding.text == "3 threads on 2 cores" and finding.hint.endswith("set it to 2")
+
+
+@pytest.mark.parametrize(
+    ("build", "hint"), [(None, "make run CPU="), ("13.0", "install the build of PyTorch for this")]
+)
+def test_gpu_that_pytorch_does_not_see_is_a_problem(monkeypatch, build, hint):
+    monkeypatch.setattr(doctor, "_output", lambda *_: "GPU 0: NVIDIA H100")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(device, "resolve_device", lambda _: torch.device("cpu"))
+    assert hint in next(doctor.accelerator()).hint
