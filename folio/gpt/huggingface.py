@@ -1,4 +1,4 @@
-"""Save and load GPT-2 as a Hugging Face folder: safetensors, config.json, tokenizer files."""
+"""Save and load GPT-2 as a Hugging Face folder: safetensors, configs and tokenizer files."""
 
 import json
 import shutil
@@ -34,6 +34,20 @@ _GPT2 = {
     "tie_word_embeddings": True,
 }
 
+_END_OF_TEXT = tokenizer.VOCAB_SIZE - 1
+
+# How transformers generates text by default: like `python -m folio sample`, but only
+# until the context is full, because it cannot slide the context along a longer text.
+_GENERATION = {
+    "bos_token_id": _END_OF_TEXT,
+    "eos_token_id": _END_OF_TEXT,
+    "pad_token_id": _END_OF_TEXT,
+    "do_sample": True,
+    "temperature": 0.8,
+    "top_k": 0,  # no limit; the default is 50
+    "top_p": 0.95,
+}
+
 
 def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
     """Write a folder that transformers' GPT2LMHeadModel and AutoTokenizer can open.
@@ -55,8 +69,10 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
         weights = safetensors.torch.save(tensors, {"format": "pt"})
         (temporary / WEIGHTS).write_bytes(weights)
         config = _config(model.params, len(tensors["transformer.wte.weight"]))
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tokenizer.save(temporary)
+        generation = _GENERATION | {"max_length": model.params.block_size}
+        for name, content in (("config.json", config), ("generation_config.json", generation)):
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+        tokenizer.save(temporary, model.params.block_size)
         if folder.exists():
             previous = folder.with_name(f".{folder.name}.previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -152,6 +168,7 @@ def _config(p: ModelParams, vocab_size: int) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": vocab_size,
         "n_positions": p.block_size,
+        "n_ctx": p.block_size,  # for llama.cpp
         "n_embd": p.n_embd,
         "n_layer": p.n_layer,
         "n_head": p.n_head,
@@ -160,8 +177,8 @@ def _config(p: ModelParams, vocab_size: int) -> dict[str, Any]:
         "attn_pdrop": p.dropout,
         "resid_pdrop": p.dropout,
         "initializer_range": 0.02,
-        "bos_token_id": tokenizer.VOCAB_SIZE - 1,
-        "eos_token_id": tokenizer.VOCAB_SIZE - 1,
+        "bos_token_id": _END_OF_TEXT,
+        "eos_token_id": _END_OF_TEXT,
         "dtype": "float32",
     }
 

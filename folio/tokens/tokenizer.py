@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -112,22 +113,29 @@ def token_bytes(token: int) -> bytes:
     return _encoding().decode_single_token_bytes(token if token < VOCAB_SIZE else _INVALID)
 
 
-def save(folder: Path) -> None:
-    """Write the files from which transformers' AutoTokenizer can load GPT-2's tokenizer."""
+def save(folder: Path, context: int) -> None:
+    """Write the files from which transformers and tokenizers can load GPT-2's tokenizer.
+
+    context: the number of tokens that the model can process, to which `truncation=True` shortens a
+    text. tokenizer.json has the whole tokenizer; some programs read vocab.json and merges.txt.
+    """
     for name, hugging_face in HUGGING_FACE.items():
         with files.replacing(folder / hugging_face) as temporary:
             temporary.write_bytes(_read(name))
     config = {
         "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": context,
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,  # any token would do: attention ignores the padding
+        "padding_side": "left",  # a text is continued at its right end
         "add_prefix_space": False,
         "split_special_tokens": True,  # <|endoftext|> in a text is plain text, as in `encode`
         "clean_up_tokenization_spaces": False,  # True would change "do n't" to "don't"
     }
-    with files.replacing(folder / "tokenizer_config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    files.write_text(folder / "tokenizer.json", json.dumps(_tokenizer_json()) + "\n")
 
 
 def _long_blanks(text: str) -> list[tuple[int, int]]:
@@ -166,6 +174,30 @@ def _encoding() -> tiktoken.Encoding:
         special_tokens={END_OF_TEXT: VOCAB_SIZE - 1},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+def _tokenizer_json() -> dict[str, Any]:
+    """The tokenizer in the format of Hugging Face's library tokenizers.
+
+    `<|endoftext|>` is in the vocabulary, but not among `added_tokens`, which are also recognized
+    within a text.
+    """
+    bytes_as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": bytes_as_characters | {"use_regex": True},  # GPT-2's pattern
+        "post_processor": None,
+        "decoder": bytes_as_characters,
+        "model": {
+            "type": "BPE",
+            "vocab": json.loads(_read("encoder.json")),
+            "merges": _read("vocab.bpe").decode().splitlines()[1:],  # after "#version"
+        },
+    }
 
 
 def _bytes_by_character() -> dict[str, int]:

