@@ -47,6 +47,7 @@ ONLY_IN = {
     "matplotlib": {"folio/corpus", "folio/plots.py", "folio/sweeps"},
     "optuna": {"folio/sweeps"},
     "typer": {"folio/cli"},
+    "huggingface_hub": {"folio/cli"},
     "gradio": {"folio/app"},
     "transformers": set(),
     "dvc": set(),

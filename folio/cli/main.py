@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import typer
 
-from folio.cli import compare, doctor, promote, sample, serve, sweep, sync, ui, variant
+from folio.cli import compare, doctor, export, promote, sample, serve, sweep, sync, ui, variant
 from folio.errors import UserError, one_line_errors
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that could not be decoded
@@ -26,6 +26,7 @@ app.command()(compare.compare)
 app.command()(promote.promote)
 app.command()(ui.ui)
 app.command()(serve.serve)
+app.command()(export.export)
 app.command()(doctor.doctor)
 app.command()(sync.sync)
 app.command()(variant.variant)

@@ -69,18 +69,22 @@ def samples_page(model: GPT, p: EvaluateParams, track: Track = untracked) -> str
         )
         text = prompt + tokenizer.decode(ids)
         page.append(f"## {_heading(prompt) or 'No prompt'}, temperature {temperature:g}\n")
-        page.append(_code_block(text) + "\n")
+        page.append(code_block(text) + "\n")
     return "\n".join(page)
 
 
 def _heading(prompt: str) -> str:
     """The start of a prompt as one line of plain text in Markdown."""
     line = " ".join(prompt.split())
-    line = line if len(line) <= _MAX_HEADING else line[: _MAX_HEADING - 3] + "..."
-    return _MARKDOWN.sub(r"\\\g<0>", _escape(line))
+    return plain_line(line if len(line) <= _MAX_HEADING else line[: _MAX_HEADING - 3] + "...")
 
 
-def _code_block(text: str) -> str:
+def plain_line(text: str) -> str:
+    """A text as one line of plain text in Markdown."""
+    return _MARKDOWN.sub(r"\\\g<0>", _escape(" ".join(text.split())))
+
+
+def code_block(text: str) -> str:
     """A text as a code block in Markdown, whatever the text contains.
 
     The block is indented, because a line of the text could end a fenced block. Only line

@@ -113,6 +113,11 @@ def token_bytes(token: int) -> bytes:
     return _encoding().decode_single_token_bytes(token if token < VOCAB_SIZE else _INVALID)
 
 
+def vocabulary() -> dict[str, int]:
+    """The id of each token, with a printable character for each byte, as in OpenAI's file."""
+    return json.loads(_read("encoder.json"))
+
+
 def save(folder: Path, context: int) -> None:
     """Write the files from which transformers and tokenizers can load GPT-2's tokenizer.
 
@@ -164,7 +169,7 @@ def _encoding() -> tiktoken.Encoding:
     byte_of = _bytes_by_character()
     ranks = {
         bytes(byte_of[character] for character in token): rank
-        for token, rank in json.loads(_read("encoder.json")).items()
+        for token, rank in vocabulary().items()
         if token != END_OF_TEXT
     }
     return tiktoken.Encoding(
@@ -194,7 +199,7 @@ def _tokenizer_json() -> dict[str, Any]:
         "decoder": bytes_as_characters,
         "model": {
             "type": "BPE",
-            "vocab": json.loads(_read("encoder.json")),
+            "vocab": vocabulary(),
             "merges": _read("vocab.bpe").decode().splitlines()[1:],  # after "#version"
         },
     }

@@ -22,16 +22,26 @@ def load_model(name: str, uri: str | None, device: torch.device) -> GPT:
     name: a Hugging Face GPT-2 folder, or a name that `registry.fetch` accepts. uri: the URI of the
     MLflow store. The model is in eval mode on `device`. Raises UserError if there is no such model.
     """
-    if Path(name).is_dir() or Path(name) == MODEL:  # the default, even if it does not exist yet
+    if is_folder(name):
         return load_folder(Path(name), device)
-    if "/" in name and not name.startswith("models:/"):
-        raise UserError(f"there is no folder {name}")
     from folio.tracking import registry  # here, because importing MLflow takes two seconds
     from folio.tracking.store import Store
 
     with tempfile.TemporaryDirectory(prefix="folio-") as folder:
         path = registry.fetch(Store.existing(uri), name, Path(folder))
         return huggingface.load(path, device)
+
+
+def is_folder(name: str) -> bool:
+    """Whether the name of a model means a folder rather than a model in MLflow.
+
+    Raises UserError if it is the path of a folder that does not exist.
+    """
+    if Path(name).is_dir() or Path(name) == MODEL:  # the default, even if it does not exist yet
+        return True
+    if "/" in name and not name.startswith("models:/"):
+        raise UserError(f"there is no folder {name}")
+    return False
 
 
 def load_folder(folder: Path, device: torch.device) -> GPT:
