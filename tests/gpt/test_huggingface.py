@@ -187,6 +187,7 @@ def test_saved_config_describes_the_model(tmp_path):
     huggingface.save(gpt(3, 4, 128, 64, dropout=0.3), tmp_path / "gpt2")
     config = transformers.GPT2Config.from_pretrained(tmp_path / "gpt2")
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (3, 4, 128, 64)
+    assert config.n_ctx == 64  # llama.cpp's converter requires it
     assert config.vocab_size == ROWS and config.architectures == ["GPT2LMHeadModel"]
     assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.3, 0.3, 0.3)
     assert (config.bos_token_id, config.eos_token_id) == (50_256, 50_256)

@@ -106,9 +106,11 @@ def test_pipeline_can_continue_the_end_of_a_text_longer_than_the_context(pipelin
     assert result["generated_text"] == expected
 
 
-def test_prompt_longer_than_the_context_is_an_error_that_names_the_limit(pipeline):
+def test_text_longer_than_the_context_is_an_error(pipeline):
     with pytest.raises(ValueError, match=f"`max_length` is set to {CONTEXT}"):
         pipeline(LONG)
+    with pytest.raises(IndexError):
+        pipeline("ROMEO:\n", max_new_tokens=CONTEXT)
 
 
 def test_defaults_are_those_of_sample(folder):
