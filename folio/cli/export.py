@@ -26,7 +26,7 @@ def export(
     """Write a model to a folder that can be published as it is.
 
     Besides the model and its tokenizer, the folder has a model card (README.md) with the results
-    and params of the training run, and the licences of the parts that others made (NOTICE). What
+    and params of the training run, and the license of GPT-2's vocabulary (NOTICE). What
     only you can add is marked FILL IN.
 
     Example: python -m folio export ../my-model --model models:/folio@champion

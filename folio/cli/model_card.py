@@ -1,5 +1,6 @@
 """The model card of an exported model: what it is, how good it is, and how it was trained."""
 
+import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -117,7 +118,7 @@ def _metadata(origin: Origin | None, name: str) -> ModelCardData:
         metrics=sorted({result.metric_type for result in results} & {"perplexity"}) or None,
         model_name=name,
         eval_results=results or None,
-        widget=[{"text": corpus.prompt}],
+        widget=[{"text": corpus.prompt}] if corpus != OWN else None,
     )
 
 
@@ -167,7 +168,7 @@ In the folder of this model, or with the name of its repository instead of `.`:
 from transformers import pipeline
 
 generator = pipeline("text-generation", ".")
-print(generator({corpus_of(origin).prompt!r})[0]["generated_text"])
+print(generator({json.dumps(corpus_of(origin).prompt)})[0]["generated_text"])
 ```
 
 The model sees at most {context:,} tokens, including the prompt. By default, text ends when they are
@@ -240,7 +241,7 @@ def _facts(origin: Origin) -> dict[str, str]:
         facts["SHA-256 of the text"] = params["data.sha256"]
     if {"steps", "epochs", "best_step"} <= metrics.keys():
         facts["steps"] = f"{metrics['steps']:,.0f} ({metrics['epochs']:.1f} epochs)"
-        facts["steps"] += f", of which {metrics['best_step']:,.0f} to these weights"
+        facts["steps"] += f"; these weights are from step {metrics['best_step']:,.0f}"
     if {"device", "precision"} <= tags.keys():
         facts["device"] = f"{tags['device']}, {tags['precision']}"
     if "mlflow.source.git.commit" in tags:
