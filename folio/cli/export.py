@@ -9,6 +9,7 @@ import typer
 
 from folio import files
 from folio.cli.store import tracking_uri
+from folio.cli.training_texts import GAP
 from folio.errors import UserError, disk_hint
 
 if TYPE_CHECKING:
@@ -23,11 +24,10 @@ def export(
     directory: Annotated[Path, typer.Argument(help="A new folder, or an empty one.")],
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "models/gpt2",
 ) -> None:
-    """Write a model to a folder that can be published as it is.
+    """Write a model to a folder for publication, with a model card.
 
-    Besides the model and its tokenizer, the folder has a model card (README.md) with the results
-    and params of the training run, and the license of GPT-2's vocabulary (NOTICE). What
-    only you can add is marked FILL IN.
+    The card (README.md) has the results and params of the training run; what only you can add to it
+    is marked FILL IN. NOTICE has the license of GPT-2's vocabulary.
 
     Example: python -m folio export ../my-model --model models:/folio@champion
     """
@@ -36,9 +36,9 @@ def export(
     text = export_model(gpt, origin, target)
     size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
     print(f"{directory}: the model with its card and notices, {size:,.1f} MB")
-    if gaps := text.count("FILL IN"):
+    if gaps := text.count(GAP):
         places = "1 place" if gaps == 1 else f"{gaps} places"
-        print(f"Before you publish it, complete README.md: {places} marked FILL IN")
+        print(f"Before you publish it, complete README.md: {places} marked {GAP}")
     print("docs/share.md shows how to publish and convert it")
 
 

