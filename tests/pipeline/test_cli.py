@@ -309,13 +309,15 @@ def test_ui_prints_the_address_of_the_runs_once_mlflow_answers(project, store):
     try:
         page = server.stdout.readline()
         base, _, view = page.partition("/#/")
-        assert base == f"http://127.0.0.1:{port}"
+        assert base == f"http://folio.localhost:{port}"
         assert view.startswith(f"experiments/{store.experiment_id}/runs?")
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         body = json.dumps({"experiment_ids": [store.experiment_id]}).encode()
-        for host, status in (("", 200), ("box.example", 200), ("evil.example", 403)):
+        named = f"folio.localhost:{port}"
+        for host, status in (("", 200), (named, 200), ("box.example", 200), ("evil.example", 403)):
             headers = {"Content-Type": "application/json"} | ({"Host": host} if host else {})
-            request = urllib.request.Request(f"{base}/api/2.0/mlflow/runs/search", body, headers)
+            address = f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/search"
+            request = urllib.request.Request(address, body, headers)
             try:
                 with direct.open(request, timeout=30) as answer:
                     assert answer.status == status

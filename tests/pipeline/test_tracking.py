@@ -409,7 +409,8 @@ def test_logged_model_generates_text_with_its_own_copy_of_folio(project, model, 
     store = Store(None)
     RunWriter(store).send(Run(record=RECORD), "FINISHED")
     run = queries.find_run(store, RECORD.id)
-    logged_models.log(store, run.id, folder, files.sha256(folder / "model.safetensors"))
+    tags = RECORD.tags | {"weights_sha256": files.sha256(folder / "model.safetensors")}
+    logged_models.log(store, run.id, folder, dataclasses.replace(RECORD, tags=tags))
     model_id = logged_models.logged_model_id(store, run)
     code = f"""
 import sys
