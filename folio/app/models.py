@@ -24,7 +24,7 @@ IN_SPACE = "SPACE_ID" in os.environ  # on Hugging Face, where anyone may visit t
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    name: str  # as the visitor gave it
+    name: str  # the folder, the name of the MLflow run, or models:/...
     model: GPT
     history: list[dict[str, Any]]  # of its training; empty if unknown
 
@@ -73,7 +73,7 @@ def _open(name: str, folder: Path | None, modified: tuple[int, ...]) -> OpenMode
     """Open a model. modified: part of the cache key, so that a retrained model is read again."""
     where = device.resolve_device("auto")
     if folder is None:
-        return OpenModel(name, *_from_mlflow(name, where))
+        return _from_mlflow(name, where)
     return OpenModel(name, load_folder(folder, where), _history(folder))
 
 
@@ -109,8 +109,8 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-def _from_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, Any]]]:
-    """A model, and the losses from its training."""
+def _from_mlflow(name: str, where: torch.device) -> OpenModel:
+    """A model with the losses from its training."""
     (runtime,) = params.load(runtime=RuntimeParams)
     from folio.tracking import queries, registry
     from folio.tracking.store import STORE_ERRORS, Store, explain
@@ -118,7 +118,10 @@ def _from_mlflow(name: str, where: torch.device) -> tuple[GPT, list[dict[str, An
     try:
         model = load_model(name, runtime.tracking_uri, where)
         store = Store.existing(runtime.tracking_uri)
-        return model, queries.loss_history(store, registry.source_run_id(store, name))
+        run_id = registry.source_run_id(store, name)
+        run_name = store.client.get_run(run_id).info.run_name
+        shown = name if name.startswith("models:/") else run_name
+        return OpenModel(shown, model, queries.loss_history(store, run_id))
     except UserError as problem:
         is_uri = name.startswith("models:/")
         text = str(problem) if is_uri else f"there is no folder {name}; {problem}"

@@ -23,7 +23,7 @@ class TrialResult:
     loss: float  # the best validation loss in nats/token
     step: int  # the step of that loss
     seconds: float  # the duration of the MLflow run
-    run_id: str  # MLflow's id
+    run: str  # the name of the MLflow run
 
 
 def write_report(plan: Plan, uri: str | None) -> Path:
@@ -68,7 +68,7 @@ def find_results(plan: Plan, store: Store) -> list[TrialResult]:
                 loss=run.loss,
                 step=int(run.metrics["best_step"]),
                 seconds=(run.ended - run.started) / 1000,
-                run_id=run.id,
+                run=run.name,
             )
             results.append(result)
     return sorted(results, key=lambda result: result.loss)
@@ -108,7 +108,7 @@ def _result_table(results: list[TrialResult]) -> str:
             f"{result.loss:.4f}",
             f"{result.step:,}",
             f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s",
-            result.run_id[:8],
+            result.run,
         ]
         for result in results
     ]

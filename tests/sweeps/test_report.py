@@ -13,7 +13,7 @@ def result(number: int, loss: float, **trial) -> TrialResult:
         loss=loss,
         step=90,
         seconds=61.4,
-        run_id="0123456789abcdef",
+        run="1x2x16-abcdef",
     )
 
 
