@@ -3,8 +3,8 @@
 A logged model is a pyfunc "model from code" (pyfunc.py) with the Hugging Face folder as an
 artifact. Its tags `weights_sha256` and `config_sha256` are checksums of two files in that folder,
 and its tag `files` contains the number and sizes of all files, so that a model that was damaged in
-the store is sent again. It has the name and the params of its run, and RunWriter links the run's summary
-metrics to it, so that MLflow can rank models.
+the store is sent again. It has the name and the params of its run, and RunWriter links the run's
+summary metrics to it, so that MLflow can rank models.
 """
 
 import contextlib
