@@ -62,7 +62,8 @@ class Scale:
         if self.log:
             locator = LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,), numticks=99)
         found = np.asarray(locator.tick_values(low, high)).tolist()
-        return [(self.position(x), format_value(x)) for x in found if low <= x <= high]
+        # A round number may have an inexact sum as its tick, such as 5.6000000000000005.
+        return [(self.position(x), f"{x:.10g}") for x in found if low <= x <= high]
 
 
 def draw(trials: list[Trial], losses: list[float], path: Path) -> None:

@@ -108,7 +108,7 @@ def _result_table(results: list[TrialResult]) -> str:
             f"{result.loss:.4f}",
             f"{result.step:,}",
             f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s",
-            result.run,
+            result.run.removeprefix(f"{result.experiment} "),
         ]
         for result in results
     ]

@@ -45,6 +45,12 @@ def test_scale_labels_few_values_and_round_numbers_otherwise():
     assert [label for _, label in Scale(list(range(1, 21))).ticks()] == ["4", "8", "12", "16", "20"]
 
 
+def test_scale_writes_round_numbers_without_rounding_errors():
+    losses = Scale([5.3596, 5.5697, 5.5708, 5.6694, 5.6982, 5.7138])
+    labels = [label for _, label in losses.ticks(round_numbers=True)]
+    assert labels == ["5.36", "5.44", "5.52", "5.6", "5.68"]
+
+
 def test_scale_labels_all_values_that_are_not_only_numbers():
     assert len(Scale([*range(9), None]).ticks()) == 10
 

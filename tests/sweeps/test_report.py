@@ -13,7 +13,7 @@ def result(number: int, loss: float, **trial) -> TrialResult:
         loss=loss,
         step=90,
         seconds=61.4,
-        run="1x2x16-abcdef",
+        run=f"s-{number:02} 1x2x16-abcdef",
     )
 
 
@@ -29,6 +29,7 @@ def test_report_shows_the_variation_between_seeds():
         for seed in (1, 2, 3)
     ]
     text = format_report(plan(results), sorted(results, key=lambda each: each.loss))
+    assert "| 1x2x16-abcdef |" in text  # the experiment is in the first column
     assert "6 of 6 trials, starting from commit abcdef0." in text and "1 min 01 s" in text
     assert [line.split("|")[2:6] for line in text.splitlines() if "40.0100 |" in line][1] == [
         "     3 ", " 40.0200 ", " 40.0100 ", " 40.0300 ",
