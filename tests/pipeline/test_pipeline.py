@@ -1,6 +1,7 @@
 """The whole pipeline in a real DVC repository with a real MLflow store."""
 
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from conftest import environment, run, set_params
+from conftest import ROOT, environment, run, set_params
 
 from folio import files
 
@@ -149,6 +150,42 @@ def test_dvc_plots_both_losses(repo):
         assert float(value["dvc_inferred_y_value"]) > 1
         steps[value["filename::field"].split("::")[1]].append(int(value["step"]))
     assert steps == {"train_loss": [1, 2, 3, 4, 5, 6], "val_loss": [2, 4, 6]}
+
+
+def test_exp_show_of_a_grid_fits_into_a_terminal(repo):
+    """With the commands in docs/sweeps.md; DVC splits the comma lists."""
+    page = (ROOT / "docs/sweeps.md").read_text()
+    [show] = re.findall(r"^(dvc exp show --only-changed --drop .+?)  +#", page, re.MULTILINE)
+    grid = ["-S", "train.learning_rate=1e-3,3e-3", "-S", "train.seed=1,2"]
+    assert run(repo, "dvc", "exp", "run", "--queue", *grid).returncode == 0
+    table = run(repo, "sh", "-c", show).stdout.strip().splitlines()
+    run(repo, "dvc", "queue", "remove", "--all")
+    assert table[1].split() == [
+        "Experiment", "Created", "best_val_loss", "train.learning_rate", "train.seed",
+    ]  # fmt: skip
+    assert {tuple(line.split()[-2:]) for line in table if "[" in line} == {
+        ("0.001", "1"), ("0.001", "2"), ("0.003", "1"), ("0.003", "2"),
+    }  # fmt: skip
+    assert max(map(len, table)) <= 120
+    loss = written(repo, "training/metrics.json")["best_val_loss"]
+    assert f"{loss:.5}" in "\n".join(table)
+
+
+def test_metrics_of_dvc_are_those_of_the_model(repo):
+    shown = json.loads(run(repo, "dvc", "metrics", "show", "--json").stdout)
+    assert set(shown[""]["data"]) == {
+        "models/training/metrics.json",
+        "models/evaluation/metrics.json",
+    }
+
+
+def test_dvc_gets_the_model_as_an_artifact(repo, tmp_path):
+    tag = ["git", "tag", "--annotate", "gpt2@v1.0.0", "--message", "first"]
+    assert run(repo, *tag).returncode == 0
+    got = run(tmp_path, "dvc", "artifacts", "get", str(repo), "gpt2", "--out", "model")
+    assert got.returncode == 0, got.stderr
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    assert weights == (repo / "models/gpt2/model.safetensors").read_bytes()
 
 
 def test_repro_twice_does_nothing(repo):

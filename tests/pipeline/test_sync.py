@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,9 +18,10 @@ import mlflow
 import pytest
 from conftest import commit, environment, folio, inside, run, run_stages, set_params, succeed
 
+from folio.app import models as app_models
 from folio.errors import UserError
 from folio.run import read_evaluation, read_training
-from folio.tracking import queries
+from folio.tracking import logged_models, queries
 from folio.tracking.store import Store
 
 
@@ -38,7 +40,7 @@ class StoredRun:
     params: dict[str, str]
     points: dict[str, list[tuple[int, int, float]]]  # metric -> (step, time, value)
     artifacts: dict[str, int]  # path -> size
-    model: tuple[str, str] | None  # status, checksum of the weights
+    model: tuple | None  # name, status, checksum of the weights, params, linked metrics
 
 
 def content(uri: str) -> dict[str, StoredRun]:
@@ -46,7 +48,13 @@ def content(uri: str) -> dict[str, StoredRun]:
     client, found = mlflow.MlflowClient(uri), {}
     experiment = client.get_experiment_by_name("folio").experiment_id
     models = {
-        model.source_run_id: (model.status, model.tags["weights_sha256"])
+        model.source_run_id: (
+            model.name,
+            model.status,
+            model.tags["weights_sha256"],
+            model.params,
+            sorted((p.key, p.step, p.timestamp, p.value) for p in model.metrics),
+        )
         for model in client.search_logged_models([experiment])
     }
     for tracked in client.search_runs([experiment]):
@@ -133,6 +141,43 @@ def test_sync_finds_runs_that_are_only_in_the_run_cache(repo):
     assert sync(repo).count("sent ") == 4
     assert content(store(repo)) == original
     succeed(repo, "dvc", "checkout")
+
+
+def ranking(folder: Path, metric: str) -> list[tuple[str, float]]:
+    """The names of the models in the store, as MLflow ranks them by a metric, and its values."""
+    client = mlflow.MlflowClient(store(folder))
+    experiment = client.get_experiment_by_name("folio").experiment_id
+    order = [{"field_name": f"metrics.{metric}"}]
+    return [
+        (model.name, logged_models.linked_metrics(model)[metric])
+        for model in client.search_logged_models([experiment], order_by=order)
+    ]
+
+
+@pytest.mark.parametrize("metric", ["best_val_loss", "evaluate/val_loss"])
+def test_mlflow_ranks_the_models_by_loss_and_they_have_the_names_of_their_runs(repo, metric):
+    trained = [run for run in content(store(repo)).values() if run.name != "evaluate"]
+    expected = sorted((run.points[metric][-1][2], run.name) for run in trained)
+    assert len({name for _, name in expected}) == 2
+    assert ranking(repo, metric) == [(name, loss) for loss, name in expected]
+
+
+def test_sync_links_the_metrics_of_models_that_an_earlier_version_logged(repo):
+    before = content(store(repo))
+    with contextlib.closing(sqlite3.connect(repo / "mlflow.db")) as database:
+        for table in ("logged_model_metrics", "logged_model_params"):
+            assert database.execute(f"DELETE FROM {table}").rowcount > 10
+        database.commit()
+    assert content(store(repo)) != before
+    assert sync(repo).count(" again: parts were missing from MLflow") == 2
+    assert content(store(repo)) == before
+    assert sync(repo).strip() == "MLflow has every run"
+
+
+def test_page_shows_the_name_of_a_run_that_was_picked_by_its_id(repo):
+    with inside(repo):
+        for run in queries.list_runs(Store(None)):
+            assert app_models.open_model(run.id).name == run.name
 
 
 def test_sync_repairs_the_store_of_a_moved_project(repo, tmp_path):
@@ -247,7 +292,7 @@ def test_sync_sends_what_an_unreliable_server_missed(make_project, serve):
         expected = [(row["step"], row["time"], row[key]) for row in history if key in row]
         assert trained.points[key] == expected
     assert [row["step"] for row in history] == list(range(10, 901, 10))
-    assert "training/history.csv" in trained.artifacts and trained.model[0] == "READY"
+    assert "training/history.csv" in trained.artifacts and trained.model[1] == "READY"
     assert folio(folder, "sync").strip() == "MLflow has every run"
     assert list(content(serve.uri).values()) == runs
 
@@ -300,11 +345,15 @@ def evaluation_metrics(folder: Path) -> dict[str, float]:
 
 
 def shown(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """The evaluation that MLflow shows on the training run of the workspace: metrics, tags."""
+    """The evaluation that MLflow shows on the training run of the workspace, and on its model:
+    metrics, tags."""
     with inside(folder):
         store, folio_id = Store(None), read_training(folder).record.id
         found = queries.find(store, folio_id)
+        model = logged_models.find_ready(store, found.info.run_id)
     metrics = {k: v for k, v in found.data.metrics.items() if k.startswith("evaluate/")}
+    linked = logged_models.linked_metrics(model)
+    assert linked == metrics | read_training(folder).summary
     return metrics, {k: v for k, v in found.data.tags.items() if k.startswith("evaluat")}
 
 

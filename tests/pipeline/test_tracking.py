@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,10 +15,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 import pytest
 from conftest import ROOT, environment, open_store
+from mlflow.entities import LoggedModel
+from playwright.sync_api import Page, expect, sync_playwright
 
 from folio import files, signals
 from folio.errors import UserError
@@ -403,6 +409,17 @@ def test_evaluation_without_its_training_raises_user_error(project):
         RunWriter(Store(None)).complete(Run(record=orphan))
 
 
+def files_of(model: LoggedModel) -> dict[str, Path]:
+    """The files of a model in a local store, by name."""
+    folder = Path(url2pathname(urlsplit(model.artifact_location).path))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_logged_model_requires_the_versions_that_an_index_serves(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.11.0+cu128")
+    assert logged_models._installed_version("torch") == "2.11.0"
+
+
 def test_logged_model_generates_text_with_its_own_copy_of_folio(project, model, tmp_path):
     folder = tmp_path / "gpt2"
     huggingface.save(model, folder)  # its 40 tokens are the first of GPT-2's: "A" is one
@@ -410,8 +427,15 @@ def test_logged_model_generates_text_with_its_own_copy_of_folio(project, model, 
     RunWriter(store).send(Run(record=RECORD), "FINISHED")
     run = queries.find_run(store, RECORD.id)
     tags = RECORD.tags | {"weights_sha256": files.sha256(folder / "model.safetensors")}
-    logged_models.log(store, run.id, folder, dataclasses.replace(RECORD, tags=tags))
+    record = dataclasses.replace(RECORD, name="an.odd/name: 1x2", tags=tags)
+    model = logged_models.log(store, run.id, folder, record)
+    assert (model.name, model.params) == ("an-odd-name- 1x2", RECORD.params)
     model_id = logged_models.logged_model_id(store, run)
+    requirements = files_of(model)["requirements.txt"].read_text().splitlines()
+    assert {line.partition("==")[0] for line in requirements} >= {"mlflow", "torch", "tiktoken"}
+    for name, version in (line.split("==") for line in requirements):
+        assert version == importlib.metadata.version(name).partition("+")[0]
+    assert "python: 3." in files_of(model)["python_env.yaml"].read_text()
     code = f"""
 import sys
 import mlflow
@@ -450,16 +474,22 @@ def test_system_metrics_have_the_names_that_mlflow_expects(monkeypatch):
 
 
 @contextlib.contextmanager
-def serving(project: Path, *command: str) -> Iterator[str]:
-    """Run an MLflow server with that command in a project's folder. Yields its URI."""
+def serving(project: Path, *command: str, **env: str) -> Iterator[str]:
+    """Run an MLflow server with that command in a project's folder. Yields its URI.
+
+    env: environment variables, in which PORT stands for the server's port.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    env = {name: value.replace("PORT", str(port)) for name, value in env.items()}
     with (project / "server.log").open("w") as log:
         server = subprocess.Popen(
             [*command, "--port", str(port), "--workers", "1"],
             cwd=project,
-            env=environment(),
+            env=environment(
+                **{key: value.replace("PORT", str(port)) for key, value in env.items()}
+            ),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -494,11 +524,38 @@ def test_server_stores_the_runs_and_their_artifacts(bare, monkeypatch):
     assert not (bare / "mlflow.db").exists()
 
 
-def test_mlflow_ui_without_arguments_shows_the_runs_and_their_artifacts(project):
+def test_mlflow_ui_shows_the_runs_and_their_artifacts_and_no_assistant(project):
+    """On pages of 127.0.0.1, MLflow opens the panel of its assistant, and no setting prevents that.
+    So `make ui` names a page of folio.localhost."""
     RunWriter(Store(None)).send(finished_run(project), "FINISHED")
-    with serving(project, "mlflow", "ui") as uri:
+    makefile = (ROOT / "Makefile").read_text()
+    settings = dict(re.findall(r"^ui: export (\w+) \?= (.+)$", makefile, re.MULTILINE))
+    settings = {name: value.replace(":5000", ":PORT") for name, value in settings.items()}
+    [named] = re.findall(r"(http://folio\.localhost:5000/[^']+)'", makefile)
+    with serving(project, "mlflow", "ui", **settings) as uri:
         [shown] = runs(uri)
         assert shown.data.metrics["train_loss"] == 2.0
         artifact = f"{uri}/get-artifact?path=folder/a.txt&run_uuid={shown.info.run_id}"
         with urllib.request.urlopen(artifact) as response:
             assert response.read() == b"a"
+        with open_page(named.replace(":5000", f":{uri.rpartition(':')[2]}")) as page:
+            expect(page.get_by_text("tiny").first).to_be_visible(timeout=60_000)
+            for text in ("MLflow Assistant", "collects usage data"):
+                expect(page.get_by_text(text)).to_have_count(0)
+        with open_page(uri) as page:
+            for text in ("MLflow Assistant", "collects usage data"):
+                expect(page.get_by_text(text).first).to_be_visible(timeout=60_000)
+
+
+@contextlib.contextmanager
+def open_page(url: str) -> Iterator[Page]:
+    """Open a page as a new visitor."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("this machine has no browser")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = started.new_page()
+        page.goto(url)
+        yield page
+        started.close()
