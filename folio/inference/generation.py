@@ -9,8 +9,10 @@ from folio.device import capture
 from folio.errors import UserError
 from folio.gpt.model import GPT, KVCache
 from folio.inference.decoder import Decoder, linear
+from folio.inference.threads import few_threads
 
 NOT_FINITE = -1  # in place of a token id
+_TOP = 1_000  # tokens; usually enough for a top_p of 0.95
 _MIN_TEMPERATURE = 1e-6  # anything lower is greedy: dividing by it would overflow fp32
 
 
@@ -77,16 +79,19 @@ def generate_batch(
         if cache.length == context:
             window = torch.cat(written, 1)[:, -context:]
             written = [window]
-            if predict_window is None:
-                predict_window = capture(lambda x: predict(model.hidden(x)[:, -1]), window)
-            prediction = predict_window(window)
-        elif cache.length:
-            prediction = decoder.step(ids)
-        else:
-            prediction = predict(model.hidden(window, cache)[:, -1])
-        ids = prediction.clone()  # the next step overwrites the prediction
-        if temperature > 0:
-            ids = _sample(prediction, temperature, top_k, top_p, generator).to(head.device)
+        passed = len(window) if 0 < cache.length < context else window.numel()
+        with few_threads(model, passed, len(window)):
+            if cache.length == context:
+                if predict_window is None:
+                    predict_window = capture(lambda x: predict(model.hidden(x)[:, -1]), window)
+                prediction = predict_window(window)
+            elif cache.length:
+                prediction = decoder.step(ids)
+            else:
+                prediction = predict(model.hidden(window, cache)[:, -1])
+            ids = prediction.clone()  # the next step overwrites the prediction
+            if temperature > 0:
+                ids = _sample(prediction, temperature, top_k, top_p, generator).to(head.device)
         yield ids
         ids = ids.clamp(min=0)  # NOT_FINITE has no embedding
         written.append(ids[:, None])
@@ -108,25 +113,41 @@ def _sample(
     """Sample ids [B] from logits [B, V]."""
     logits = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(logits / temperature, -1).cpu()
-    descending, ids = probabilities.sort(descending=True, stable=True)
-    ranks = torch.stack([_sample_rank(row, top_k, top_p, generator) for row in descending])
-    drawn = ids.gather(1, ranks.clamp(min=0))
-    return torch.where(ranks == NOT_FINITE, NOT_FINITE, drawn)[:, 0]
+    return torch.cat([_sample_id(row, top_k, top_p, generator) for row in probabilities])
 
 
-def _sample_rank(
+def _sample_id(
     probabilities: torch.Tensor,
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Sample an index [1] into probabilities [V], which are in descending order."""
-    if not probabilities[0].isfinite():
+    """Sample an id [1] from probabilities [V]."""
+    if not probabilities.amax().isfinite():  # NaN counts as the largest
         return torch.tensor([NOT_FINITE])
+    descending, ids = _sort(probabilities, top_k, top_p)
     if top_k is not None:
-        probabilities = probabilities[:top_k] / probabilities[:top_k].sum()
+        descending = descending[:top_k] / descending[:top_k].sum()
     if top_p is not None:
-        kept = probabilities.cumsum(0) - probabilities < top_p
+        kept = descending.cumsum(0) - descending < top_p
         kept[0] = True  # in fp32, a tiny top_p is 0
-        probabilities = probabilities[kept]
-    return torch.multinomial(probabilities, 1, generator=generator)
+        descending = descending[kept]
+    return ids[torch.multinomial(descending, 1, generator=generator)]
+
+
+def _sort(
+    probabilities: torch.Tensor, top_k: int | None, top_p: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities in descending order, and their ids; equal ones in the order of their ids.
+
+    Leaves out unlikely tokens if top_k or top_p excludes them anyway: sorting the whole vocabulary
+    takes 4 ms, as long as the rest of a small model's step.
+    """
+    if top_k is not None or top_p is not None:
+        least = probabilities.topk(min(_TOP, len(probabilities))).values[-1]
+        ids = (probabilities >= least).nonzero()[:, 0]
+        descending, order = probabilities[ids].sort(descending=True, stable=True)
+        total = descending.sum().item()
+        if (top_k or 0) <= len(ids) and (top_k or total > (top_p or 1) + 1e-4):
+            return descending, ids[order]
+    return probabilities.sort(descending=True, stable=True)

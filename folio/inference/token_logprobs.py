@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from folio.gpt.model import GPT
+from folio.inference.threads import few_threads
 
 _CHUNK_ROWS = 256  # tokens whose logits are in memory at once: 51 MB at GPT-2's vocabulary
 
@@ -40,9 +41,10 @@ def token_logprobs(model: GPT, ids: list[int], k: int = 5) -> TokenLogprobs:
     while done < len(x):
         end = min(len(x), max(context, done + max(1, context // 4)))
         start = max(0, end - context)
-        hidden = model.hidden(x[None, start:end])[0, done - start :]
-        parts = zip(hidden.split(_CHUNK_ROWS), y[done:end].split(_CHUNK_ROWS), strict=True)
-        chunks += [_logprobs(F.linear(rows, head).float(), targets, k) for rows, targets in parts]
+        with few_threads(model, end - start, end - done):
+            hidden = model.hidden(x[None, start:end])[0, done - start :]
+            parts = zip(hidden.split(_CHUNK_ROWS), y[done:end].split(_CHUNK_ROWS), strict=True)
+            chunks += [_logprobs(F.linear(rows, head).float(), own, k) for rows, own in parts]
         done = end
     return TokenLogprobs(*(torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True)))
 

@@ -169,8 +169,10 @@ def test_temperature_must_be_finite(model, temperature):
         sample(model, temperature=temperature)
 
 
+@pytest.mark.parametrize("top", [1, 4, 1_000])  # tokens that are sorted first
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.7), (5, 0.7), (None, 1.0), (3, None)])
-def test_samples_are_those_of_the_plain_definition(model, top_k, top_p):
+def test_samples_are_those_of_the_plain_definition(model, top_k, top_p, top, monkeypatch):
+    monkeypatch.setattr(generation, "_TOP", top)
     generator, expected = torch.Generator().manual_seed(1), list(PROMPT)
     for _ in range(30):
         window = expected[-CONTEXT:]
@@ -212,6 +214,16 @@ def test_text_depends_on_the_seed_of_the_generator_only(model):
     torch.manual_seed(123)  # must have no effect
     assert sample(model) == first
     assert sample(model, seed=2) != first
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, None), (None, 0.9), (4, 0.9), (9, 0.1)])
+def test_equal_probabilities_are_sorted_by_id(top_k, top_p, monkeypatch):
+    monkeypatch.setattr(generation, "_TOP", 4)
+    p = torch.tensor([0.01, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.1, 0.09])
+    found, expected = generation._sort(p, top_k, top_p), p.sort(descending=True, stable=True)
+    for ours, all_of_them in zip(found, expected, strict=True):
+        assert len(ours) > 3 and ours.tolist() == all_of_them[: len(ours)].tolist()
+    assert (len(found[0]) < len(p)) == (top_k == 4)
 
 
 # --- the iterator
