@@ -18,6 +18,8 @@ from folio.inference.token_logprobs import token_logprobs
 QUEUE_SIZE = 8  # requests that may wait; the server generates one text at a time
 REFRESH = 0.05  # minimum seconds between updates of the page
 
+STOPPED = "stopped"  # the state if Stop was pressed before there was a text
+
 Values = tuple[Any, ...]  # one for each output of an event
 
 
@@ -33,7 +35,7 @@ def generate(
     temperature: float,
     top_k: float,
     top_p: float,
-    length: float,
+    length: float | None,
     seed: str,
 ) -> Iterator[Values]:
     """Yield the text, its token probabilities, the status and the state during generation."""
@@ -55,36 +57,41 @@ def generate(
     yield content, probabilities(text), html.status(progress(text)), gr.skip()
 
 
-def stop(text: Text | None) -> Values:
+def stop(text: Text | str | None) -> Values:
     """The text, the status, the state and the buttons after Stop.
 
     Gradio cancels `generate`, which may still add one more token to its own copy of the text.
     """
-    if text is None:
+    if not isinstance(text, Text):
         line = html.status("Stopped before the first token.")
-        return gr.skip(), line, None, *buttons(generating=False)
+        return gr.skip(), line, STOPPED, *buttons(generating=False)
     text = dataclasses.replace(text, ids=list(text.ids), stopped=True)
     return text.content, html.status(progress(text)), text, *buttons(generating=False)
 
 
-def after_stop(text: Text | None) -> Values:
+def after_stop(text: Text | str | None) -> Values:
     """The text, its token probabilities and the status, after `stop`.
 
     Sent again because the last update from `generate` may reach the page after the one from `stop`.
     """
-    if text is None or not text.stopped:  # the visitor has requested another text
+    if not isinstance(text, Text) or not text.stopped:  # the visitor has requested another text
         return gr.skip(), gr.skip(), gr.skip()
     return text.content, probabilities(text), html.status(progress(text))
 
 
-def after_failure(text: Text | None) -> Values:
+def let_stop_finish() -> None:
+    """Wait for `stop`, whose state `after_failure` needs: Gradio starts both at the same time."""
+    time.sleep(0.5)
+
+
+def after_failure(state: Text | str | None) -> Values:
     """The status and the buttons after `generate` failed, because the queue is full or because a
     client sent values that the page does not allow.
 
-    Gradio also reports a failure if a text is stopped in the middle of a token. Then the status
-    stays as it is.
+    Gradio also reports a failure if a text is stopped, before its turn or in the middle of a token.
+    Then the status stays as it is.
     """
-    if text is not None:
+    if state is not None:
         return gr.skip(), *buttons(generating=False)
     line = f"The queue is full: {QUEUE_SIZE} requests are waiting. Try again in a minute."
     return html.status(line, is_error=True), *buttons(generating=False)

@@ -54,14 +54,14 @@ def tokens(ids: list[int], found: TokenLogprobs, prompt: int) -> str:
 
     prompt: the number of tokens at the start that are the prompt.
     """
-    texts = list(tokenizer.decode_stream(ids))
-    spans = [f"<span class='prompt'>{_visible(texts[0])}</span>"]
+    texts = _texts(ids)
+    spans = [f"<span class='prompt'>{texts[0]}</span>"]
     columns = zip(np.exp(found.logprobs), found.top_ids, np.exp(found.top_logprobs), strict=True)
     for i, (p, top_ids, top_p) in enumerate(columns, start=1):
         shade = next(number for number, (bound, _) in enumerate(_SHADES) if p >= bound)
         spans.append(
             f"<span class='token shade{shade}{' prompt' if i < prompt else ''}'"
-            f" tabindex='{0 if i == 1 else -1}'>{_visible(texts[i]) or _alone(ids[i])}"
+            f" tabindex='{0 if i == 1 else -1}'>{texts[i]}"
             f"{_alternatives(ids[i], p, top_ids, top_p)}</span>"
         )
     return (
@@ -96,6 +96,22 @@ def _alternatives(token: int, p: float, top_ids: np.ndarray, top_p: np.ndarray) 
         f"<span class='alternatives' role='tooltip'><span><em>{_alone(token)}</em>: {percent(p)}."
         f" Most likely:</span>{bars}</span>"
     )
+
+
+def _texts(ids: list[int]) -> list[str]:
+    """What is shown for each token, as HTML.
+
+    A character of several tokens is shown with the first of them, and a dot with each other one.
+    """
+    shown, first = [], None
+    for i, text in zip(range(len(ids)), tokenizer.decode_stream(ids), strict=False):
+        if text and first is not None:
+            shown[first:] = [_visible(text), *["<i>\u00b7</i>"] * (i - first)]
+            first = None
+        else:
+            first = i if not text and first is None else first
+            shown.append(_visible(text) or _alone(ids[i]))
+    return shown
 
 
 def _visible(text: str) -> str:
@@ -150,7 +166,8 @@ def loss_curve(history: list[dict[str, Any]]) -> str:
 
 
 def _drawing(curves: list[list[tuple[float, float]]]) -> str:
-    """The grid, labels and curves. There must be at least one point."""
+    """The grid, labels and curves, and the lowest validation loss. There must be at least one
+    point."""
     losses = [loss for points in curves for _, loss in points]
     grid = _ticks(min(losses), max(losses))
     marks = _ticks(0, max(step for points in curves for step, _ in points))
@@ -173,7 +190,18 @@ def _drawing(curves: list[list[tuple[float, float]]]) -> str:
     for number, points in enumerate(curves):
         line = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
         drawn.append(f"<polyline class='curve{number}' points='{line}'/>")
+    if curves[-1]:
+        step, loss = min(curves[-1], key=lambda point: point[1])
+        drawn.append(
+            f"<circle cx='{x(step)}' cy='{y(loss)}' r='3'/><text class='best' x='{x(step)}'"
+            f" y='{y(loss)}' dy='-8' text-anchor='{_anchor(step / marks[-1])}'>{loss:.3f}</text>"
+        )
     return "".join(drawn)
+
+
+def _anchor(place: float) -> str:
+    """The side on which a label at a place of the horizontal axis, from 0 to 1, stays inside."""
+    return "start" if place < 0.1 else "end" if place > 0.9 else "middle"
 
 
 def _points(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -6,20 +6,63 @@ import gradio as gr
 
 from folio.app import events, html
 from folio.app.models import IN_SPACE, PIPELINE
-from folio.app.writing import MAX_PROMPT, MAX_TOKENS
+from folio.app.writing import MAX_PROMPT
 
 EXAMPLES = ["ROMEO:\n", "First Citizen:\n", "To be, or not to be", "My lord, the king is"]
 PANEL: dict[str, Any] = {"container": True, "apply_default_css": False, "min_width": 300}
 
-# The arrow keys move from token to token: there are too many to reach with the Tab key.
-ARROW_KEYS = """
+# Runs in the browser.
+SCRIPT = """
+const $ = selector => document.querySelector(selector);
+
+// The arrow keys move from token to token: there are too many to reach with the Tab key.
 element.addEventListener('keydown', event => {
     const tokens = [...element.querySelectorAll('.token')];
     const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
     const next = step && tokens[tokens.indexOf(document.activeElement) + step];
     if (next) { next.focus(); event.preventDefault(); }
 });
+
+// Shift+Enter in the prompt clicks Generate, which does nothing while it is disabled.
+document.addEventListener('keydown', event => {
+    const inRequest = event.target.closest('.request textarea, .request input');
+    if (event.key !== 'Enter' || !event.shiftKey || !inRequest) return;
+    event.preventDefault();
+    event.stopPropagation();
+    $('#generate').click();
+}, true);
+
+// A button that is disabled while it has the focus passes it on to the other one.
+let pressed;
+document.addEventListener('focusin', event => pressed = event.target.closest('#generate, #stop'));
+
+// Both panels follow the text, unless the visitor has scrolled up in it.
+let follow = true, height = 0, tokens;
+const atEnd = box => box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+document.addEventListener('scroll', event => {
+    if (event.target.matches?.('.text textarea')) follow = atEnd(event.target);
+}, true);
+setInterval(() => {
+    const box = $('.text textarea'), shown = $('.tokens');
+    if (box && box.scrollHeight !== height) {
+        if (box.scrollHeight < height) follow = true;
+        height = box.scrollHeight;
+        if (follow) box.scrollTop = height;
+    }
+    if (shown && shown !== tokens && follow) shown.scrollTop = shown.scrollHeight;
+    tokens = shown;
+    if (pressed?.disabled && [document.body, pressed].includes(document.activeElement))
+        [$('#generate'), $('#stop')].find(button => !button.disabled)?.focus({preventScroll: true});
+}, 50);
 """
+
+# The server rejects long requests: it gets enough of a prompt and of a seed to see that they are
+# too long.
+SHORTEN = f"""(name, prompt, ...rest) => {{
+    rest[rest.length - 1] = rest[rest.length - 1].slice(0, 30);
+    const characters = [...prompt.slice(0, {2 * MAX_PROMPT + 2})];
+    return [name, characters.slice(0, {MAX_PROMPT + 1}).join(''), ...rest];
+}}"""
 
 THEME = gr.themes.Base(
     primary_hue="blue",
@@ -45,21 +88,26 @@ def build() -> gr.Blocks:
         state = gr.State()  # a writing.Text, or None
         with gr.Row(elem_classes="page"):
             with gr.Column(elem_classes="inputs"):
-                model, prompt = _model_box(), _prompt_box()
-                gr.Examples([[example] for example in EXAMPLES], [prompt], label="Examples")
+                with gr.Column(elem_classes="request"):
+                    model, prompt = _model_box(), _prompt_box()
+                    gr.Examples([[example] for example in EXAMPLES], [prompt], label="Examples")
+                    with gr.Row(elem_classes="numbers"):
+                        length, seed = _length_box(), _seed_box()
                 with gr.Row():
-                    start = gr.Button("Generate", variant="primary", min_width=80)
-                    stop = gr.Button("Stop", interactive=False, min_width=80)
+                    start = gr.Button(
+                        "Generate", variant="primary", min_width=80, elem_id="generate"
+                    )
+                    stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop")
                 status = gr.HTML(html.status(""), apply_default_css=False)
             with gr.Column(elem_classes="settings"), gr.Group():
-                settings = _settings()
+                settings = [*_sampling(), length, seed]
             with gr.Column(elem_classes="outputs"), gr.Row(equal_height=True, elem_classes="pair"):
                 text = _text_box()
-                probabilities = gr.HTML(html.no_tokens(), js_on_load=ARROW_KEYS, **PANEL)
+                probabilities = gr.HTML(html.no_tokens(), js_on_load=SCRIPT, **PANEL)
             with gr.Column(elem_classes="model"), gr.Row(equal_height=True, elem_classes="pair"):
                 parameters, curve = (gr.HTML(visible=False, **PANEL) for _ in range(2))
         outputs = [text, probabilities, status, state]
-        _on_generate([start.click, prompt.submit], [model, prompt, *settings], outputs, start, stop)
+        _on_generate([model, prompt, *settings], outputs, start, stop)
         _on_load(page, model, [parameters, curve, status])
     return page.queue(max_size=events.QUEUE_SIZE, api_open=False)
 
@@ -69,7 +117,7 @@ def _model_box() -> gr.Dropdown:
         [PIPELINE],
         value=PIPELINE,
         label="Model",
-        info="Choose one, or type a folder, an MLflow run or models:/folio@champion.",
+        info="Or type a folder, an MLflow run or models:/folio@champion.",
         allow_custom_value=not IN_SPACE,
         visible=not IN_SPACE,
     )
@@ -79,15 +127,22 @@ def _prompt_box() -> gr.Textbox:
     return gr.Textbox(
         EXAMPLES[0],
         label="Prompt",
-        info="The model continues this text. If it is empty, the model starts on a new line.",
+        placeholder="The text to continue. If it is empty, the model starts on a new line.",
         lines=3,
         max_lines=8,
-        max_length=MAX_PROMPT,
     )
 
 
-def _settings() -> list[gr.components.Component]:
-    """The inputs of events.generate that follow the prompt."""
+def _length_box() -> gr.Number:
+    return gr.Number(200, label="Length in tokens", min_width=100)  # validated by writing.start
+
+
+def _seed_box() -> gr.Textbox:
+    return gr.Textbox(label="Seed", placeholder="random", min_width=100)
+
+
+def _sampling() -> list[gr.components.Component]:
+    """How tokens are sampled: the inputs of events.generate between the prompt and the length."""
     return [
         gr.Slider(
             0, 2, 0.8, step=0.05, label="Temperature",
@@ -101,14 +156,6 @@ def _settings() -> list[gr.components.Component]:
             0.05, 1, 0.95, step=0.05, label="Top-p",
             info="Sample from the most likely tokens whose probabilities add up to this value.",
         ),
-        gr.Slider(
-            1, MAX_TOKENS, 200, step=1, label="Length",
-            info="Tokens to generate; a token is about 3 letters.",
-        ),
-        gr.Textbox(
-            label="Seed", placeholder="random", max_length=10,
-            info="A whole number. The same seed gives the same text.",
-        ),
     ]  # fmt: skip
 
 
@@ -119,6 +166,7 @@ def _text_box() -> gr.Textbox:
         elem_classes="text",
         lines=20,
         max_lines=20,
+        autoscroll=False,  # SCRIPT does it
         interactive=False,
         buttons=["copy"],
         min_width=300,
@@ -138,20 +186,20 @@ _QUEUED: dict[str, Any] = {
 
 
 def _on_generate(
-    triggers: list[Any],
     inputs: list[gr.components.Component],
     outputs: list[gr.components.Component],
     start: gr.Button,
     stop: gr.Button,
 ) -> None:
-    """Generate text on any of the triggers, until Stop is clicked.
+    """Generate text until Stop is clicked.
 
     inputs, outputs: those of events.generate.
     """
     text, probabilities, status, state = outputs
-    requested = gr.on(triggers, events.wait, outputs=[status, state, start, stop], **_IMMEDIATE)
-    run = requested.then(events.generate, inputs, outputs, **_QUEUED)
-    run.failure(events.after_failure, [state], [status, start, stop], **_IMMEDIATE)
+    requested = start.click(events.wait, outputs=[status, state, start, stop], **_IMMEDIATE)
+    run = requested.then(events.generate, inputs, outputs, js=SHORTEN, **_QUEUED)
+    failed = run.failure(events.let_stop_finish, **_IMMEDIATE)
+    failed.then(events.after_failure, [state], [status, start, stop], **_IMMEDIATE)
     run.then(lambda: events.buttons(generating=False), outputs=[start, stop], **_IMMEDIATE)
     stopped = stop.click(
         events.stop, [state], [text, status, state, start, stop], cancels=[run], **_IMMEDIATE

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from folio.tokens import tokenizer
 
 MAX_PROMPT = 2_000  # characters
 MAX_TOKENS = 1_000
+MAX_SEED = 2**63 - 1
 
 
 @dataclasses.dataclass
@@ -35,12 +37,15 @@ class Text:
         return tokenizer.decode(self.ids)
 
 
-def start(source: OpenModel, prompt: str, length: float, seed: str) -> Text:
+def start(source: OpenModel, prompt: str, length: float | None, seed: str) -> Text:
     """A text that so far consists only of the prompt. Raises UserError for invalid input."""
     if len(prompt) > MAX_PROMPT:
-        raise UserError(f"the prompt has {len(prompt):,} characters: the maximum is {MAX_PROMPT:,}")
+        raise UserError(f"the prompt has more than {MAX_PROMPT:,} characters: shorten it")
+    if length not in range(1, MAX_TOKENS + 1):
+        given = "empty" if length is None else f"{length:.15g}"
+        raise UserError(f"the length is {given}: enter a whole number from 1 to {MAX_TOKENS:,}")
     ids = encode_prompt(source.model, prompt or "\n")
-    return Text(source, ids, len(ids), min(int(length), MAX_TOKENS), _parse_seed(seed))
+    return Text(source, ids, len(ids), int(length or 0), _parse_seed(seed))
 
 
 def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iterator[str]:
@@ -66,7 +71,8 @@ def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iter
 def progress(text: Text) -> str:
     """One line with the number of tokens so far, the speed and the seed."""
     done = len(text.ids) - text.prompt_tokens
-    parts = [f"{done:,} tokens" if done == text.wanted else f"{done:,} of {text.wanted:,} tokens"]
+    wanted = f"{text.wanted:,} token{'' if text.wanted == 1 else 's'}"
+    parts = [wanted if done == text.wanted else f"{done:,} of {wanted}"]
     if done and text.seconds:
         parts.append(f"{done / text.seconds:,.0f} tokens/s")
     parts.append(f"seed {text.seed}")
@@ -77,16 +83,16 @@ def progress(text: Text) -> str:
 
 
 def _parse_seed(seed: str) -> int:
-    """Parse a seed; if it is empty, pick one at random. Raises UserError if it is not a whole
-    number."""
-    if not seed.strip():
+    """Parse a seed; if it is empty, pick one at random. Raises UserError if it is invalid."""
+    seed = seed.strip()
+    if not seed:
         return random.randrange(10_000)
-    try:
-        return int(seed[:10]) % 2**32
-    except ValueError:
-        raise UserError(
-            f"the seed is {seed[:10]!r}: enter a whole number, or leave it empty"
-        ) from None
+    if re.fullmatch(r"\d{1,19}", seed) and int(seed) <= MAX_SEED:
+        return int(seed)
+    shown = seed if len(seed) <= 24 else f"{seed[:24]}..."
+    raise UserError(
+        f"the seed is {shown!r}: enter a whole number from 0 to {MAX_SEED:,}, or leave it empty"
+    )
 
 
 def _collect(ids: Iterator[int], text: Text) -> Iterator[int]:
