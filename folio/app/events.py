@@ -18,8 +18,6 @@ from folio.inference.token_logprobs import token_logprobs
 QUEUE_SIZE = 8  # requests that may wait; the server generates one text at a time
 REFRESH = 0.05  # minimum seconds between updates of the page
 
-STOPPED = "stopped"  # the state if Stop was pressed before there was a text
-
 Values = tuple[Any, ...]  # one for each output of an event
 
 
@@ -57,43 +55,40 @@ def generate(
     yield content, probabilities(text), html.status(progress(text)), gr.skip()
 
 
-def stop(text: Text | str | None) -> Values:
+def stop(text: Text | None) -> Values:
     """The text, the status, the state and the buttons after Stop.
 
     Gradio cancels `generate`, which may still add one more token to its own copy of the text.
     """
-    if not isinstance(text, Text):
+    if text is None:
         line = html.status("Stopped before the first token.")
-        return gr.skip(), line, STOPPED, *buttons(generating=False)
+        return gr.skip(), line, None, *buttons(generating=False)
     text = dataclasses.replace(text, ids=list(text.ids), stopped=True)
     return text.content, html.status(progress(text)), text, *buttons(generating=False)
 
 
-def after_stop(text: Text | str | None) -> Values:
+def after_stop(text: Text | None) -> Values:
     """The text, its token probabilities and the status, after `stop`.
 
     Sent again because the last update from `generate` may reach the page after the one from `stop`.
     """
-    if not isinstance(text, Text) or not text.stopped:  # the visitor has requested another text
+    if text is None or not text.stopped:  # the visitor has requested another text
         return gr.skip(), gr.skip(), gr.skip()
     return text.content, probabilities(text), html.status(progress(text))
 
 
-def let_stop_finish() -> None:
-    """Wait for `stop`, whose state `after_failure` needs: Gradio starts both at the same time."""
-    time.sleep(0.5)
+def after_failure(status: float | None) -> Values:
+    """The status and the buttons after `generate` failed.
 
-
-def after_failure(state: Text | str | None) -> Values:
-    """The status and the buttons after `generate` failed, because the queue is full or because a
-    client sent values that the page does not allow.
-
-    Gradio also reports a failure if a text is stopped, before its turn or in the middle of a token.
-    Then the status stays as it is.
+    status: the HTTP status with which the server responded to the request. Gradio also reports a
+    failure if a text is stopped, before its turn or in the middle of a token: then the server had
+    accepted the request, and nothing changes.
     """
-    if state is not None:
-        return gr.skip(), *buttons(generating=False)
-    line = f"The queue is full: {QUEUE_SIZE} requests are waiting. Try again in a minute."
+    if status is None or status < 400:
+        return gr.skip(), gr.skip(), gr.skip()
+    line = f"The server has rejected the request (HTTP status {status:g})."
+    if status == 503:
+        line = f"The queue is full: {QUEUE_SIZE} requests are waiting. Try again in a minute."
     return html.status(line, is_error=True), *buttons(generating=False)
 
 

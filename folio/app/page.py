@@ -36,16 +36,27 @@ document.addEventListener('keydown', event => {
 let pressed;
 document.addEventListener('focusin', event => pressed = event.target.closest('#generate, #stop'));
 
+// The response to the last request to generate, for events.after_failure.
+const plainFetch = window.fetch;
+window.fetch = async (...request) => {
+    const response = await plainFetch(...request);
+    const address = String(request[0].url ?? request[0]);
+    if (address.includes('/queue/join')) window.joinStatus = response.status;
+    return response;
+};
+
 // Both panels follow the text, unless the visitor has scrolled up in it.
 let follow = true, height = 0, tokens;
 const atEnd = box => box.scrollTop + box.clientHeight > box.scrollHeight - 30;
+document.addEventListener('click', event => {
+    if (event.target.closest('#generate')) follow = true;
+}, true);
 document.addEventListener('scroll', event => {
     if (event.target.matches?.('.text textarea')) follow = atEnd(event.target);
 }, true);
 setInterval(() => {
     const box = $('.text textarea'), shown = $('.tokens');
     if (box && box.scrollHeight !== height) {
-        if (box.scrollHeight < height) follow = true;
         height = box.scrollHeight;
         if (follow) box.scrollTop = height;
     }
@@ -198,8 +209,14 @@ def _on_generate(
     text, probabilities, status, state = outputs
     requested = start.click(events.wait, outputs=[status, state, start, stop], **_IMMEDIATE)
     run = requested.then(events.generate, inputs, outputs, js=SHORTEN, **_QUEUED)
-    failed = run.failure(events.let_stop_finish, **_IMMEDIATE)
-    failed.then(events.after_failure, [state], [status, start, stop], **_IMMEDIATE)
+    response = gr.Number(visible=False)
+    run.failure(
+        events.after_failure,
+        [response],
+        [status, start, stop],
+        js="() => window.joinStatus",
+        **_IMMEDIATE,
+    )
     run.then(lambda: events.buttons(generating=False), outputs=[start, stop], **_IMMEDIATE)
     stopped = stop.click(
         events.stop, [state], [text, status, state, start, stop], cancels=[run], **_IMMEDIATE

@@ -62,10 +62,13 @@ def test_stop_before_the_first_token_says_so(events):
     assert "Stopped before the first token" in events.stop(None)[1]
 
 
-def test_a_failure_without_a_text_means_that_the_queue_is_full(events, name):
-    assert "The queue is full: 8 requests are waiting" in events.after_failure(None)[0]
-    text = events.writing.start(events.models.open_model(name), "a", 1, "1")
-    assert events.after_failure(text)[0] == events.gr.skip()
+def test_a_failure_is_reported_only_if_the_server_rejected_the_request(events):
+    assert "The queue is full: 8 requests are waiting" in events.after_failure(503)[0]
+    line, start, stop = events.after_failure(413)
+    assert "rejected the request (HTTP status 413)" in line
+    assert start["interactive"] and not stop["interactive"]
+    # Gradio also reports a failure of a request that was stopped
+    assert events.after_failure(200) == events.after_failure(None) == (events.gr.skip(),) * 3
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "~nobody-of-that-name/x", "a\0b", "", None, "/x\n"])

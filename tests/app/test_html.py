@@ -40,10 +40,21 @@ def test_every_token_can_be_shown_on_its_own():
     assert "\ufffd" in text_of(page)
 
 
-def test_a_character_of_several_tokens_is_shown_with_the_last_one():
-    page = shown(tokenizer.encode("a\U0001d518").tolist())
-    starts = re.findall(r"<span class='token[^>]*>(.*?)<span class='alternatives'", page)
-    assert [unescape(start) for start in starts] == ["\\xf0\\x9d", "\\x94", "\U0001d518"]
+@pytest.mark.parametrize(
+    "text", ["\U0001d518", "\u65e5\u672c\u8a9e", "\u041f\u0440\u0438", "\U0001f600b"]
+)
+def test_a_character_of_several_tokens_is_shown_with_the_first_one(text):
+    ids = tokenizer.encode(f"a{text}").tolist()
+    starts = re.findall(r"<span class='token[^>]*>(.*?)<span class='alternatives'", shown(ids))
+    assert len(starts) == len(ids) - 1
+    assert "".join(map(text_of, starts)).replace("\u00b7", "") == text
+    assert text_of(starts[0]) == text[0]
+
+
+def test_an_incomplete_character_at_the_end_is_shown_as_bytes():
+    ids = tokenizer.encode("a\U0001d518").tolist()[:-1]
+    starts = re.findall(r"<span class='token[^>]*>(.*?)<span class='alternatives'", shown(ids))
+    assert text_of(" ".join(starts)) == "\\xf0\\x9d \\x94"
 
 
 def test_the_tokens_of_the_prompt_are_marked():
@@ -69,6 +80,15 @@ def test_loss_curve_stays_within_its_view_box():
     assert 250 < len(points) <= 301
     assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
     assert points[0][1] < points[-1][1]  # a higher loss is higher up
+
+
+@pytest.mark.parametrize(("best", "anchor"), [(0, "start"), (500, "middle"), (1_000, "end")])
+def test_loss_curve_names_the_lowest_validation_loss(best, anchor):
+    rows = [{"step": s, "val_loss": 4.7081 if s == best else 5.0} for s in range(0, 1_001, 100)]
+    page = html.loss_curve(rows)
+    [(x, found)] = re.findall(r"class='best' x='([\d.]+)'.*?text-anchor='(\w+)'>4\.708<", page)
+    assert found == anchor and 0 < float(x) < 400
+    assert "class='best'" not in html.loss_curve([{"step": 1, "train_loss": 5.0}])
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,19 @@ def test_start_replaces_an_empty_prompt_by_a_line_break(source):
 
 
 def test_start_rejects_a_prompt_that_is_too_long(source):
-    with pytest.raises(UserError, match=r"^the prompt has 2,001 characters: .* 2,000$"):
+    with pytest.raises(UserError, match=r"^the prompt has more than 2,000 characters: shorten it$"):
         writing.start(source, "a" * 2_001, 5, "")
 
 
-def test_start_limits_the_length(source):
-    assert writing.start(source, "a", 10_000, "").wanted == writing.MAX_TOKENS
+@pytest.mark.parametrize(
+    ("length", "shown"),
+    [(0, "0"), (-3, "-3"), (1.5, "1.5"), (1_001, "1001"), (1e300, "1e+300"), (None, "empty")],
+)
+def test_start_rejects_a_length_out_of_range(source, length, shown):
+    with pytest.raises(UserError) as problem:
+        writing.start(source, "a", length, "")
+    expected = f"the length is {shown}: enter a whole number from 1 to 1,000"
+    assert str(problem.value) == expected
 
 
 def test_start_rejects_a_prompt_outside_the_models_vocabulary():
@@ -49,14 +56,20 @@ def test_start_rejects_a_prompt_outside_the_models_vocabulary():
         writing.start(open_model(100), "hello", 3, "")
 
 
-@pytest.mark.parametrize(("seed", "number"), [("7", 7), ("-1", 2**32 - 1), ("9" * 50, 9999999999)])
-def test_start_accepts_any_whole_number_as_seed(source, seed, number):
-    assert writing.start(source, "a", 1, seed).seed == number % 2**32
+@pytest.mark.parametrize("seed", ["0", " 7 ", "9999999999", str(2**63 - 1)])
+def test_start_accepts_any_seed_of_63_bits(source, seed):
+    text = writing.start(source, "a", 1, seed)
+    assert text.seed == int(seed)
+    assert len(list(writing.generate(text, 1.0, 0, 1.0))) == 1
 
 
-def test_start_rejects_a_seed_that_is_not_a_whole_number(source):
-    with pytest.raises(UserError, match=r"^the seed is '1\.5': enter a whole number"):
-        writing.start(source, "a", 1, "1.5")
+@pytest.mark.parametrize("seed", ["-3", "1.5", "x", "1_0", str(2**63), "9" * 5_000])
+def test_start_rejects_any_other_seed(source, seed):
+    with pytest.raises(UserError) as problem:
+        writing.start(source, "a", 1, seed)
+    line = str(problem.value)
+    assert line.startswith(f"the seed is '{seed[:24]}") and len(line) < 130
+    assert "enter a whole number from 0 to 9,223,372,036,854,775,807, or leave it empty" in line
 
 
 def test_generate_extends_the_text_by_the_wanted_tokens(source):
@@ -79,6 +92,6 @@ def test_progress_reports_speed_seed_and_a_truncated_prompt(source):
     list(writing.generate(text, 0, 0, 1))
     text.seconds, text.stopped = 0.5, True
     assert writing.progress(text) == (
-        "Stopped: 1 tokens, 2 tokens/s, seed 1,"
+        "Stopped: 1 token, 2 tokens/s, seed 1,"
         " the model sees only the last 8 of the prompt's 10 tokens"
     )

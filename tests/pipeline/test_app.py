@@ -122,7 +122,7 @@ def open_page(browser, address):
 
 def generate(page: Page, prompt: str = "ROMEO:\n", length: int = 8, seed: str = "1") -> None:
     page.get_by_label("Prompt").fill(prompt)
-    page.get_by_label("number input for Length").fill(str(length))
+    page.get_by_label("Length").fill(str(length))
     page.get_by_label("Seed").fill(seed)
     page.get_by_role("button", name="Generate").click()
 
@@ -131,7 +131,7 @@ def generate_all(page: Page, **settings) -> None:
     """Generate a text, and wait until everything about it is shown and the status has changed."""
     before = re.escape(status(page).inner_text())
     generate(page, **settings)
-    expect(status(page)).to_have_text(re.compile(rf"^(?!{before}$)[\d,]+ tokens, "))
+    expect(status(page)).to_have_text(re.compile(rf"^(?!{before}$)[\d,]+ tokens?, "))
     expect(page.locator(".token").last).to_be_visible()
     expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
@@ -201,6 +201,8 @@ def test_a_second_visitor_sees_that_they_wait_and_may_stop_waiting(open_page):
     expect(status(second)).to_have_text("Stopped before the first token.")
     generate(second)
     expect(status(second)).to_contain_text("Waiting")
+    second.wait_for_timeout(500)
+    expect(status(second)).to_contain_text("Waiting")
     first.get_by_role("button", name="Stop").click()
     expect(status(second)).to_have_text(re.compile(r"^8 tokens"))
 
@@ -221,6 +223,72 @@ def test_a_visitor_sees_that_the_queue_is_full(open_page, address):
     expect(status(second)).to_contain_text("The queue is full: 8 requests are waiting")
     expect(second.get_by_role("button", name="Generate")).to_be_enabled()
     first.get_by_role("button", name="Stop").click()
+
+
+def test_shift_enter_generates_but_not_during_a_text(open_page):
+    page = open_page()
+    page.get_by_label("Length").fill("1000")
+    page.get_by_label("Prompt").press("Shift+Enter")
+    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    page.get_by_label("Prompt").press("Shift+Enter")
+    page.get_by_role("button", name="Stop").click()
+    expect(status(page)).to_have_text(re.compile(r"^Stopped: \d+ of 1,000 tokens"))
+    page.wait_for_timeout(800)  # a failure would be reported by now
+    expect(status(page)).to_have_text(re.compile(r"^Stopped: \d+ of 1,000 tokens"))
+
+
+def test_the_keyboards_focus_stays_on_the_buttons(open_page):
+    page = open_page()
+    focused = "document.activeElement.id"
+    page.get_by_label("Length").fill("40")
+    page.get_by_label("Seed").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "generate"
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{focused} === 'stop'")
+    page.wait_for_function(f"{focused} === 'generate'")
+    expect(status(page)).to_have_text(re.compile(r"^40 tokens"))
+
+
+END = "e => e.scrollHeight - e.clientHeight - e.scrollTop"
+
+
+def test_the_panels_follow_the_text_unless_the_visitor_has_scrolled_up(open_page):
+    page = open_page()
+    box = page.locator(".text textarea")
+    generate_all(page, prompt="My lord,\n" * 150, length=30)
+    assert box.evaluate("e => e.scrollHeight - e.clientHeight") > 1_000
+    page.wait_for_function(f"({END})(document.querySelector('.text textarea')) < 30")
+    page.wait_for_function(f"({END})(document.querySelector('.tokens')) < 30")
+    generate(page, prompt="My lord,\n" * 150, length=1000)
+    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    box.evaluate("e => e.scrollTop = 200")
+    page.wait_for_timeout(400)
+    assert box.evaluate("e => e.scrollTop") == 200
+    page.get_by_role("button", name="Stop").click()
+    expect(status(page)).to_have_text(re.compile(r"^Stopped: "))
+    assert box.evaluate("e => e.scrollTop") == 200
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"prompt": "\U0001f600" * 100_000},
+            "the prompt has more than 2,000 characters: shorten it",
+        ),
+        ({"length": "0"}, "the length is 0: enter a whole number from 1 to 1,000"),
+        ({"length": ""}, "the length is empty: enter a whole number from 1 to 1,000"),
+        ({"seed": "-3"}, "the seed is '-3': enter a whole number from 0 to "),
+    ],
+)
+def test_invalid_input_is_reported_in_one_line_and_stays(open_page, changed, line):
+    page = open_page()
+    generate(page, **{"length": "1"} | changed)
+    expect(status(page)).to_contain_text(line)
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    if prompt := changed.get("prompt"):
+        assert page.get_by_label("Prompt").input_value() == prompt
 
 
 def test_the_text_can_be_copied(open_page):
@@ -295,12 +363,21 @@ def test_a_missing_model_is_reported_in_one_line_and_another_can_be_selected(ope
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_needs_no_horizontal_scrolling(open_page, theme):
-    page = open_page(theme, viewport={"width": 390, "height": 844})
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1440, 900), (1920, 1080)])
+def test_the_page_is_centred_with_its_inputs_in_view(open_page, theme, width, height):
+    page = open_page(theme, viewport={"width": width, "height": height})
     generate_all(page)
     expect(page.locator(".token")).to_have_count(8 + PROMPT_TOKENS - 1)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("body.dark").count() == (theme == "dark")
+    page.evaluate("scrollTo(0, 0)")
+    inputs = [page.get_by_label("Length"), page.get_by_label("Seed")]
+    for element in [*inputs, page.get_by_role("button", name="Generate")]:
+        box = element.bounding_box()
+        assert box["y"] + box["height"] < height
+    box = page.locator(".page").bounding_box()
+    left, right = box["x"], width - box["x"] - box["width"]
+    assert 10 < left < 300 and abs(left - right) < 20  # a scroll bar may take some
 
 
 # --- limits
@@ -356,12 +433,12 @@ def generate_without_browser(address: str, *inputs: object) -> str:
 @pytest.mark.parametrize(
     ("changed", "response"),
     [
-        ({"prompt": "a" * 2_001}, "the prompt has 2,001 characters: the maximum is 2,000"),
-        ({"length": 1_001}, "greater than maximum value 1000"),
+        ({"prompt": "a" * 2_001}, "the prompt has more than 2,000 characters: shorten it"),
+        ({"length": 1_001}, "the length is 1001: enter a whole number from 1 to 1,000"),
         ({"temperature": -1}, "less than minimum value 0"),
         ({"top_p": 0}, "less than minimum value 0.05"),
         ({"seed": "x<b>"}, "the seed is 'x&lt;b&gt;': enter a whole number"),
-        ({"seed": "9" * 5_000}, "tokens/s"),
+        ({"seed": "9" * 5_000}, "the seed is '999999999999999999999999...'"),
         ({"temperature": 1e-300}, "tokens/s"),
     ],
 )
