@@ -23,6 +23,9 @@ from folio.errors import UserError
 
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 FETCH = "`dvc fetch --all-commits`"
+# For git, before --all: without DVC's notes on the last `dvc exp run` and `dvc exp apply`, which
+# keep an experiment that was removed, and what was in the workspace before.
+NO_NOTES = ("--exclude=refs/exps/exec/*", "--exclude=refs/exps/apply/*")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class DvcCache:
         folder = ".dvc/cache"
         if (root / ".dvc").is_dir():
             folder = commands.dvc("cache", "dir", root=root).strip()
-        self._folder = root / folder
+        self.folder = root / folder
 
     def entries(self) -> list[Entry]:
         """Every distinct execution of a stage, whether it ran here or was fetched with git.
@@ -140,7 +143,7 @@ class DvcCache:
         return CacheError("damaged", path, f"{remove}, then {FETCH} restores it from DVC's remote")
 
     def _path(self, md5: str) -> Path:
-        return self._folder / "files/md5" / md5[:2] / md5[2:]
+        return self.folder / "files/md5" / md5[:2] / md5[2:]
 
     def _locks(self) -> Iterator[dict[str, Any]]:
         """dvc.lock in the workspace and in the commits of all branches and experiments, parsed."""
@@ -149,7 +152,7 @@ class DvcCache:
             if problem := lock_problem(workspace):
                 raise UserError(problem)
             yield _parse(workspace.read_text(encoding="utf-8", errors="replace"))
-        words = ["rev-list", "--objects", "--all", "--full-history", "--", "dvc.lock"]
+        words = ["rev-list", "--objects", *NO_NOTES, "--all", "--full-history", "--", "dvc.lock"]
         with contextlib.suppress(commands.NoCommitError):  # other branches may have commits
             commands.head(self._root)
         try:
@@ -164,10 +167,18 @@ class DvcCache:
     def _committed(self, sha: str) -> dict[str, Any]:
         return _parse(commands.git("cat-file", "blob", sha, root=self._root))
 
+    def run_cache_entries(self) -> list[tuple[Path, Entry]]:
+        """The entries of the run cache, each with its file; invalid ones have no deps and outs."""
+        return [
+            (file, Entry(_hashes(stage.get("deps")), _hashes(stage.get("outs")), listed=False))
+            for file in sorted(self.folder.glob("runs/??/*/*"))
+            for stage in [_parse(file.read_text(encoding="utf-8", errors="replace"))]
+        ]
+
     def _run_cache(self) -> list[dict[str, Any]]:
         """The entries of the run cache, newest first, parsed."""
         newest_first = sorted(
-            ((file.stat().st_mtime_ns, file) for file in self._folder.glob("runs/??/*/*")),
+            ((file.stat().st_mtime_ns, file) for file in self.folder.glob("runs/??/*/*")),
             reverse=True,
         )
         return [

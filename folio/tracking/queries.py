@@ -17,6 +17,9 @@ from folio.tracking.store import SYNC, Store, all_pages
 HISTORY_MD5 = "history_md5"
 EVALUATION_ID = "evaluation"
 EVALUATE = "evaluate."
+# The prefix of the experiment's tags that name removed runs by folio_id. MLflow's UI shows no tag
+# that begins with `mlflow.`.
+_REMOVED = "mlflow.folio.removed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,26 @@ def all_runs(store: Store) -> dict[str, MlflowRun]:
 def statuses(store: Store) -> dict[str, str]:
     """The status of every run in the store, including deleted ones, by folio_id."""
     return {folio_id: status_of(run) for folio_id, run in all_runs(store).items()}
+
+
+def removed(store: Store) -> dict[str, str]:
+    """The runs that were removed, by folio_id, each with the note of `mark_removed`.
+
+    They remain after MLflow has permanently deleted the runs, so that no clone sends them again:
+    all members of a team see those of the store that they share.
+    """
+    tags = store.client.get_experiment(store.experiment_id).tags
+    return {k.removeprefix(_REMOVED): note for k, note in tags.items() if k.startswith(_REMOVED)}
+
+
+def mark_removed(store: Store, folio_id: str, note: str = "{}") -> None:
+    """Record that a run was removed. Has no effect as long as the run is in MLflow."""
+    store.client.set_experiment_tag(store.experiment_id, f"{_REMOVED}{folio_id}", note)
+
+
+def unmark_removed(store: Store, folio_id: str) -> None:
+    """Undo `mark_removed`."""
+    store.client.delete_experiment_tag(store.experiment_id, f"{_REMOVED}{folio_id}")
 
 
 def latest_steps(run: MlflowRun) -> dict[str, int]:

@@ -55,9 +55,9 @@ class RunSource:
 class RunSources:
     """Finds and restores runs. `messages` contains a line per missing or damaged file."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, cache: DvcCache | None = None):
         self.messages: list[str] = []
-        self._root, self._cache = root, DvcCache(root)
+        self._root, self._cache = root, cache or DvcCache(root)
         self._entries = self._cache.entries()
 
     def find(self, kind: Path) -> list[RunSource]:
@@ -74,7 +74,8 @@ class RunSources:
             except CacheError as damaged:
                 self._report(str(damaged))
             except UserError:
-                missing.add(md5)
+                if entry.listed:  # `dvc gc` removes what only the run cache refers to
+                    missing.add(md5)
             else:
                 source = found.setdefault(record.id, RunSource(record, kind, entry.listed))
                 new = self._versions(entry, kind)

@@ -85,6 +85,7 @@ class _Synchronization:
         self._store = store
         self._sources = RunSources(root)
         self._runs = queries.all_runs(store)
+        self._removed = queries.removed(store)
         self._training = self._sources.find(TRAINING)
         self._evaluations = self._sources.find(EVALUATION)
         self._current = self._sources.in_workspace(EVALUATION)
@@ -157,9 +158,11 @@ class _Synchronization:
         return {model.source_run_id or "": model for model in models if model.status == "READY"}
 
     def _status(self, folio_id: str) -> str:
-        """The status of a run in MLflow; "" if it is missing there."""
+        """The status of a run in MLflow; DELETED if it was removed, "" if it is missing there."""
         run = self._runs.get(folio_id)
-        return status_of(run) if run else ""
+        if run is None:
+            return "DELETED" if folio_id in self._removed else ""
+        return status_of(run)
 
     def _choose(self, training: MlflowRun, candidates: list[RunSource]) -> RunSource | None:
         """The current evaluation of a training run; None if it is missing from MLflow."""

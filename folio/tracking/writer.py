@@ -12,7 +12,7 @@ from mlflow.entities import Run as MlflowRun
 from folio import files, signals
 from folio.errors import UserError
 from folio.run import MODEL, RECORD, Record, Run, now_ms
-from folio.tracking import logged_models
+from folio.tracking import logged_models, queries
 from folio.tracking.artifacts import Artifacts
 from folio.tracking.queries import (
     EVALUATE,
@@ -83,6 +83,10 @@ class RunWriter:
         above = find(self._store, parent) if parent else None
         if any(there and status_of(there) == "DELETED" for there in (found, above)):
             return
+        if not found or (parent and not above):
+            removed = queries.removed(self._store)
+            if run.record.id in removed or (not above and parent in removed):
+                return
         with signals.deferred():  # a stop request would leave the status RUNNING
             if found is None or found.info.status != "FINISHED":
                 self.send(run, "FINISHED")
