@@ -7,7 +7,21 @@ from collections.abc import Iterator
 
 import typer
 
-from folio.cli import compare, doctor, export, promote, sample, serve, sweep, sync, ui, variant
+from folio.cli import (
+    compare,
+    disk,
+    doctor,
+    export,
+    gc,
+    promote,
+    remove,
+    sample,
+    serve,
+    sweep,
+    sync,
+    ui,
+    variant,
+)
 from folio.errors import UserError, one_line_errors
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that could not be decoded
@@ -29,6 +43,9 @@ app.command()(serve.serve)
 app.command()(export.export)
 app.command()(doctor.doctor)
 app.command()(sync.sync)
+app.command()(disk.disk)
+app.command()(remove.remove)
+app.command()(gc.gc)
 app.command()(variant.variant)
 app.command()(sweep.sweep)
 

@@ -30,7 +30,7 @@ _FOLDERS = {
     "mlruns": "python -m folio sync",
     "sweeps": "",
 }
-_RWLOCKS = (".dvc/tmp/rwlock", ".dvc/tmp/exps/rwlock")
+RWLOCKS = (".dvc/tmp/rwlock", ".dvc/tmp/exps/rwlock")
 # Such a change gives the run a different train_key, so training starts over.
 _UNLESS = ", unless its params, the text or the code have changed since it started"
 WAY_BACK = "git checkout HEAD -- . && dvc checkout --force"
@@ -87,7 +87,7 @@ def dvc_project() -> Iterator[Finding]:
         return
     if running := dvc_processes():
         yield Finding("dvc is running: " + ", ".join(f"process {pid}" for pid in running))
-    for name in _RWLOCKS:
+    for name in RWLOCKS:
         yield from _rwlock(Path(name), running)
     problem = None
     if Path("dvc.lock").exists():
@@ -214,7 +214,7 @@ def _rwlock(path: Path, running: list[int]) -> Iterator[Finding]:
     remedy = f"`rm -r {path}`"
     try:
         lock = json.loads(files.read(path))
-        pids = {int(each["pid"]) for each in _users(lock)}
+        pids = {int(each["pid"]) for each in users(lock)}
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -231,7 +231,7 @@ def _rwlock(path: Path, running: list[int]) -> Iterator[Finding]:
         )
 
 
-def _users(lock: Any) -> list[dict[str, Any]]:
+def users(lock: Any) -> list[dict[str, Any]]:
     readers = [each for group in lock.get("read", {}).values() for each in group]
     return [*lock.get("write", {}).values(), *readers]
 

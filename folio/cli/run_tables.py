@@ -32,10 +32,10 @@ def row_per_run(runs: list[TrackedRun], width: int) -> Table:
     titles = ["validation\nloss", "training\nloss", "steps"]
     if width >= _WIDE:
         metrics, titles = [*metrics, "median_tokens_per_second"], [*titles, "tokens/s"]
-        table = _new_table("run", *titles, "duration")
+        table = new_table("run", *titles, "duration")
         table.add_column("differing params", overflow="fold")
     else:
-        table = _new_table(*titles, "duration")
+        table = new_table(*titles, "duration")
         table.add_column("run", overflow="fold")
     for run in runs:
         numbers = [*(_metric(run, metric) for metric in metrics), _duration(run)]
@@ -60,7 +60,7 @@ def column_per_run(runs: list[TrackedRun], width: int) -> list[Table]:
 
 
 def _columns(runs: list[TrackedRun], params: list[str]) -> Table:
-    table = _new_table("", *map(_name, runs))
+    table = new_table("", *map(_name, runs))
     for metric, (title, _) in _METRICS.items():
         table.add_row(title, *(_metric(run, metric) for run in runs))
     table.add_row("duration", *map(_duration, runs))
@@ -71,7 +71,7 @@ def _columns(runs: list[TrackedRun], params: list[str]) -> Table:
     return table
 
 
-def _new_table(*titles: str) -> Table:
+def new_table(*titles: str) -> Table:
     """A table with a left-aligned first column and right-aligned others."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(titles):

@@ -1,4 +1,5 @@
-"""The SQLite store in the project's root: atomic creation, and repair if the project was moved."""
+"""The SQLite store in the project's root: atomic creation, repair if the project was moved, and
+permanent deletion, for which MLflow has a command (`mlflow gc`) but no method of its client."""
 
 import contextlib
 import glob
@@ -8,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -86,3 +88,33 @@ def relocate_artifacts(path: Path, old: str, new: str) -> None:
                     f" WHERE substr({column}, 1, ?) = ?",
                     (new, len(old) + 1, len(old), old),
                 )
+
+
+def ids(path: Path) -> set[str]:
+    """The ids of all runs and logged models in a SQLite file, including deleted ones. Raises
+    sqlite3.Error if it cannot be read."""
+    found: set[str] = set()
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+        for table, column in (("runs", "run_uuid"), ("logged_models", "model_id")):
+            if table in tables:
+                found |= {id for (id,) in database.execute(f"SELECT {column} FROM {table}")}
+    return found
+
+
+def deleted_models(client: MlflowClient, experiment_id: str) -> list[LoggedModel]:
+    """The logged models of an experiment that are in the trash."""
+    store = client._tracking_client.store
+    ids = store._get_deleted_logged_models()
+    models = [store.get_logged_model(id, allow_deleted=True) for id in ids]
+    return [model for model in models if model.experiment_id == experiment_id]
+
+
+def delete_run(client: MlflowClient, run_id: str) -> None:
+    """Delete a run permanently, without its artifacts."""
+    client._tracking_client.store._hard_delete_run(run_id)
+
+
+def delete_model(client: MlflowClient, model_id: str) -> None:
+    """Delete a logged model permanently, without its artifacts."""
+    client._tracking_client.store._hard_delete_logged_model(model_id)

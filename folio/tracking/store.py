@@ -42,8 +42,8 @@ INCOMPLETE = f"MLflow does not have all of this run yet: {SYNC} sends the rest"
 class Store:
     """A tracking store that contains the project's experiment.
 
-    Attributes: `uri`, `client` (an MlflowClient) and `experiment_id`. Any call to the client may
-    raise one of STORE_ERRORS.
+    Attributes: `uri`, `client` (an MlflowClient), `experiment_id`, and `path`, which is the file of
+    a SQLite store and None for any other. Any call to the client may raise one of STORE_ERRORS.
     """
 
     def __init__(self, uri: str | None, repair: bool = False):
@@ -58,12 +58,12 @@ class Store:
         global _latest
         self.uri = _latest = resolve(uri)
         failures.check_uri(self.uri)
-        self._path = local_store.path_of(self.uri)
-        if self._path:
+        self.path = local_store.path_of(self.uri)
+        if self.path:
             self.uri = local_store.absolute_uri(self.uri)
         with self.exclusive():
-            if self._path and (not self._path.exists() or local_store.is_empty(self._path)):
-                local_store.create(self._path, EXPERIMENT)
+            if self.path and (not self.path.exists() or local_store.is_empty(self.path)):
+                local_store.create(self.path, EXPERIMENT)
             self.client = _connect(self.uri)
             self.experiment_id = self._open_experiment(repair)
 
@@ -86,7 +86,7 @@ class Store:
         SQLite allows only one writer, and a run is created in two steps: search, then create. A
         local store is locked for all projects that use it, but a server only for this project.
         """
-        path = self._path or project_root() / "mlflow.db"
+        path = self.path or project_root() / "mlflow.db"
         return filelock.FileLock(f"{path}.lock", timeout=60, is_singleton=True)
 
     def _open_experiment(self, repair: bool) -> str:
@@ -95,7 +95,7 @@ class Store:
         It is created here because clients cannot upload artifacts to an experiment that `mlflow ui`
         has created.
         """
-        location = local_store.artifact_location(self._path) if self._path else None
+        location = local_store.artifact_location(self.path) if self.path else None
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             try:
@@ -114,13 +114,13 @@ class Store:
                 f"MLflow's experiment {EXPERIMENT} was deleted: `{restore}` restores it"
             )
         previous = experiment.artifact_location
-        if self._path and location and previous != location and previous.endswith("/mlruns"):
+        if self.path and location and previous != location and previous.endswith("/mlruns"):
             if not repair:
                 raise UserError(
-                    f"{self._path.name} was created for {previous}, and the project has been moved"
+                    f"{self.path.name} was created for {previous}, and the project has been moved"
                     f" since: {SYNC} updates its artifact URIs"
                 )
-            local_store.relocate_artifacts(self._path, previous, location)
+            local_store.relocate_artifacts(self.path, previous, location)
         return experiment.experiment_id
 
 

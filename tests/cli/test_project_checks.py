@@ -39,7 +39,7 @@ def users(pid: int) -> str:
     return json.dumps({"write": {"/x": info}, "read": {"/y": [info]}})
 
 
-@pytest.mark.parametrize("name", project_checks._RWLOCKS)
+@pytest.mark.parametrize("name", project_checks.RWLOCKS)
 @pytest.mark.parametrize(
     "content",
     ["", "{", '{"write": {', "[]", "5", '{"write": []}', '{"read": {"x": [{}]}}', "\0" * 40],

@@ -1,0 +1,44 @@
+"""`python -m folio gc`: free the disk space that nothing uses."""
+
+from typing import Annotated
+
+import typer
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what goes.")] = False,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="DAYS", help="Also checkpoints of runs interrupted before that."
+        ),
+    ] = None,
+    own_cache: Annotated[
+        bool,
+        typer.Option("--own-cache", help="DVC's cache is elsewhere, and no other project uses it."),
+    ] = False,
+) -> None:
+    """Free the disk space that nothing uses.
+
+    Frees what no workspace, commit, stash, DVC experiment, registered model or run in MLflow uses:
+    the data of removed runs, MLflow's trash, artifacts without a run, and copies of the project
+    that a killed DVC left behind. It cannot be undone.
+
+    Example: python -m folio gc --dry-run
+    """
+    from folio.cli import idle
+    from folio.cli import inventory as project
+    from folio.run import project_root
+    from folio.tracking import garbage, sizes
+
+    if dry_run:
+        found = garbage.find(project.read(), older_than, own_cache)
+        print("\n".join([*found.describe(), *found.notes]))
+        print(f"dry run: gc would free {sizes.shown(sum(found.sizes().values()))}")
+        return
+    with idle.project(project_root()):
+        inventory = project.read()
+        found = garbage.find(inventory, older_than, own_cache)
+        lines = found.describe()
+        freed = garbage.free(found, inventory)
+    print("\n".join([*lines, *found.notes, f"freed {sizes.shown(freed)}"]))
