@@ -63,7 +63,7 @@ def test_report_is_made_from_the_runs_in_mlflow(swept):
     assert losses == sorted(losses)
     for row in rows:
         assert float(row[5]) == pytest.approx(runs[row[1]].loss, abs=1e-4)
-        assert runs[row[1]].id.startswith(row[-2])
+        assert runs[row[1]].name == f"{row[1]} {row[-2]}"
     assert Image.open(folder / "sweeps/mine/parallel_coordinates.png").size[0] > 1000
 
 
