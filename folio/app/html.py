@@ -26,6 +26,7 @@ _SHADES = (
     (0.01, "\u2265 1 %"),
     (0.0, "< 1 %"),
 )
+_DOT = "<i>\u00b7</i>"
 _CURVES = {"train_loss": "training", "val_loss": "validation"}
 _MAX_POINTS = 300  # per curve
 _WIDTH, _HEIGHT = 400, 210  # of the loss curve, in pixels
@@ -55,6 +56,7 @@ def tokens(ids: list[int], found: TokenLogprobs, prompt: int) -> str:
     prompt: the number of tokens at the start that are the prompt.
     """
     texts = _texts(ids)
+    dots = f" {_DOT} stands for another token of the same character." if _DOT in texts else ""
     spans = [f"<span class='prompt'>{texts[0]}</span>"]
     columns = zip(np.exp(found.logprobs), found.top_ids, np.exp(found.top_logprobs), strict=True)
     for i, (p, top_ids, top_p) in enumerate(columns, start=1):
@@ -67,7 +69,7 @@ def tokens(ids: list[int], found: TokenLogprobs, prompt: int) -> str:
     return (
         f"<div class='probabilities'>{_legend()}<div class='tokens'>{''.join(spans)}</div>"
         "<p class='hint'>Point at a token, or move to one with Tab and the arrow keys, to see the"
-        " most likely alternatives. The prompt is bold.</p></div>"
+        f" most likely alternatives. The prompt is bold.{dots}</p></div>"
     )
 
 
@@ -106,7 +108,7 @@ def _texts(ids: list[int]) -> list[str]:
     shown, first = [], None
     for i, text in zip(range(len(ids)), tokenizer.decode_stream(ids), strict=False):
         if text and first is not None:
-            shown[first:] = [_visible(text), *["<i>\u00b7</i>"] * (i - first)]
+            shown[first:] = [_visible(text), *[_DOT] * (i - first)]
             first = None
         else:
             first = i if not text and first is None else first

@@ -49,6 +49,8 @@ def test_a_character_of_several_tokens_is_shown_with_the_first_one(text):
     assert len(starts) == len(ids) - 1
     assert "".join(map(text_of, starts)).replace("\u00b7", "") == text
     assert text_of(starts[0]) == text[0]
+    assert "another token of the same character" in shown(ids)
+    assert "another token" not in shown(tokenizer.encode("abc").tolist())
 
 
 def test_an_incomplete_character_at_the_end_is_shown_as_bytes():
