@@ -1,5 +1,6 @@
 """`python -m folio` as a user runs it, and models in MLflow, after a real training."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,12 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
 from conftest import environment, folio, run, set_params
+from playwright.sync_api import Page, expect, sync_playwright
 from typer.testing import CliRunner
 
 from folio.app.models import open_model
@@ -295,7 +298,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@contextlib.contextmanager
+def open_page(url: str) -> Iterator[Page]:
+    """Open a page as a new visitor."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("this machine has no browser")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = started.new_page()
+        page.goto(url)
+        yield page
+        started.close()
+
+
 def test_ui_prints_the_address_of_the_runs_once_mlflow_answers(project, store):
+    """At that address, MLflow does not open the panel of its assistant, as it does on 127.0.0.1."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "folio", "ui", "--port", str(port)],
@@ -324,6 +342,15 @@ def test_ui_prints_the_address_of_the_runs_once_mlflow_answers(project, store):
                     assert tracked(store, project).id in answer.read().decode()
             except urllib.error.HTTPError as refusal:
                 assert refusal.code == status
+        hidden = ("MLflow Assistant", "collects usage data")
+        with open_page(page) as shown:
+            run_name = shown.get_by_text(tracked(store, project).name).first
+            expect(run_name).to_be_visible(timeout=60_000)
+            for text in hidden:
+                expect(shown.get_by_text(text)).to_have_count(0)
+        with open_page(f"http://127.0.0.1:{port}") as shown:
+            for text in hidden:
+                expect(shown.get_by_text(text).first).to_be_visible(timeout=60_000)
         message = process(project, "ui", "--port", str(port)).stderr
         assert message == f"folio: port {port}: Address already in use; choose another --port\n"
     finally:
