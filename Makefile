@@ -55,7 +55,7 @@ serve: .venv/base
 	python -m folio serve
 
 notebook: .venv/notebook
-	jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/tour.ipynb
+	jupyter lab --ip=127.0.0.1 --log-level=ERROR --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/tour.ipynb
 
 sweep: .venv/sweep
 	@echo 'Next: python -m folio sweep --help'
@@ -74,7 +74,7 @@ lock: .venv/lock
 PIP := pip install --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes
 .venv/base: requirements/base.txt requirements/data.txt requirements/startup.pth .venv/torch
-	$(LOCKED) -r requirements/base.txt -r requirements/data.txt
+	@$(LOCKED) -r requirements/base.txt -r requirements/data.txt
 	@cp requirements/startup.pth "$$(python -c 'import site; print(site.getsitepackages()[0])')"
 	@mkdir -p -m 700 .venv/dvc
 	@touch $@
@@ -83,14 +83,15 @@ LOCKED := $(PIP) --no-deps --require-hashes
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer: name one with make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo 'Installing into .venv (only once, a few minutes), with PyTorch for' \
-	  '$(if $(CPU),CPUs (CPU= for NVIDIA GPUs),NVIDIA GPUs (CPU=1 for CPUs))'
+	  '$(if $(CPU),CPUs (CPU= for NVIDIA GPUs),NVIDIA GPUs (CPU=1 for CPUs)).'
+	@echo 'pip is silent for a minute or two when it unpacks what it has downloaded.'
 	@$(PYTHON) -m venv .venv
-	$(if $(CPU),$(PIP) --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) -r $< || )$(PIP) -r $<
+	@$(if $(CPU),$(PIP) --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) -r $< || )$(PIP) -r $<
 	@touch $@
 
 # Additional packages for the page, the notebook, sweeps, a team, the tests or maintainers.
 .venv/%: requirements/%.txt .venv/base
-	$(LOCKED) -r $<
+	@$(LOCKED) -r $<
 	@touch $@
 
 .PHONY: git

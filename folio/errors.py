@@ -118,7 +118,7 @@ def _memory_hint(error: Exception) -> str | None:
     on_gpu |= "CUDA error: out of memory" in str(error)
     if on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         memory = "GPU memory" if on_gpu else "memory"
-        return f"out of {memory}: docs/recipes.md (Out of GPU memory) lists what uses less"
+        return f"out of {memory}: docs/recipes.md (Out of GPU memory) lists ways to use less"
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"  # no speed, no unit
 Track = Callable[[Sequence[T], str], Iterable[T]]  # (items, what they are) -> the same items
 
 
@@ -34,6 +35,6 @@ def tracker(hide: bool | None) -> Track[Any]:
     """
 
     def track(items: Sequence[T], description: str) -> Iterable[T]:
-        return tqdm(items, description, leave=False, delay=1, disable=hide)
+        return tqdm(items, description, leave=False, delay=1, disable=hide, bar_format=_FORMAT)
 
     return track

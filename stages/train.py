@@ -116,7 +116,9 @@ def validate(trainer: Trainer, bar: tqdm, metrics: dict[str, float]) -> dict[str
 
 def progress_bar(trainer: Trainer, runtime: RuntimeParams) -> tqdm:
     total, done = trainer.params.steps, trainer.steps_done
-    return tqdm(total=total, initial=done, unit="step", disable=runtime.hide_progress)
+    return tqdm(
+        total=total, initial=done, unit="step", smoothing=0.05, disable=runtime.hide_progress
+    )
 
 
 def show_speed(bar: tqdm, metrics: dict[str, float]) -> None:

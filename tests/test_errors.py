@@ -23,13 +23,16 @@ from folio.errors import UserError, one_line_errors
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            "out of GPU memory: docs/recipes.md (Out of GPU memory) lists what uses less",
+            "out of GPU memory: docs/recipes.md (Out of GPU memory) lists ways to use less",
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"),
-            "out of memory: docs/recipes.md (Out of GPU memory) lists what uses less",
+            "out of memory: docs/recipes.md (Out of GPU memory) lists ways to use less",
         ),
-        (MemoryError(), "out of memory: docs/recipes.md (Out of GPU memory) lists what uses less"),
+        (
+            MemoryError(),
+            "out of memory: docs/recipes.md (Out of GPU memory) lists ways to use less",
+        ),
     ],
 )
 def test_one_line_errors_prints_one_line_and_exits_with_status_1(capsys, error, line):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def disk() -> None:
     """Show what takes the space, and what can be freed.
 
-    A run's part of DVC's cache is what no other run uses. `commit`, `workspace`, `experiment` and
-    so on is what keeps a run; `gc` frees those that are `removed`.
+    A run's part of DVC's cache is what no other run uses. The column `kept by` shows why a run is
+    kept; `gc` frees the runs that are `removed`.
 
     Example: python -m folio disk
     """
@@ -93,7 +93,7 @@ def _state(inventory: "Inventory", run: "Holdings") -> str:
         return "removed"
     if run.experiments:
         return "experiment"
-    return "interrupted" if run.checkpoint else "only a run"
+    return "interrupted" if run.checkpoint else "run only"
 
 
 def _amount(size: int) -> str:

@@ -6,16 +6,21 @@ import typer
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what goes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
     older_than: Annotated[
         float | None,
         typer.Option(
-            min=0, metavar="DAYS", help="Also checkpoints of runs interrupted before that."
+            min=0,
+            metavar="DAYS",
+            help="Also checkpoints of runs interrupted more than DAYS ago.",
         ),
     ] = None,
     own_cache: Annotated[
         bool,
-        typer.Option("--own-cache", help="DVC's cache is elsewhere, and no other project uses it."),
+        typer.Option(
+            "--own-cache",
+            help="Include a cache outside the project, which must be its own.",
+        ),
     ] = False,
 ) -> None:
     """Free the disk space that nothing uses.
@@ -33,8 +38,9 @@ def gc(
 
     if dry_run:
         found = garbage.find(project.read(), older_than, own_cache)
-        print("\n".join([*found.describe(), *found.notes]))
-        print(f"dry run: gc would free {sizes.shown(sum(found.sizes().values()))}")
+        lines = [*found.describe(), *found.notes]
+        size = sizes.shown(sum(found.sizes().values()))
+        print("\n".join([*lines, f"dry run: gc would free {size}"]))
         return
     with idle.project(project_root()):
         inventory = project.read()

@@ -98,9 +98,11 @@ def dvc_project() -> Iterator[Finding]:
     cache = Path(commands.dvc("cache", "dir").strip())  # raises UserError with DVC's message
     if problem is None:
         commands.dvc("stage", "list", "--name-only")  # raises UserError if dvc.yaml is invalid
-    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e9
+    from folio.tracking import sizes
+
+    size = sizes.shown(sizes.of(cache))
     is_writable = os.access(cache if cache.exists() else ".dvc", os.W_OK)
-    yield Finding(f"DVC cache, {size:.1f} GB", "" if is_writable else "make it writable")
+    yield Finding(f"DVC cache, {size}", "" if is_writable else "make it writable")
 
 
 def experiment_queue() -> Iterator[Finding]:
@@ -158,18 +160,24 @@ def params_file() -> Iterator[Finding]:
 
 
 def dvc_processes() -> list[int]:
-    """The ids of the `dvc` processes running in this project."""
-    here = str(Path.cwd())
+    """The ids of the processes of DVC and of stages in this project, or in one of the copies of it
+    in which `dvc exp run --temp` and the queue run experiments."""
+    here = Path.cwd()
     found = psutil.process_iter(["cmdline", "cwd"])
     return [
         process.pid
         for process in found
-        if process.info["cwd"] == here and _is_dvc(process.info["cmdline"] or [])
+        if _is_in(process.info["cwd"], here) and _is_dvc(process.info["cmdline"] or [])
     ]
 
 
+def _is_in(cwd: str | None, project: Path) -> bool:
+    copies = project / ".dvc/tmp/exps"
+    return cwd is not None and (Path(cwd) == project or Path(cwd).is_relative_to(copies))
+
+
 def _is_dvc(words: list[str]) -> bool:
-    return any(Path(word).name == "dvc" for word in words[:3])
+    return any(Path(word).name == "dvc" or word.startswith("stages.") for word in words[:3])
 
 
 def _params_in_git(commit: str, is_detached: bool) -> Iterator[Finding]:

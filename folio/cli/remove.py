@@ -16,9 +16,9 @@ def remove(
     ] = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="All runs that neither a commit nor a registered model needs."),
+        typer.Option("--all", help="Every run that no commit or registered model needs."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what goes.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed.")] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Restore runs from MLflow's trash.")] = False,
 ) -> None:
     """Remove runs from MLflow and DVC.
@@ -48,7 +48,7 @@ def remove(
     if not dry_run:
         removal.remove(inventory, [run for run in found if lines[run.id]])
     for run in found:
-        print("\n  ".join([run.name, *(lines[run.id] or ["is removed already"])]))
+        print("\n  ".join([run.name, *(lines[run.id] or ["already removed"])]))
     _summarize(inventory, found, dry_run)
 
 

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -51,7 +53,15 @@ def ui(
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri]
     command += ["--host", loopback.HOST, "--port", str(port), "--workers", "1"]
     command += ["--registry-store-uri", store.uri, "--uvicorn-opts", "--log-level warning"]
-    server = subprocess.Popen(command, env=defaults | os.environ, start_new_session=True)
+    server = subprocess.Popen(
+        command,
+        env=defaults | os.environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    threading.Thread(target=_relay, args=[server.stderr], daemon=True).start()
     try:
         _wait_until_ready(server, f"http://{loopback.HOST}:{port}/health")
         print(f"{page}\nCtrl-C stops MLflow.", flush=True)
@@ -61,6 +71,13 @@ def ui(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)  # MLflow's server has processes of its own
+
+
+def _relay(lines: Iterable[str]) -> None:
+    """Print what the server prints, except for its line on the allowed hosts."""
+    for line in lines:
+        if not line.startswith("[MLflow] Security"):
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def _wait_until_ready(server: subprocess.Popen, url: str) -> None:

@@ -35,9 +35,9 @@ def compute_metrics(
     including its first token, which has no loss. train_loss covers the last N training tokens.
     """
     total, mean = float(losses.sum()), float(losses.sum()) / len(losses)
-    sliding = token_losses(model, data.val, stride, track, "loss with a sliding window")
+    sliding = token_losses(model, data.val, stride, track, "2 of 4: sliding window")
     end_of_train = data.train[-len(data.val) :]
-    train = token_losses(model, end_of_train, track=track, description="training loss")
+    train = token_losses(model, end_of_train, track=track, description="3 of 4: training loss")
     return {
         "val_loss": mean,
         "val_loss_per_character": total / data.meta["val_characters"],
@@ -56,7 +56,7 @@ def samples_page(model: GPT, p: EvaluateParams, track: Track = untracked) -> str
     """
     page = ["# Samples\n"]
     samples = list(enumerate(itertools.product(p.prompts, p.temperatures)))
-    for number, (prompt, temperature) in track(samples, "samples"):
+    for number, (prompt, temperature) in track(samples, "4 of 4: samples"):
         generator = torch.Generator().manual_seed(p.seed + number)
         ids = generation.generate(
             model,

@@ -72,7 +72,8 @@ def train(name: str, queued: bool = False) -> None:
     if stacked := sorted(_uncommitted(current) - settings.keys()):
         print(
             f"{name} is applied to params.yaml as it is now, which differs from the commit in"
-            f" {', '.join(stacked)} (`git checkout HEAD -- . && dvc checkout -f` discards that)",
+            f" {', '.join(stacked)} (`git checkout HEAD -- . && dvc checkout --force` discards"
+            " that)",
             file=sys.stderr,
         )
     command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]

@@ -71,7 +71,7 @@ def load_folder(folder: Path, device: torch.device) -> GPT:
 def _why_missing() -> str:
     """Why the project has no models/gpt2, or how to get it."""
     if is_training(project_root()):
-        return "it is being trained, and DVC has removed the old one; wait until training ends"
+        return "it is being trained, and there is none until training ends; wait for that"
     if MODEL.as_posix() in outs_in_workspace(Path()):
         return "`dvc checkout` restores the previous one, unless `dvc repro` is running"
     return "`dvc repro` trains one"

@@ -36,8 +36,12 @@ def find(inventory: Inventory, name: str) -> Holdings:
         if found:
             ids = ", ".join(_mlflow_id(run) or run.id for run in found)
             raise UserError(f"{len(found)} runs match {name!r}; use the id of one: {ids}")
-    if any(name == experiment.name for experiment in inventory.usage.experiments):
-        raise UserError(f"the experiment {name} trained no model: `dvc exp remove {name}`")
+    for experiment in inventory.usage.experiments:
+        if name == experiment.name:
+            shown = inventory.usage.runs_in(experiment.objects)
+            names = ", ".join(run.name for run in inventory.runs if run.id in shown)
+            reason = f"shows the model of {names}" if names else "has no model"
+            raise UserError(f"the experiment {name} {reason}: `dvc exp remove {name}` removes it")
     raise UserError(f"there is no run {name!r}: `python -m folio disk` lists all runs")
 
 
@@ -52,8 +56,11 @@ def reason_to_keep(inventory: Inventory, found: Holdings) -> str | None:
     if found.commit:
         commit = cache_usage.commit_with(inventory.root, found.commit)
         if not commit:
-            return "a stash needs its files: `git stash list`"
-        return f"commit {commit} needs its files; MLflow's page can hide it (Runs, Delete)"
+            return (
+                "a queued experiment or a stash needs its files: `dvc queue status`, `git stash"
+                " list`"
+            )
+        return f"commit {commit} needs its files; Delete on MLflow's page of runs only hides it"
     if found.is_in_workspace:
         return (
             "its files are in the workspace: `git checkout HEAD -- . && dvc checkout --force`"
