@@ -72,7 +72,11 @@ def export_model(gpt: "GPT", origin: "Origin | None", target: Path) -> str:
 def _check_target(directory: Path) -> Path:
     """The real path of a folder that does not exist or is empty. Raises UserError for any other."""
     try:
-        target = directory.resolve()
+        target, root = directory.resolve(), Path.cwd().resolve()
+        if any(target.is_relative_to(root / name) for name in ("data", "models", ".dvc")):
+            raise UserError(f"{directory} is in a folder of the pipeline: choose one outside it")
+        if directory.is_symlink() and not target.exists():
+            raise UserError(f"{directory} is a link to {target}, which does not exist")
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"{directory} is not empty: choose a new folder")
         if target.exists() and not target.is_dir():

@@ -38,13 +38,14 @@ def gc(
 
     if dry_run:
         found = garbage.find(project.read(), older_than, own_cache)
-        lines = [*found.describe(), *found.notes]
-        size = sizes.shown(sum(found.sizes().values()))
-        print("\n".join([*lines, f"dry run: gc would free {size}"]))
+        lines, size = found.describe(), sizes.shown(sum(found.sizes().values()))
+        result = f"dry run: gc would free {size}" if lines else "there is nothing to free"
+        print("\n".join([*lines, *found.notes, result]))
         return
     with idle.project(project_root()):
         inventory = project.read()
         found = garbage.find(inventory, older_than, own_cache)
         lines = found.describe()
         freed = garbage.free(found, inventory)
-    print("\n".join([*lines, *found.notes, f"freed {sizes.shown(freed)}"]))
+    result = f"freed {sizes.shown(freed)}" if lines else "there is nothing to free"
+    print("\n".join([*lines, *found.notes, result]))

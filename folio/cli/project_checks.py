@@ -160,20 +160,17 @@ def params_file() -> Iterator[Finding]:
 
 
 def dvc_processes() -> list[int]:
-    """The ids of the processes of DVC and of stages in this project, or in one of the copies of it
-    in which `dvc exp run --temp` and the queue run experiments."""
+    """The ids of the processes of DVC and of stages in this project, including the copies of it in
+    .dvc/tmp, in which `dvc exp run --temp` and the queue run experiments."""
     here = Path.cwd()
     found = psutil.process_iter(["cmdline", "cwd"])
     return [
         process.pid
         for process in found
-        if _is_in(process.info["cwd"], here) and _is_dvc(process.info["cmdline"] or [])
+        if process.info["cwd"]
+        and Path(process.info["cwd"]).is_relative_to(here)
+        and _is_dvc(process.info["cmdline"] or [])
     ]
-
-
-def _is_in(cwd: str | None, project: Path) -> bool:
-    copies = project / ".dvc/tmp/exps"
-    return cwd is not None and (Path(cwd) == project or Path(cwd).is_relative_to(copies))
 
 
 def _is_dvc(words: list[str]) -> bool:

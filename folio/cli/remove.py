@@ -70,6 +70,8 @@ def _all(inventory: "Inventory") -> "list[Holdings]":
     found = []
     for run in inventory.runs:
         reason = removal.reason_to_keep(inventory, run)
+        if not reason and removal.is_elsewhere(inventory, run):
+            reason = "this clone does not have its files; name it to remove it all the same"
         if not reason and run.versions:
             reason = f"version {run.versions[0].version} of {run.versions[0].name} is its model"
         if reason:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def ui(
     """
     store = open_store()
     remote = store.uri.startswith(("http://", "https://"))
-    base = store.uri.rstrip("/") if remote else f"http://{_NAME}:{port}"
+    server_page = re.sub("://[^/@]*@", "://", store.uri).rstrip("/")  # without a login
+    base = server_page if remote else f"http://{_NAME}:{port}"
     page = (
         f"{base}/#/experiments/{store.experiment_id}/runs"
         "?workflowType=machine_learning&viewStateShareKey=folio&compareRunsMode=CHART"
@@ -50,12 +52,13 @@ def ui(
     loopback.check_port(port)
     names = [each for name in loopback.parse_hosts([]) for each in (name, f"{name}:*")]
     defaults = _SETTINGS | {_HOSTS: ",".join([*ALLOWED, *names]), _ORIGINS: base}
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri]
-    command += ["--host", loopback.HOST, "--port", str(port), "--workers", "1"]
-    command += ["--registry-store-uri", store.uri, "--uvicorn-opts", "--log-level warning"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", loopback.HOST, "--port", str(port)]
+    command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    # In the environment, because everyone can see the arguments of a process.
+    stores = dict.fromkeys(("MLFLOW_BACKEND_STORE_URI", "MLFLOW_REGISTRY_STORE_URI"), store.uri)
     server = subprocess.Popen(
         command,
-        env=defaults | os.environ,
+        env=defaults | os.environ | stores,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",

@@ -180,9 +180,11 @@ class _Reader:
         return found
 
     def in_workspaces(self) -> Objects:
-        """The objects that the lock files and .dvc files in this and other worktrees refer to."""
+        """The objects that the lock files and .dvc files in this and other worktrees refer to, and
+        in their indexes."""
         texts = []
         for folder in self._worktrees():
+            texts += _staged(folder)
             for path in _locks_in(folder):
                 with contextlib.suppress(OSError):
                     texts.append(path.read_text(encoding="utf-8", errors="replace"))
@@ -241,6 +243,17 @@ def _locks_in(folder: Path) -> Iterable[Path]:
     except commands.NoCommitError:
         names = ["dvc.lock", *(path.name for path in folder.glob("*.dvc") if path.is_file())]
     return [folder / name for name in {*names, "dvc.lock"} if name]
+
+
+def _staged(folder: Path) -> list[str]:
+    """The lock files and .dvc files in the index of a worktree."""
+    try:
+        listed = commands.git("ls-files", "--stage", "-z", "--", *_PATHS, root=folder)
+        blobs = [entry.split()[1] for entry in listed.split("\0") if entry]
+        words, text = ("cat-file", "--batch"), "\n".join(blobs) + "\n"
+        return [commands.git(*words, root=folder, text=text)] if blobs else []
+    except commands.NoCommitError:
+        return []
 
 
 def _parts(line: str) -> tuple[str, str, str]:

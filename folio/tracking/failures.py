@@ -103,7 +103,8 @@ def check_content(uri: str) -> None:
 
 
 def without_password(uri: str) -> str:
-    """The URI, with a password replaced by ***."""
+    """The URI, with a password replaced by ***, and without a query, which may have a token."""
+    uri = uri.partition("?")[0] if uri.startswith("http") else uri
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 

@@ -71,6 +71,12 @@ def reason_to_keep(inventory: Inventory, found: Holdings) -> str | None:
     return None
 
 
+def is_elsewhere(inventory: Inventory, found: Holdings) -> bool:
+    """Whether only another clone may have a run's files: a team shares MLflow's server."""
+    is_shared = inventory.store is not None and inventory.store.path is None
+    return is_shared and found.id not in inventory.usage.outs and not found.checkpoint
+
+
 def describe(inventory: Inventory, found: Holdings) -> list[str]:
     """What `remove` removes, a line per item; [] if everything is removed already."""
     lines = []
@@ -84,6 +90,8 @@ def describe(inventory: Inventory, found: Holdings) -> list[str]:
         size = sizes.shown(found.in_checkpoint)
         path = found.checkpoint.relative_to(inventory.root)
         lines.append(f"checkpoint {path} ({size}, at once and for good)")
+    if lines and is_elsewhere(inventory, found):
+        lines.append("(this clone does not have its files: another one may need the run)")
     if not lines and not found.run and not inventory.is_removed(found.id):
         lines.append("its entries in DVC's run cache")
     return lines
@@ -99,7 +107,7 @@ def remove(inventory: Inventory, runs: list[Holdings]) -> None:
     for found in runs:
         if store is None and found.id in inventory.usage.outs:
             raise UserError(f"{found.name} is not in MLflow yet: {SYNC}, then remove it")
-    notes = {run.id: _note(run) for run in runs if run.id not in inventory.notes}
+    notes = {run.id: _note(run) for run in runs if run.experiments or run.id not in inventory.notes}
     if store:
         for folio_id, note in notes.items():
             queries.mark_removed(store, folio_id, note)
@@ -125,15 +133,20 @@ def restore(inventory: Inventory, found: Holdings) -> list[str]:
     if store is None or found.run is None or queries.status_of(found.run) != "DELETED":
         raise UserError(f"{found.name} is not in MLflow's trash, so it cannot be restored")
     note = json.loads(inventory.notes.get(found.id) or "{}")
-    existing = {experiment.ref for experiment in inventory.usage.experiments}
-    for ref, commit in note.get("experiments", {}).items():
-        if ref not in existing:  # otherwise there is a new experiment of that name
-            commands.git("update-ref", ref, commit, root=inventory.root)
-            lines.append(f"DVC experiment {ref.rpartition('/')[2]}")
     for run in [*found.nested, found.run]:
         if queries.status_of(run) == "DELETED":
             store.client.restore_run(run.info.run_id)
             lines.append(f"MLflow run {run.info.run_id}")
+    existing = {experiment.ref for experiment in inventory.usage.experiments}
+    for ref, commit in note.get("experiments", {}).items():
+        if ref in existing:  # there is a new experiment of that name
+            continue
+        name = ref.rpartition("/")[2]
+        try:
+            commands.git("update-ref", ref, commit, root=inventory.root)
+            lines.append(f"DVC experiment {name}")
+        except UserError:  # `git gc` prunes commits that no ref has had for two weeks
+            lines.append(f"not the DVC experiment {name}: git has deleted its commit {commit[:7]}")
     if found.id in inventory.notes:
         queries.unmark_removed(store, found.id)
     return lines

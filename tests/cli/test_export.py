@@ -63,6 +63,18 @@ def test_export_fills_an_empty_folder_and_follows_a_link_to_one(project):
     assert contents(project / "empty").keys() == FILES and (project / "link").is_symlink()
 
 
+@pytest.mark.parametrize("target", ["data/raw/mine", "models/mine", ".dvc/mine"])
+def test_export_refuses_the_folders_of_the_pipeline(project, target):
+    assert f"{target} is in a folder of the pipeline" in error_of(project, target)
+    assert not (project / target).exists()
+
+
+def test_export_refuses_a_link_to_a_missing_folder(project, tmp_path):
+    (project / "link").symlink_to(tmp_path / "missing/folder")
+    assert "link is a link to" in error_of(project, "link")
+    assert not (tmp_path / "missing").exists()
+
+
 @pytest.mark.parametrize("target", ["models", "models/gpt2", ".", "params.yaml", "params.yaml/x"])
 def test_export_replaces_nothing(project, target):
     assert target.removesuffix("/x") in error_of(project, target)

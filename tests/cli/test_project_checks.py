@@ -82,6 +82,20 @@ def test_running_dvc_is_not_called_stale(project):
         running.wait()
 
 
+@pytest.mark.parametrize("folder", [".dvc/tmp/exps/standalone/tmpx1/data", "data"])
+def test_stage_in_a_copy_of_the_project_counts_as_running_dvc(project, folder):
+    """As for `dvc exp run --temp`, which may also be started in a subfolder."""
+    (project / folder).mkdir(parents=True, exist_ok=True)
+    (project / folder / "sleep.py").write_text("import time; time.sleep(60)")
+    command = [sys.executable, "sleep.py", "stages.evaluate"]
+    running = subprocess.Popen(command, cwd=project / folder)
+    try:
+        assert project_checks.dvc_processes() == [running.pid]
+    finally:
+        running.kill()
+        running.wait()
+
+
 # --- folders
 
 

@@ -367,7 +367,7 @@ def test_ui_prints_the_address_of_the_runs_once_mlflow_answers(project, store):
 
 def test_ui_of_runs_on_a_server_prints_its_address(project, store, monkeypatch):
     monkeypatch.setattr("folio.cli.ui.open_store", lambda: store)
-    monkeypatch.setattr(store, "uri", "https://mlflow.example.org/")
+    monkeypatch.setattr(store, "uri", "https://ada:secret@mlflow.example.org/")
     done = CliRunner().invoke(commands, ["ui"])
     address = f"https://mlflow.example.org/#/experiments/{store.experiment_id}/runs?"
     assert done.exit_code == 0 and done.stdout.startswith(address)

@@ -232,7 +232,7 @@ def test_removed_runs_stay_removed_and_the_others_stay_intact(project, tmp_path)
     assert "freed " in folio(project, "gc")
     after = sizes.of(project / ".dvc/cache"), sizes.of(project / "mlruns")
     assert all(0.4 < new / old < 0.6 for old, new in zip(before, after, strict=True))
-    assert folio(project, "gc").strip() == "freed 0.0 MB"
+    assert folio(project, "gc").strip() == "there is nothing to free"
     # Neither this clone sends them again, nor one that still has their files.
     assert folio(project, "sync").strip() == EVERY_RUN
     (project / "mlflow.db.lock").unlink(missing_ok=True)
@@ -274,6 +274,13 @@ def test_undo_restores_a_removed_run(project):
     succeed(project, "dvc", "exp", "apply", "bad")
     with pytest.raises(UserError, match=r"is not in MLflow's trash"):
         folio(project, "remove", "bad", "--undo")
+    back_to_the_commit(project)
+    folio(project, "remove", "bad")
+    succeed(project, "git", "reflog", "expire", "--expire=now", "--all")
+    succeed(project, "git", "gc", "--quiet", "--prune=now")
+    restored = folio(project, "remove", "bad", "--undo")
+    assert "MLflow run" in restored and "not the DVC experiment bad: git has deleted" in restored
+    assert names(project) == before
 
 
 def test_remove_and_gc_that_are_killed_reach_the_same_state(project, tmp_path, monkeypatch):

@@ -66,6 +66,8 @@ def root(tmp_path, monkeypatch) -> Path:
         succeed(root, "git", "reset", "-q", "--hard", "HEAD~")
     succeed(root, "git", "worktree", "add", "-q", str(tmp_path / "worktree"), "--detach")
     write(tmp_path / "worktree/inner", "worktree")
+    write(root, "staged")
+    succeed(root, "git", "add", "dvc.lock")
     write(root, "added", file="data.dvc")
     write(root, "workspace")
     return root
@@ -75,7 +77,8 @@ def test_everything_that_git_keeps_is_in_use(root):
     usage = cache_usage.read(root)
     committed = ("first", "main", "other", "stash 1", "stash 2", "amending", "queued")
     assert usage.commits == {md5(name) for name in committed}
-    assert usage.workspace == {md5(n) for n in ("workspace", "worktree", "added")}
+    in_worktrees = ("workspace", "staged", "worktree", "amending", "added")
+    assert usage.workspace == {md5(name) for name in in_worktrees}
     [experiment] = usage.experiments
     assert (experiment.name, experiment.objects) == ("exp", {md5("exp")})
     assert usage.unlisted == set()
