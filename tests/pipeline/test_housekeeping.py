@@ -231,7 +231,8 @@ def test_removed_runs_stay_removed_and_the_others_stay_intact(project, tmp_path)
     before = sizes.of(project / ".dvc/cache"), sizes.of(project / "mlruns")
     assert "freed " in folio(project, "gc")
     after = sizes.of(project / ".dvc/cache"), sizes.of(project / "mlruns")
-    assert all(0.4 < new / old < 0.6 for old, new in zip(before, after, strict=True))
+    ratios = [new / old for old, new in zip(before, after, strict=True)]
+    assert all(0.4 < ratio < 0.8 for ratio in ratios), ratios  # the runs share the tokenizer
     assert folio(project, "gc").strip() == "there is nothing to free"
     # Neither this clone sends them again, nor one that still has their files.
     assert folio(project, "sync").strip() == EVERY_RUN
@@ -335,7 +336,7 @@ def test_folder_without_git_dvc_and_a_store_has_nothing_to_free(make_project, mo
     folder = make_project(store=False)
     shutil.rmtree(folder / ".dvc")
     assert "total" in folio(folder, "disk")
-    assert folio(folder, "gc").strip() == "freed 0.0 MB"
+    assert folio(folder, "gc").strip() == "there is nothing to free"
     with pytest.raises(UserError, match=r"^there is no run 'x': `python -m folio disk` lists all"):
         folio(folder, "remove", "x")
     assert folio(folder, "remove", "--all").strip() == "there is nothing to remove"
