@@ -68,7 +68,7 @@ def tokens(ids: list[int], found: TokenLogprobs, prompt: int) -> str:
         )
     return (
         f"<div class='probabilities'>{_legend()}<div class='tokens'>{''.join(spans)}</div>"
-        "<p class='hint'>Point at a token, or move to one with Tab and the arrow keys, to see the"
+        "<p class='hint'>Point at a token or tap it, or use Tab and the arrow keys, to see the"
         f" most likely alternatives. The prompt is bold.{dots}</p></div>"
     )
 
