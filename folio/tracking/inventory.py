@@ -13,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from folio.errors import UserError
 from folio.run import RECORD, TRAINING, UNFINISHED, lock_if_idle, read_record
-from folio.tracking import cache_usage, queries, sizes
+from folio.tracking import cache_usage, local_store, queries, sizes
 from folio.tracking.artifacts import Artifacts
 from folio.tracking.cache_usage import CacheUsage, Experiment, Objects
 from folio.tracking.logged_models import all_models
@@ -176,10 +176,16 @@ class Inventory:
                 self._runs[folio_id].objects.add(md5)
 
     def _measure_mlflow(self) -> None:
+        store = self.store
+        trash = []
+        if store and store.path:
+            trash = local_store.deleted_models(store.client, store.experiment_id)
         for found in self._runs.values():
             runs = [run for run in [found.run, *found.nested] if run]
-            places = [run_folder(self.store, run) for run in runs]
-            places += [model_folder(self.store, model) for model in found.models]
+            ids = {run.info.run_id for run in runs}
+            models = found.models + [model for model in trash if model.source_run_id in ids]
+            places = [run_folder(store, run) for run in runs]
+            places += [model_folder(store, model) for model in models]
             found.in_mlflow = sum(sizes.of(place) for place in places if place)
 
 

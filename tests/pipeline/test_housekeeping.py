@@ -220,10 +220,17 @@ def test_run_is_removed_from_a_server_for_every_clone(project, tmp_path):
         server.wait()
 
 
+def row_of(folder: Path, name: str) -> str:
+    """The line of a run in the tables of `disk`, with single spaces."""
+    lines = [" ".join(line.split()) for line in folio(folder, "disk").splitlines()]
+    return next(line for line in lines if line.startswith(name))
+
+
 def test_removed_runs_stay_removed_and_the_others_stay_intact(project, tmp_path):
     clone = copy(project, tmp_path / "other clone")
-    committed = models(project)
+    committed, amounts = models(project), row_of(project, "bad").split("experiment")[1]
     folio(project, "remove", "bad", cache_only_run(project))
+    assert row_of(project, "bad").split("removed")[1] == amounts  # gc has not run yet
     assert [name.split()[0] for name in names(project)] == ["good"]
     assert "bad" not in succeed(project, "dvc", "exp", "list", "--all-commits")
     assert folio(project, "sync").strip() == EVERY_RUN
