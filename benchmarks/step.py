@@ -70,9 +70,9 @@ def build_folio(work: Work, tie: bool = False, **options: bool) -> Callable[[], 
     step = TrainStep(model, optimizer, work.where, work.precision, CLIP, **options)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
     rows = known.rows_of(text)
-    batches = Batches(rows, work.size.block_size, work.batch_size, 0, work.where)
-    indices = itertools.count()
-    return lambda: step([batches[next(indices)]], RATE)
+    batches = Batches(rows, work.size.block_size, 0, work.where)
+    firsts = itertools.count(step=work.batch_size)
+    return lambda: step([batches.windows(next(firsts), work.batch_size)], RATE)
 
 
 def plain_step(

@@ -1,4 +1,4 @@
-"""Training batches as a pure function of their index."""
+"""The training windows as one endless stream, a pure function of the index."""
 
 import numpy as np
 import torch
@@ -9,23 +9,18 @@ _CPU = torch.device("cpu")
 
 
 class Batches:
-    """Training batches as a pure function of their index, so that a resumed run needs no state.
+    """Training windows as a pure function of their index, so that a resumed run needs no state, and
+    each process of a distributed run reads its own share.
 
     In each epoch the text is cut into n consecutive windows of T = block_size tokens, starting at a
     random offset, and the windows are shuffled; offset and order depend only on (seed, epoch). The
-    windows of all epochs form one endless stream, and batch i consists of its windows i*B to
-    (i+1)*B. Thus every window occurs once per epoch, and a batch may span two epochs. n is the same
-    in all epochs; to make room for the offset, each epoch omits between T and 2T tokens at the two
-    ends of the text.
+    windows of all epochs form one endless stream. Thus every window occurs once per epoch, and a
+    batch, which is a range of this stream, may span two epochs. n is the same in all epochs; to
+    make room for the offset, each epoch omits between T and 2T tokens at the two ends of the text.
     """
 
     def __init__(
-        self,
-        tokens: np.ndarray,
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        device: torch.device = _CPU,
+        self, tokens: np.ndarray, block_size: int, seed: int, device: torch.device = _CPU
     ) -> None:
         """`tokens` is [N]. Raises UserError if N is less than block_size + 1.
 
@@ -36,21 +31,18 @@ class Batches:
         if device.type == "cuda":
             self.tokens = torch.from_numpy(tokens.astype(DTYPE).view(np.int16)).to(device)
         self.block_size = block_size
-        self.batch_size = batch_size
         self.seed = seed
         self.windows_per_epoch = max(1, (len(tokens) - 1) // block_size - 1)
         self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)  # the latest epoch's windows
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x and y of batch `index` >= 0, [B, T] int64; y is x shifted by one token.
+    def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x and y of the windows number `first` >= 0 to first + count - 1 of the stream,
+        both [count, T] int64; y is x shifted by one token.
 
         On a GPU, the host does not wait for them.
         """
-        assert index >= 0
-        first = index * self.batch_size
-        epochs, positions = np.divmod(
-            np.arange(first, first + self.batch_size), self.windows_per_epoch
-        )
+        assert first >= 0 and count > 0
+        epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         starts = np.concatenate(
             [self._window_starts(epoch)[positions[epochs == epoch]] for epoch in np.unique(epochs)]
         )
@@ -58,7 +50,7 @@ class Batches:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def _read(self, starts: np.ndarray) -> torch.Tensor:
-        """Return the windows that begin at `starts`, [B, T + 1] int64."""
+        """Return the windows that begin at `starts`, [count, T + 1] int64."""
         if isinstance(self.tokens, torch.Tensor):
             device = self.tokens.device
             gpu_starts = torch.from_numpy(starts).to(device, non_blocking=True)

@@ -62,8 +62,7 @@ class Trainer:
             exact=params.deterministic,
         )
         train = self.vocabulary.rows_of(data.train)
-        block_size, batch_size = model_params.block_size, params.batch_size
-        self._batches = Batches(train, block_size, batch_size, params.seed, where)
+        self._batches = Batches(train, model_params.block_size, params.seed, where)
         self._val = self.vocabulary.rows_of(data.val)
         self.steps_done = 0  # optimizer updates
         self.history = History()
@@ -96,8 +95,8 @@ class Trainer:
 
     def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The micro-batches (x, y), [B, T], of update number `step`, counted from 0."""
-        first = step * self.params.accumulation
-        return [self._batches[first + i] for i in range(self.params.accumulation)]
+        count, size = self.params.accumulation, self.params.batch_size
+        return [self._batches.windows((step * count + i) * size, size) for i in range(count)]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""

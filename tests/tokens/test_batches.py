@@ -10,14 +10,13 @@ from folio.tokens.batches import Batches
 
 
 def window_starts(batches, epoch):
-    """Where the windows of an epoch start, in order; the batches must have one window each."""
+    """Where the windows of an epoch start, in order; the tokens must be 0, 1, 2, ..."""
     n = batches.windows_per_epoch
-    return [int(batches[epoch * n + i][0][0, 0]) for i in range(n)]
+    return batches.windows(epoch * n, n)[0][:, 0].tolist()
 
 
 def test_y_is_x_shifted_by_one_token():
-    batches = Batches(np.arange(1_000, dtype=np.uint16), 16, 4, seed=1)
-    x, y = batches[3]
+    x, y = Batches(np.arange(1_000, dtype=np.uint16), 16, seed=1).windows(12, 4)
     assert x.shape == y.shape == (4, 16)
     assert x.dtype == y.dtype == torch.int64
     assert x.is_contiguous() and y.is_contiguous()
@@ -27,7 +26,7 @@ def test_y_is_x_shifted_by_one_token():
 
 @pytest.mark.parametrize("length", [17, 32, 33, 48, 49, 50, 1_000])
 def test_every_window_occurs_once_per_epoch(length):
-    batches = Batches(np.arange(length, dtype=np.uint16), 16, 1, seed=1)
+    batches = Batches(np.arange(length, dtype=np.uint16), 16, seed=1)
     n = batches.windows_per_epoch
     assert n == max(1, (length - 1) // 16 - 1)
     for epoch in range(3):
@@ -37,7 +36,7 @@ def test_every_window_occurs_once_per_epoch(length):
 
 
 def test_epochs_differ_in_order_and_offset():
-    batches = Batches(np.arange(1_000, dtype=np.uint16), 16, 1, seed=1)
+    batches = Batches(np.arange(1_000, dtype=np.uint16), 16, seed=1)
     first, second = window_starts(batches, 0), window_starts(batches, 1)
     assert first[0] % 16 != second[0] % 16
     assert np.argsort(first).tolist() != np.argsort(second).tolist()
@@ -45,35 +44,30 @@ def test_epochs_differ_in_order_and_offset():
 
 
 def test_offsets_reach_both_ends_of_the_text():
-    batches = Batches(np.arange(40, dtype=np.uint16), 16, 1, seed=1)
-    x, y = zip(*(batches[epoch] for epoch in range(500)), strict=True)
-    assert torch.cat(x).min() == 0
-    assert torch.cat(y).max() == 39
+    batches = Batches(np.arange(40, dtype=np.uint16), 16, seed=1)
+    x, y = batches.windows(0, 500)  # an epoch has one window
+    assert x.min() == 0
+    assert y.max() == 39
 
 
-def test_batch_is_a_pure_function_of_its_index():
+def test_windows_are_a_pure_function_of_first_and_count():
     text = np.arange(1_000, dtype=np.uint16)
-    in_order = Batches(text, 16, 8, seed=1)
-    expected = [in_order[index] for index in range(40)]
-    jumping = Batches(text, 16, 8, seed=1)
-    for index in [39, 0, 17, 5, 38, 6, 6, 30]:
-        for jumped, sequential in zip(jumping[index], expected[index], strict=True):
-            assert torch.equal(jumped, sequential)
+    stream = Batches(text, 16, seed=1).windows(0, 7 * 50)  # 61 windows per epoch
+    jumping = Batches(text, 16, seed=1)
+    for first, count in [(343, 7), (0, 1), (17, 8), (0, 350), (60, 2), (60, 2), (50, 175)]:
+        found = jumping.windows(first, count)
+        for part, whole in zip(found, stream, strict=True):
+            assert torch.equal(part, whole[first : first + count])
 
 
-def test_batch_size_does_not_change_the_stream_of_windows():
-    text = np.arange(1_000, dtype=np.uint16)
-    ones = Batches(text, 16, 1, seed=1)
-    stream = torch.cat([ones[index][0] for index in range(7 * 50)])
-    for size in [7, 50, 175]:  # 61 windows per epoch: batches span 2 or 3 epochs
-        batches = Batches(text, 16, size, seed=1)
-        cut = torch.cat([batches[index][0] for index in range(7 * 50 // size)])
-        assert torch.equal(cut, stream)
+def test_first_windows_are_those_of_earlier_versions():
+    x, _ = Batches(np.arange(1_000, dtype=np.uint16), 16, seed=1).windows(58, 6)
+    assert x[:, 0].tolist() == [219, 619, 827, 12, 812, 588]
 
 
 def test_seeds_give_different_batches():
     text = np.arange(1_000, dtype=np.uint16)
-    one, two = (Batches(text, 16, 8, seed=seed)[0][0] for seed in (1, 2))
+    one, two = (Batches(text, 16, seed=seed).windows(0, 8)[0] for seed in (1, 2))
     assert not torch.equal(one, two)
 
 
@@ -81,13 +75,14 @@ def test_batches_of_a_mapped_file_are_those_of_an_array_in_memory(tmp_path):
     array = np.arange(300, dtype=np.uint16)
     array.tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", dtype=token_files.DTYPE, mode="r")
-    assert torch.equal(Batches(mapped, 16, 8, seed=1)[2][0], Batches(array, 16, 8, seed=1)[2][0])
+    expected = Batches(array, 16, seed=1).windows(16, 8)
+    assert torch.equal(Batches(mapped, 16, seed=1).windows(16, 8)[0], expected[0])
 
 
 def test_text_shorter_than_a_window_is_a_one_line_error_with_a_hint():
     text = np.arange(16, dtype=np.uint16)
     with pytest.raises(UserError, match=r"model\.block_size is 16, but the training part") as error:
-        Batches(text, 16, 1, seed=1)
+        Batches(text, 16, seed=1)
     assert "only 16 tokens and needs at least 17" in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"larger prepare\.validation_fraction"):

@@ -36,7 +36,7 @@ class Training:
             self.model, self.optimizer, torch.device("cpu"), precision, grad_clip=1.0
         )
         text = np.random.default_rng(1).integers(ROWS, size=400).astype(np.uint16)
-        self.batches = batches.Batches(text, params.block_size, 4, seed=1)
+        self.batches = batches.Batches(text, params.block_size, seed=1)
         self.step = 0
 
     def train(self, until):
@@ -44,7 +44,7 @@ class Training:
         losses = []
         while self.step < until:
             device.seed_step(1, self.step, torch.device("cpu"))
-            self.take_step([self.batches[self.step]], learning_rate=1e-2)
+            self.take_step([self.batches.windows(4 * self.step, 4)], learning_rate=1e-2)
             losses.append(self.take_step.read().loss)
             self.take_step.reset()
             self.step += 1
@@ -127,7 +127,7 @@ def test_resumed_training_equals_uninterrupted_one(tmp_path, precision):
 def test_state_has_losses_that_are_not_logged_yet(tmp_path):
     stopped, resumed = Training(seed=1), Training(seed=1)
     device.seed_step(1, 0, torch.device("cpu"))
-    stopped.take_step([stopped.batches[0]], learning_rate=1e-2)
+    stopped.take_step([stopped.batches.windows(0, 4)], learning_rate=1e-2)
     stopped.save(tmp_path / "key")
     resumed.resume(tmp_path / "key")
     assert resumed.take_step.read() == stopped.take_step.read()
