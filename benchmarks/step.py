@@ -34,6 +34,7 @@ from folio.tokens import tokenizer, vocabulary
 from folio.tokens.batches import Batches
 from folio.training import optimizers
 from folio.training.step import TrainStep
+from folio.training.weights import Weights
 
 RATE, WEIGHT_DECAY, BETAS, CLIP = 3e-4, 0.1, (0.9, 0.95), 1.0
 UNIQUE_TOKENS = 11_234  # in tinyshakespeare's training text
@@ -66,8 +67,8 @@ def build_folio(work: Work, tie: bool = False, **options: bool) -> Callable[[], 
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
     known = vocabulary.tied_vocabulary(ids, size) if tie else vocabulary.full_vocabulary(size)
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
-    optimizer = optimizers.adamw(model, WEIGHT_DECAY, BETAS)
-    step = TrainStep(model, optimizer, work.where, work.precision, CLIP, **options)
+    optimizer = optimizers.adamw(model.parameters(), WEIGHT_DECAY, BETAS)
+    step = TrainStep(Weights(model, work.precision), optimizer, CLIP, **options)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
     rows = known.rows_of(text)
     batches = Batches(rows, work.size.block_size, 0, work.where)

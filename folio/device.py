@@ -133,12 +133,14 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def seed_step(number: int, step: int, device: torch.device) -> None:
-    """Seed the device's generator, which dropout uses, as a pure function of (number, step).
+def seed_step(number: int, step: int, device: torch.device, rank: int = 0) -> None:
+    """Seed the device's generator, which dropout uses, as a pure function of (number, step, rank).
 
-    This way, checkpoints do not need to store the generator's state.
+    This way, checkpoints do not need to store the generator's state, and processes drop different
+    activations.
     """
-    seeds = np.random.SeedSequence([number, step]).generate_state(1, np.uint64)
+    words = [number, step, rank] if rank else [number, step]
+    seeds = np.random.SeedSequence(words).generate_state(1, np.uint64)
     seed_device = {
         "cpu": torch.default_generator.manual_seed,
         "cuda": torch.cuda.manual_seed,

@@ -28,6 +28,8 @@ _UNSUPPORTED = re.compile(
     r"""[?{}\0-\x1f\x7f-\x9f\ud800-\udfff]|%[0-9a-fA-F]{2}|'(?=.*")|"(?=.*')""", re.DOTALL
 )
 
+_silent = False
+
 
 class UserError(ValueError):
     """Bad input rather than a bug. The user sees only its text: the problem, then a hint."""
@@ -122,10 +124,20 @@ def _memory_hint(error: Exception) -> str | None:
     return None
 
 
+def silence() -> None:
+    """Report nothing from now on, because another process reports it."""
+    global _silent
+    _silent = True
+
+
 def report(line: str) -> None:
-    """Print a line on stderr, prefixed with "folio" and the stage that DVC is running, if any."""
-    stage = os.environ.get("DVC_STAGE")
-    print(f"folio{' ' + stage if stage else ''}: {line}", file=sys.stderr, flush=True)
+    """Print a line on stderr, prefixed with "folio", with the stage that DVC is running, if any,
+    and with the number of this process, if it is not the main one of several."""
+    words = ["folio", os.environ.get("DVC_STAGE", "")]
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        words.append(f"(process {rank})")
+    if not _silent:
+        print(f"{' '.join(filter(None, words))}: {line}", file=sys.stderr, flush=True)
 
 
 def _exit(line: str) -> NoReturn:

@@ -33,7 +33,8 @@ def remember() -> None:
     """
     global _at_start
     name = running_stage()
-    if sys.argv[0] == "-m" and name:
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, one checks for all
+    if sys.argv[0] == "-m" and name and is_main:
         _at_start = Inputs(name, Path.cwd())
 
 

@@ -5,6 +5,7 @@ it. A field is an int, float, bool, str, a list[...] of one of these, or Literal
 with `| None`. `Annotated[int, ">= 1, < 10"]` sets bounds for a number, or for each item of a list.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -151,7 +152,10 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(value, next(arg for arg in args if arg is not type(None)))
+        for arg in args:
+            with contextlib.suppress(ValueError):
+                return _convert(value, arg)
+        raise ValueError
     if origin is typing.Literal:
         if type(value) is not str or value not in args:
             raise ValueError
@@ -181,10 +185,10 @@ def _read_text(text: str) -> Any:
         return text
 
 
-def _check_bounds(number: float | None, bounds: str) -> None:
+def _check_bounds(number: float | str | None, bounds: str) -> None:
     for bound in bounds.split(","):
         sign, limit = bound.split()
-        if number is not None and not _COMPARE[sign](number, float(limit)):
+        if isinstance(number, int | float) and not _COMPARE[sign](number, float(limit)):
             raise ValueError
 
 
@@ -199,7 +203,7 @@ def _describe_type(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if arg is type(None) else _describe_type(arg) for arg in args)
     if origin is typing.Literal:
-        return "one of " + ", ".join(args)
+        return "one of " + ", ".join(args) if len(args) > 1 else args[0]
     if origin is list:
         return f"a list of {_ITEM_NAMES[args[0]]}"
     return _TYPE_NAMES[hint]

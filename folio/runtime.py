@@ -12,6 +12,7 @@ from urllib.parse import unquote
 @dataclass(frozen=True, kw_only=True)
 class RuntimeParams:
     device: Literal["auto", "cuda", "mps", "cpu"]  # auto: the first of the others that is available
+    processes: Annotated[Literal["auto"] | int, ">= 1"]  # of train; auto: 1 per GPU, 1 on a CPU
     tracking_uri: str | None  # MLflow's store; null: MLFLOW_TRACKING_URI, or mlflow.db here. A
     # relative path (sqlite:///my.db) starts at the project's root; sqlite:////tmp/my.db is absolute
     log_interval: Annotated[int, ">= 1"]  # steps between rows of the history

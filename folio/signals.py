@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -34,7 +34,8 @@ _deferred = False
 _cause: str | None = None  # what requested the stop; None: no request so far
 _requested_at = 0.0  # by time.monotonic
 _status = 0  # the exit status for the signal: 128 + its number
-_dvc_ended = False
+_ended = ""  # what has exited, of those processes that this one must not outlive
+_passed_on: "PassedOn | None" = None
 
 
 class Stopped(BaseException):
@@ -65,11 +66,14 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
     global _cause, _deferred
 
     def on_signal(number: int, _: object) -> None:
+        if _passed_on:
+            _passed_on.add(number)
+            return
         if _cause and number in _KEYS:
             _exit_now(report)
-        if _dvc_ended:
-            request("the exit of dvc", signal.SIGTERM, report)
-        request(_name(number), number, report)
+        if _ended:
+            request(f"the exit of {_ended}", signal.SIGTERM, report)
+        request(name(number), number, report)
 
     _cause, _deferred = None, False
     # Signals with SIG_IGN are ignored; None is a handler of a library that was not set by Python.
@@ -80,8 +84,9 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
     }
     for number in previous:
         signal.signal(number, on_signal)
-    if _dvc and previous:
-        threading.Thread(target=_stop_after, args=[_dvc, next(iter(previous))], daemon=True).start()
+    for process, description in _supervisors.items() if previous else ():
+        args = [process, description, next(iter(previous))]
+        threading.Thread(target=_stop_after, args=args, daemon=True).start()
     try:
         yield
     finally:
@@ -130,10 +135,54 @@ def interruptible() -> Iterator[None]:
         _deferred = previous
 
 
+class PassedOn:
+    """The stop requests to be passed on to other processes, which stop by themselves."""
+
+    def __init__(self) -> None:
+        self.number = 0  # the signal of the latest request; 0: there was none
+        self._requests = 0
+        self._sent: dict[int, int] = {}  # by process: the number of requests sent
+
+    def add(self, number: int) -> None:
+        self.number = number
+        self._requests += 1
+
+    def to(self, processes: Iterable[psutil.Process]) -> None:
+        """Send the processes those requests that they have not been sent yet."""
+        for process in processes:
+            for _ in range(self._sent.get(process.pid, 0), self._requests):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(self.number)
+            self._sent[process.pid] = self._requests
+
+
+@contextlib.contextmanager
+def passed_on() -> Iterator[PassedOn]:
+    """Collect stop requests in this block, instead of stopping this process."""
+    global _passed_on
+    check()
+    _passed_on = PassedOn()
+    try:
+        yield _passed_on
+    finally:
+        _passed_on = None
+
+
 def check() -> None:
     """Raise Stopped if a stop was requested."""
     if _cause:
         raise Stopped
+
+
+def requested() -> int:
+    """The number of the signal that requested a stop; 0 if there was no request."""
+    return _status - 128 if _cause else 0
+
+
+def request_elsewhere(number: int, report: Callable[[str], None]) -> None:
+    """Request a stop like that of another process of this training run, which got the signal."""
+    with deferred():
+        request(name(number), number, report)
 
 
 def is_deferred() -> bool:
@@ -146,32 +195,37 @@ def seconds_left() -> float | None:
     return max(0.0, _requested_at + GRACE_PERIOD - 1.0 - time.monotonic()) if _cause else None
 
 
-def _find_dvc() -> psutil.Process | None:
-    """The process of the `dvc` command that runs this stage, if any."""
-    if "DVC_STAGE" in os.environ:
-        with contextlib.suppress(psutil.Error):
-            for process in psutil.Process().parents():
+def _find_supervisors() -> dict[psutil.Process, str]:
+    """The processes without which this one must not go on: the `dvc` command that runs this stage,
+    and the launcher of torchrun that runs several processes of it."""
+    found = {}
+    with contextlib.suppress(psutil.Error):
+        parents = psutil.Process().parents()
+        if "TORCHELASTIC_RUN_ID" in os.environ and parents:
+            found[parents[0]] = "the launcher"
+        if "DVC_STAGE" in os.environ:
+            for process in parents:
                 if any(Path(word).name == "dvc" for word in process.cmdline()):
-                    return process
-    return None
+                    return found | {process: "dvc"}
+    return found
 
 
-_dvc = _find_dvc()  # at import: dvc may be killed while PyTorch is still being imported
+_supervisors = _find_supervisors()  # at import: they may be killed while PyTorch is imported
 
 
-def _name(number: int) -> str:
+def name(number: int) -> str:
     """How to name a signal: by the keys that send it, or as SIGTERM, or by its number."""
     names = {int(each): each.name for each in signal.Signals}
     return _KEYS.get(number) or names.get(number) or f"signal {number}"
 
 
-def _stop_after(dvc: psutil.Process, number: int) -> None:
-    """Wait for dvc to exit, then send this process a signal that it handles."""
-    global _dvc_ended
+def _stop_after(process: psutil.Process, description: str, number: int) -> None:
+    """Wait for a process to exit, then send this process a signal that it handles."""
+    global _ended
     with contextlib.suppress(psutil.NoSuchProcess):
-        while dvc.is_running() and dvc.status() != psutil.STATUS_ZOMBIE:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
-    _dvc_ended = True
+    _ended = description
     os.kill(os.getpid(), number)
 
 

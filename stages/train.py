@@ -1,20 +1,23 @@
 """The train stage: trains on the token files and writes the best weights to models/gpt2."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from folio import device, inputs, params, progress, signals
+from folio import device, distributed, inputs, launch, params, progress, signals
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
-from folio.run import UNFINISHED, lock_for_training, project_root, read_training
+from folio.run import UNFINISHED, Record, lock_for_training, project_root, read_training
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files
 from folio.tracking import context
-from folio.tracking.logger import RunLogger
+from folio.tracking.logger import NoLogger, RunLogger
 from folio.tracking.system_metrics import SystemMetrics
 from folio.training import messages, outputs, pretrained
 from folio.training.key import train_key
+from folio.training.micro_batches import useful_processes
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
 from folio.training.timing import CheckpointPacing, Throughput
@@ -24,7 +27,13 @@ from folio.training.trainer import LOWER_RATE, Trainer
 def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
-    run(model, train, runtime, Path.cwd(), project_root())
+    kind = device.resolve_device(runtime.device).type
+    most = 1 if train.parallel == "none" else useful_processes(train, model.block_size)
+    if (count := launch.count_processes(runtime.processes, kind, most)) > 1:
+        unfinished = project_root() / UNFINISHED
+        launch.run("stages.train", count, kind, lambda: sorted(unfinished.glob("*/step-*")))
+    else:
+        run(model, train, runtime, Path.cwd(), project_root())
     inputs.check()
 
 
@@ -35,39 +44,59 @@ def run(
     root: Path,
     project: Path,
 ) -> None:
-    """Train on root/data/prepared and write root/models.
+    """Train on root/data/prepared and write root/models, together with the other processes, if any.
 
     project: the folder that contains the checkpoints and the MLflow store.
     """
     device.tune_malloc()
-    where = device.resolve_device(runtime.device)
-    precision = device.resolve_precision(train_params.precision, where)
-    data = token_files.read(root / "data/prepared")
-    token_files.check_length(data.train, "training", model_params.block_size)
-    token_files.check_length(data.val, "validation", model_params.block_size)
-    initial = pretrained.find(train_params.init_from, root)
-    key = train_key(model_params, train_params, data.digest, initial)
+    group = distributed.join(device.resolve_device(runtime.device).type)
+    with group.agreeing():
+        where = group.device(device.resolve_device(runtime.device))
+        precision = device.resolve_precision(train_params.precision, where)
+        data = token_files.read(root / "data/prepared")
+        token_files.check_length(data.train, "training", model_params.block_size)
+        token_files.check_length(data.val, "validation", model_params.block_size)
+        initial = pretrained.find(train_params.init_from, root)
+        key = train_key(model_params, train_params, data.digest, initial)
     folder = project / UNFINISHED / key
-    with lock_for_training(folder):
-        trainer = Trainer(model_params, train_params, data, where, precision, initial)
+    with group.main_holds(lock_for_training(folder)):
+        with group.agreeing():
+            trainer = Trainer(model_params, train_params, data, where, precision, initial, group)
         trainer.resume(folder)
-        print(messages.introduction(trainer))
-        tags = context.tags("stages/train.py")
-        record = outputs.start_record(trainer, folder, root, tags)
-        with RunLogger(runtime.tracking_uri, record) as logger:
+        with start_run(trainer, runtime, folder, root) as (record, logger):
             train(trainer, runtime, folder, logger)
-            inputs.check()  # before MLflow has a finished run; the checkpoint is kept
-            if initial:
-                print(messages.fine_tuning_result(trainer))
-            outputs.write(trainer, record, root)
-            logger.finish(read_training(root))
+            with group.agreeing():
+                inputs.check()  # before MLflow has a finished run; the checkpoint is kept
+                outputs.write(trainer, record, root)
+            if group.is_main:
+                if initial:
+                    print(messages.fine_tuning_result(trainer))
+                logger.finish(read_training(root))
 
 
-def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLogger) -> None:
+@contextlib.contextmanager
+def start_run(
+    trainer: Trainer, runtime: RuntimeParams, folder: Path, root: Path
+) -> Iterator[tuple[Record | None, RunLogger | NoLogger]]:
+    """Start or resume the run of this training: its record, and its run in MLflow. Only the main
+    process has them."""
+    if not trainer.group.is_main:
+        yield None, NoLogger()
+        return
+    print(messages.introduction(trainer))
+    record = outputs.start_record(trainer, folder, root, context.tags("stages/train.py"))
+    with RunLogger(runtime.tracking_uri, record) as logger:
+        yield record, logger
+
+
+def train(
+    trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLogger | NoLogger
+) -> None:
     """Train until trainer.finished, with checkpoints in `folder`.
 
     On SIGTERM or Ctrl-C, or if dvc exits, saves a checkpoint and raises Stopped.
     """
+    group = trainer.group
     system_metrics = SystemMetrics() if runtime.system_metrics else None
     pacing = CheckpointPacing(runtime.checkpoint_seconds)
     try:
@@ -76,7 +105,7 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
                 trainer.log(validate(trainer, bar, {}))  # step 0: the loss before training
             throughput = Throughput(trainer.tokens_per_step, trainer.steps_done)
             while not trainer.finished:
-                signals.check()
+                group.check_stop()
                 if not trainer.row_is_due(runtime.log_interval):  # else resumed in an evaluation
                     step = trainer.steps_done
                     trainer.step(trainer.batches(step), trainer.learning_rate(step))
@@ -89,17 +118,19 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
                 if evaluated := trainer.evaluation_is_due:
                     metrics = validate(trainer, bar, metrics)
                 trainer.log(metrics | (system_metrics.read() if system_metrics else {}))
-                if pacing.is_due(evaluated) or trainer.finished:
+                if group.from_main(pacing.is_due(evaluated)) or trainer.finished:
                     with pacing.measured():
                         trainer.save(folder)
                         logger.send(trainer.history.rows)
                 throughput.restart(trainer.steps_done)
     except NonFiniteError as problem:
         trainer.save(folder)
+        group.silence_others()
         raise UserError(f"step {trainer.steps_done + 1}: {problem}; {LOWER_RATE}") from None
     except signals.Stopped:
         trainer.save_last_finite(folder)
         logger.send(trainer.history.rows)
+        group.leave()
         raise signals.Stopped(
             f"step {trainer.steps_done:,} is saved; run the same command again to resume from it"
         ) from None
@@ -107,18 +138,18 @@ def train(trainer: Trainer, runtime: RuntimeParams, folder: Path, logger: RunLog
 
 def validate(trainer: Trainer, bar: tqdm, metrics: dict[str, float]) -> dict[str, float]:
     """Add the validation loss to the metrics and return them. Updates early stopping."""
-    with signals.interruptible():  # nothing changes until the loss has been computed
-        metrics = metrics | {"val_loss": trainer.validate(progress.tracker(bar.disable))}
-    trainer.early_stopping.update(metrics["val_loss"], trainer.steps_done, trainer.model)
-    bar.write(messages.evaluation(trainer, metrics))
+    track = trainer.group.stoppable(progress.tracker(bar.disable))
+    metrics = metrics | {"val_loss": trainer.validate(track)}  # if stopped, nothing has changed
+    trainer.early_stopping.update(metrics["val_loss"], trainer.steps_done, trainer.weights.state())
+    if trainer.group.is_main:
+        bar.write(messages.evaluation(trainer, metrics))
     return metrics
 
 
 def progress_bar(trainer: Trainer, runtime: RuntimeParams) -> tqdm:
     total, done = trainer.params.steps, trainer.steps_done
-    return tqdm(
-        total=total, initial=done, unit="step", smoothing=0.05, disable=runtime.hide_progress
-    )
+    hide = runtime.hide_progress if trainer.group.is_main else True
+    return tqdm(total=total, initial=done, unit="step", smoothing=0.05, disable=hide)
 
 
 def show_speed(bar: tqdm, metrics: dict[str, float]) -> None:

@@ -18,7 +18,17 @@ LIBRARY = [path for path in SOURCES if path.is_relative_to(ROOT / "folio")]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 
 GROUND = ("errors", "strict_yaml", "params", "files", "inputs", "signals", "device", "run", "plots")
-GROUND += ("__init__", "commands", "user", "runtime", "output", "loopback", "progress")
+GROUND += (
+    "distributed",
+    "launch",
+    "__init__",
+    "commands",
+    "user",
+    "runtime",
+    "output",
+    "loopback",
+    "progress",
+)
 # What each room may import, besides itself and the ground floor.
 ARROWS = {
     "corpus": {"tokens"},
@@ -38,7 +48,13 @@ ARROWS = {
 # readings of tracking/system_metrics.py and a row every runtime.log_interval steps.
 HARMLESS = {"stages/__init__.py", "folio/__init__.py", "folio/errors.py", "folio/inputs.py"}
 HARMLESS |= {"folio/signals.py", "folio/runtime.py", "folio/commands.py", "folio/user.py"}
-HARMLESS |= {"folio/output.py", "folio/loopback.py", "folio/progress.py", "folio/tracking"}
+HARMLESS |= {
+    "folio/launch.py",
+    "folio/output.py",
+    "folio/loopback.py",
+    "folio/progress.py",
+    "folio/tracking",
+}
 # A library, and the only rooms or modules that may import it.
 ONLY_IN = {
     "mlflow": {"folio/tracking"},

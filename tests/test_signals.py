@@ -67,8 +67,8 @@ def test_dvc_that_ends_stops_the_stage_even_if_sigterm_is_ignored(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     dvc = psutil.Process(ended.pid)
     ended.wait()
-    monkeypatch.setattr(signals, "_dvc", dvc)
-    monkeypatch.setattr(signals, "_dvc_ended", False)
+    monkeypatch.setattr(signals, "_supervisors", {dvc: "dvc"})
+    monkeypatch.setattr(signals, "_ended", "")
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         request = pytest.raises(signals.Stopped, match="stopped by the exit of dvc")

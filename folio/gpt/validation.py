@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from folio.distributed import ONE_PROCESS, Group
 from folio.gpt.model import GPT
 from folio.progress import Track, untracked
 
@@ -19,6 +20,7 @@ def token_losses(
     stride: int | None = None,
     track: Track = untracked,
     description: str = "",
+    group: Group = ONE_PROCESS,
 ) -> np.ndarray:
     """The loss of each token except the first, given those before it, in nats: [N - 1] float64.
 
@@ -26,24 +28,31 @@ def token_losses(
     tokens that no earlier window has scored. The default stride is the context length, so windows
     do not overlap; with a shorter one, every token after the first window is predicted from at
     least context - stride tokens. The model is put in eval mode, then back in its previous mode.
-    `track` may show the progress, with the description.
+    `track` may show the progress, with the description. The processes of the group, each of which
+    must pass the same arguments, share the work, and all return all losses.
     """
     context = model.params.block_size
     stride = stride or context
     assert stride <= context, "a stride longer than the context would skip tokens"
     device = next(model.parameters()).device
-    losses = np.empty(len(tokens) - 1)
+    losses = np.zeros(len(tokens) - 1)
     training = model.training
     model.eval()
     batches = list(_batches(len(tokens) - 1, context, stride, device.type))
-    for starts, length in track(batches, description):
+    rounds = range(0, len(batches), group.count)
+    for first in track(rounds, description):
+        number = first + group.rank
+        # With sharded weights, all processes must take part in each forward pass.
+        starts, length = batches[min(number, len(batches) - 1)]
         windows = np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)
         ids = torch.from_numpy(windows).to(device)
         scored = model.token_losses(ids[:, :-1], ids[:, 1:]).cpu().double().numpy()
-        for start, row in zip(starts, scored, strict=True):
+        for start, row in zip(starts, scored, strict=True) if number < len(batches) else ():
             overlap = 0 if start == 0 else context - stride
             losses[start + overlap : start + length] = row[overlap:]
     model.train(training)
+    if group.count > 1:  # the others have zeros where this process has losses
+        losses = group.sum_(torch.from_numpy(losses)).numpy()
     return losses
 
 

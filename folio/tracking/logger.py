@@ -12,6 +12,14 @@ from folio.tracking import store
 from folio.tracking.writer import RunWriter
 
 
+class NoLogger:
+    """Logs nothing: the logger of a process that is not the main one."""
+
+    def send(self, history: list[dict[str, Any]]) -> None: ...
+
+    def finish(self, run: Run) -> None: ...
+
+
 class RunLogger:
     """An asynchronous MLflow logger.
 

@@ -20,13 +20,11 @@ class EarlyStopping:
     def triggered(self) -> bool:
         return self.patience is not None and self.evals_since_best >= self.patience
 
-    def update(self, loss: float, step: int, model: torch.nn.Module) -> None:
-        """Record the validation loss of the model after `step` updates."""
+    def update(self, loss: float, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Record the validation loss of the weights after `step` updates."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evals_since_best = loss, step, 0
-            self.best_weights = {
-                name: weight.clone() for name, weight in model.state_dict().items()
-            }
+            self.best_weights = {name: weight.clone() for name, weight in weights.items()}
         else:
             self.evals_since_best += 1
 

@@ -13,6 +13,7 @@ from folio.training.pretrained import PretrainedWeights
 # of them changes, training starts over, rather than resuming what different code has computed.
 FINGERPRINTED = (
     "folio/device.py",
+    "folio/distributed.py",
     "folio/files.py",
     "folio/gpt",
     "folio/params.py",

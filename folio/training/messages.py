@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from folio import device
 from folio.gpt.model import parameter_counts
 from folio.training.init_from import FOLDER
 from folio.training.outputs import parameters_written
@@ -17,7 +16,7 @@ def introduction(trainer: Trainer) -> str:
     lines = [
         f"{data.meta['corpus']}: {len(data.train):,} training tokens,"
         f" {len(data.val):,} validation tokens",
-        f"on {device.describe(trainer.device)} in {trainer.precision};"
+        f"on {trainer.machine} in {trainer.precision};"
         f" {trainer.tokens_per_step:,} tokens per step, at most {p.steps:,} steps",
         "parameters",
         *(f"  {part:<{width}} {count:>12,}" for part, count in counts.items()),

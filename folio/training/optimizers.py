@@ -5,22 +5,23 @@ A group may have its own peak learning rate: TrainStep multiplies the scheduled 
 """
 
 import inspect
+from collections.abc import Iterable
 
 import torch
 
 from folio.training.params import TrainParams
 
 
-def build(model: torch.nn.Module, p: TrainParams) -> torch.optim.Optimizer:
+def build(parameters: Iterable[torch.nn.Parameter], p: TrainParams) -> torch.optim.Optimizer:
     """Build the optimizer described by the `train` section of params.yaml."""
-    return adamw(model, p.weight_decay, (p.beta1, p.beta2))
+    return adamw(parameters, p.weight_decay, (p.beta1, p.beta2))
 
 
 def adamw(
-    model: torch.nn.Module, weight_decay: float, betas: tuple[float, float]
+    parameters: Iterable[torch.nn.Parameter], weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices but not biases or norms."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    params = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from folio import device, files, params
+from folio import files, params
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, parameter_counts
@@ -45,17 +45,24 @@ def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str
         tags=tags
         | {"train_key": key, "data_digest": trainer.data.digest}
         | {"held_out_digest": trainer.data.meta["val_sha256"]}
-        | {"precision": trainer.precision, "device": device.describe(trainer.device)}
+        | {"precision": trainer.precision, "device": trainer.machine}
         | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {}),
     )
     write_record(record, path)  # before MLflow gets it, so that a killed run resumes the same one
     return record
 
 
-def write(trainer: Trainer, record: Record, root: Path) -> None:
-    """Write the best weights to root/models/gpt2, and everything else to root/models/training."""
-    trainer.model.load_state_dict(trainer.early_stopping.best_weights)
-    huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row)
+def write(trainer: Trainer, record: Record | None, root: Path) -> None:
+    """Write the best weights to root/models/gpt2, and everything else to root/models/training.
+
+    Collective; the main process writes, and the others have no record.
+    """
+    best = trainer.weights.full(trainer.early_stopping.best_weights)
+    if not record:
+        for _ in best:
+            pass  # takes part in gathering each tensor
+        return
+    huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row, weights=best)
     out, rows = root / TRAINING, trainer.history.rows
     ids = {"folio_id": record.id, "train_key": record.tags["train_key"]}
     texts = {

@@ -16,6 +16,7 @@ class TrainParams:
     precision: Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 on a GPU with bf16, else fp32
     deterministic: bool  # bitwise reproducible; slower on a GPU with a long context
     compile: Literal["auto", "always", "never"]  # torch.compile on a GPU; auto: for long runs
+    parallel: Literal["auto", "none", "ddp", "fsdp"]  # with several processes: see below
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
     learning_rate: Annotated[float, "> 0"]  # peak value, after warm-up

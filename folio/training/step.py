@@ -4,21 +4,18 @@ The host never waits for the device here. Losses and gradient norms are accumula
 which also skips non-finite updates by itself; the host reads the sums when a row of the history is
 due.
 
-In half precision, the passes run on a copy of the model, which is synchronised from the fp32 master
-weights after each update, so that small updates are not lost to rounding (Micikevicius et al. 2018,
-section 3.1). On a GPU the whole step is one CUDA graph.
+On a GPU the whole step is one CUDA graph, if it can be captured.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
-from folio.device import DTYPES, can_compile, capture, deterministic
+from folio.device import capture, deterministic
 from folio.errors import UserError
-from folio.gpt.model import GPT
 from folio.training import optimizer_state
+from folio.training.weights import Weights
 
 # In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after
 # _DOUBLE_AFTER consecutive updates and halves after an overflow. An overflow at _MIN_SCALE is an
@@ -45,51 +42,50 @@ class StepStats:
 class TrainStep:
     """`step(batches, learning_rate)` makes one update from one or more micro-batches.
 
-    The gradient is that of the mean loss over all micro-batches, so accumulation is equivalent to
-    one large batch. An update whose gradient overflows in fp16 is skipped. After any other
-    non-finite loss or gradient, there are no further updates.
+    The gradient is that of the mean loss over all windows of all processes, so accumulation and
+    several processes are equivalent to one large batch. An update whose gradient overflows in fp16
+    is skipped. After any other non-finite loss or gradient, there are no further updates.
     """
 
     def __init__(
         self,
-        model: GPT,
+        weights: Weights,
         optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        precision: str,
         grad_clip: float,
         compiled: bool = False,
         exact: bool = True,
+        windows: int | None = None,
     ):
-        """Works with any optimizer whose step needs no closure. PyTorch's fused Adam, AdamW and
-        Adagrad unscale gradients and skip updates on the device; for any other, TrainStep does
-        both, and the host waits for the device.
+        """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
+        fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
+        other, TrainStep does both, and the host waits for the device.
 
         compiled: torch.compile the model if possible, that is, on a GPU in half precision.
         exact: make repeated steps bitwise reproducible.
+        windows: the number of windows in all processes' micro-batches of a step. None: those of
+        this process.
         Raises UserError if the optimizer is capturable but does not work on this device.
         """
+        device = weights.device
         _check_capturable(optimizer, device)
-        self.model, self.optimizer = model, optimizer
-        self.device, self.grad_clip = device, grad_clip
+        self.weights, self.optimizer = weights, optimizer
+        self.device, self.grad_clip, self.windows = device, grad_clip, windows
         self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
-        self.fp16 = precision == "fp16"
+        self.fp16 = weights.precision == "fp16"
         self.optimizer_skips = _reads_found_inf(optimizer, device)
         self.scale = torch.tensor(_INITIAL_SCALE if self.fp16 else 1.0, device=device)
         self.updates = torch.zeros((), device=device)  # since the scale changed
         # The fields of StepStats, of which the last one is an index into _PROBLEMS.
         self.stats = torch.zeros(len(fields(StepStats)), device=device)
-        half = precision != "fp32"
-        self.compute_model = _copy(model, DTYPES[precision]) if half else model
         self.check_and_scale = _check_and_scale
-        self.compiled = compiled and half and device.type == "cuda" and can_compile()
-        if self.compiled:
-            self.compute_model.compile(fullgraph=True, dynamic=False)
+        if compiled:
+            weights.compile()
+        if weights.compiled:
             self.check_and_scale = torch.compile(_check_and_scale, fullgraph=True, dynamic=False)
         # A graph can be captured of an optimizer that reads the learning rate and found_inf from
-        # the device. Gradient checkpointing cannot be captured: it saves the generator's state.
+        # the device.
         capturable = optimizer.defaults.get("capturable", False)
-        checkpointing = getattr(model, "gradient_checkpointing", False)
-        self.captures = capturable and self.optimizer_skips and not checkpointing
+        self.captures = capturable and self.optimizer_skips and weights.can_capture
         self._learning_rates = [
             torch.zeros((), device=device) if capturable else None for _ in optimizer.param_groups
         ]
@@ -121,42 +117,26 @@ class TrainStep:
                 self._step(*inputs)
 
     def _step(self, *inputs: torch.Tensor) -> None:
-        loss, batches = torch.zeros((), device=self.device), len(inputs) // 2
-        for number, (x, y) in enumerate(zip(inputs[::2], inputs[1::2], strict=True)):
-            batch_loss = self.compute_model.loss(x, y, self.scale / batches)
+        weights, loss = self.weights, torch.zeros((), device=self.device)
+        batches = list(zip(inputs[::2], inputs[1::2], strict=True))
+        windows = self.windows or sum(len(x) for x, _ in batches)
+        for number, (x, y) in enumerate(batches, 1):
+            divisor = windows / len(x)
+            weights.begin(is_last=number == len(batches))
+            scale = self.scale / (divisor / weights.gradient_factor)
+            batch_loss = weights.compute_model.loss(x, y, scale)
             batch_loss.backward()
-            loss += batch_loss.detach() / batches
-            if self.compute_model is not self.model:
-                self._move_gradients(first=number == 0)
-        self._update(loss)
-        if self.compute_model is self.model:
-            self.model.zero_grad(set_to_none=True)
-        else:
-            self._sync_from_master()
+            loss += batch_loss.detach() / divisor
+            weights.collect(is_first=number == 1, is_last=number == len(batches))
+        self._update(*weights.reduce(loss))
+        weights.finish()
 
     @torch.no_grad()
-    def _move_gradients(self, first: bool) -> None:
-        """Add the compute model's gradients to the master weights' gradients, in fp32."""
-        master, computed = [], []
-        pairs = zip(self.model.parameters(), self.compute_model.parameters(), strict=True)
-        for p, copied in pairs:
-            if copied.grad is not None:
-                p.grad = torch.empty_like(p) if p.grad is None else p.grad
-                master.append(p.grad)
-                computed.append(copied.grad)
-        torch._foreach_copy_(master, computed) if first else torch._foreach_add_(master, computed)
-        self.compute_model.zero_grad(set_to_none=True)
+    def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Unscale, clip and update, unless a value is not finite. Adds to the stats.
 
-    @torch.no_grad()
-    def _sync_from_master(self) -> None:
-        """Copy the master weights to the compute model."""
-        torch._foreach_copy_([*self.compute_model.parameters()], [*self.model.parameters()])
-
-    @torch.no_grad()
-    def _update(self, loss: torch.Tensor) -> None:
-        """Unscale, clip and update, unless a value is not finite. Adds to the stats."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm: of the gradients, before unscaling.
+        """
         state = (self.stats, self.scale, self.updates)
         divisor, skip = self.check_and_scale(loss, norm, *state, self.grad_clip, self.fp16)
         if self.optimizer_skips:
@@ -165,7 +145,7 @@ class TrainStep:
         elif skip:
             return
         else:
-            torch._foreach_div_(gradients, divisor)
+            torch._foreach_div_(self.weights.gradients, divisor)
         self.optimizer.step()
         if not self._state_checked:  # most optimizers create their state in the first update
             optimizer_state.save(self.optimizer)
@@ -189,8 +169,7 @@ class TrainStep:
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         self._graph = None  # it refers to the optimizer's previous tensors
-        if self.compute_model is not self.model:
-            self._sync_from_master()
+        self.weights.sync_from_master()
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
@@ -237,11 +216,3 @@ def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
         scale.copy_(torch.where(running, rescaled, scale))
         updates.copy_(torch.where(running, (updates + 1) * (finite & ~full), updates))
     return divisor, (~(running & finite)).float()
-
-
-def _copy(model: GPT, dtype: torch.dtype) -> GPT:
-    """A copy of the model with its parameters, but not its constants, in another precision."""
-    copied = copy.deepcopy(model)
-    for p in copied.parameters():
-        p.data = p.data.to(dtype)
-    return copied

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from folio import device
+from folio.distributed import ONE_PROCESS, Group
 from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.gpt.validation import token_losses
@@ -16,10 +17,11 @@ from folio.progress import Track, untracked
 from folio.tokens import vocabulary
 from folio.tokens.batches import Batches
 from folio.tokens.token_files import TokenData
-from folio.training import checkpoint, optimizer_state, optimizers, schedule
+from folio.training import checkpoint, optimizer_state, optimizers, schedule, weights
 from folio.training.checkpoint import Checkpoint
 from folio.training.early_stopping import EarlyStopping
 from folio.training.history import History
+from folio.training.micro_batches import micro_batches
 from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
 from folio.training.step import NonFiniteError, StepStats, TrainStep
@@ -41,25 +43,31 @@ class Trainer:
         where: torch.device,
         precision: str,
         pretrained: PretrainedWeights | None,  # None: random weights
+        group: Group = ONE_PROCESS,
     ):
+        """All processes of the group must pass the same arguments, except for the device."""
         device.seed(params.seed)
         size = data.meta["vocabulary"]
         self.params, self.data, self.device, self.precision = params, data, where, precision
-        self.pretrained = pretrained
+        self.pretrained, self.group = pretrained, group
+        windows = params.batch_size * params.accumulation
+        self._micro_batches = micro_batches(windows, params.batch_size, group)
         self.vocabulary = (
             vocabulary.tied_vocabulary(data.train, size)
             if params.tie_unseen_tokens
             else vocabulary.full_vocabulary(size)
         )
-        self.model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
-        self.model.gradient_checkpointing = params.gradient_checkpointing
+        model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
+        model.gradient_checkpointing = params.gradient_checkpointing
         if pretrained:
-            self.model.load_state_dict(pretrained.weights(model_params, size))
-        self.optimizer = optimizers.build(self.model, params)
+            model.load_state_dict(pretrained.weights(model_params, size))
+        self.weights = weights.place(model, precision, params, group)
+        self.optimizer = optimizers.build(self.weights.parameters, params)
         self._step = TrainStep(
-            *(self.model, self.optimizer, where, precision, params.grad_clip),
+            *(self.weights, self.optimizer, params.grad_clip),
             compiled=self._wants_compile(),
             exact=params.deterministic,
+            windows=windows,
         )
         train = self.vocabulary.rows_of(data.train)
         self._batches = Batches(train, model_params.block_size, params.seed, where)
@@ -67,6 +75,10 @@ class Trainer:
         self.steps_done = 0  # optimizer updates
         self.history = History()
         self.early_stopping = EarlyStopping(params.patience)
+
+    @property
+    def model(self) -> GPT:
+        return self.weights.model
 
     @property
     def tokens_per_step(self) -> int:
@@ -94,9 +106,9 @@ class Trainer:
         return (is_log_point or self.history.is_replayed(step)) and step > self.history.last_step
 
     def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The micro-batches (x, y), [B, T], of update number `step`, counted from 0."""
-        count, size = self.params.accumulation, self.params.batch_size
-        return [self._batches.windows((step * count + i) * size, size) for i in range(count)]
+        """This process's micro-batches (x, y), [B, T], of update number `step`, from 0."""
+        first = step * self.params.batch_size * self.params.accumulation
+        return [self._batches.windows(first + at, count) for at, count in self._micro_batches]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""
@@ -107,7 +119,7 @@ class Trainer:
 
     def step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> None:
         """Forward, backward, clip, update. Does not wait for the device, which may lag behind."""
-        device.seed_step(self.params.seed, self.steps_done, self.device)
+        device.seed_step(self.params.seed, self.steps_done, self.device, self.group.rank)
         self._step(batches, learning_rate)
         self.steps_done += 1
 
@@ -126,10 +138,13 @@ class Trainer:
 
     def validate(self, track: Track = untracked) -> float:
         """The validation loss in nats/token. Raises UserError if it is not finite."""
-        losses = token_losses(self.model, self._val, track=track, description="validation")
+        losses = token_losses(
+            self.model, self._val, track=track, description="validation", group=self.group
+        )
         loss = float(losses.mean())
         if not math.isfinite(loss):
             hint = LOWER_RATE if self.steps_done else "choose another train.init_from"
+            self.group.silence_others()
             raise UserError(f"step {self.steps_done}: the validation loss is not finite; {hint}")
         return loss
 
@@ -143,7 +158,7 @@ class Trainer:
         tensors, optimizer = optimizer_state.save(self.optimizer)
         best = self.early_stopping
         parts = {
-            "model": self.model.state_dict(),
+            "model": self.weights.state(),
             "optimizer": tensors,
             "step": self._step.state_dict(),
             "best": best.best_weights if best.best_step != self.steps_done else {},
@@ -155,8 +170,11 @@ class Trainer:
             "early_stopping": best.state_dict(),
             "machine": self._machine,
         }
-        checkpoint.save(folder, Checkpoint(self.steps_done, named, state))
-        self.history.save(folder)
+        found = Checkpoint(self.steps_done, named, state, self._rows(parts))
+        checkpoint.save(folder, found, self.group, self.weights.mesh)
+        with self.group.agreeing():
+            if self.group.is_main:
+                self.history.save(folder)
 
     def save_last_finite(self, folder: Path) -> None:
         """Like `save`, but also works after a step that was not finite."""
@@ -166,13 +184,13 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Continue from the newest undamaged checkpoint, if there is one."""
-        found = checkpoint.load_latest(folder)
+        found = checkpoint.load_latest(folder, self.group, self.weights.mesh)
         if not found:
             self.history.restore([], 0, folder)
             return
         state: dict[str, Any] = found.state
         try:
-            self.model.load_state_dict(found.part("model"))
+            self.weights.load(found.part("model"))
         except RuntimeError:
             raise UserError(
                 f"the checkpoint of step {found.step} is for a different model (the code has"
@@ -185,11 +203,22 @@ class Trainer:
         best_step = state["early_stopping"]["best_step"]
         weights = found.part("best" if best_step != found.step else "model")
         self.early_stopping.load_state_dict(state["early_stopping"], weights)
-        if state["machine"] != self._machine:
+        if state["machine"] != self._machine and self.group.is_main:
             print(
                 f"the checkpoint was made {state['machine']}, but this run is {self._machine}:"
                 " the weights will not be bitwise identical to those of a run on a single machine"
             )
+
+    def _rows(self, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, int]:
+        """For Checkpoint.rows: weights, and the optimizer's tensors that are shaped like them."""
+        rows = dict(zip(self.weights.state(), self.weights.rows(), strict=True))
+        named = {f"{part}.{name}": rows[name] for part in ("model", "best") for name in parts[part]}
+        names = {id(tensor): name for name, tensor in parts["optimizer"].items()}
+        for p, count in zip(self.weights.parameters, self.weights.rows(), strict=True):
+            for value in self.optimizer.state.get(p, {}).values():
+                if id(value) in names and value.shape == p.shape:
+                    named[f"optimizer.{names[id(value)]}"] = count
+        return named
 
     def _wait(self) -> StepStats:
         stats = self._step.read()
@@ -202,12 +231,18 @@ class Trainer:
         """Whether to compile the model, if possible."""
         if self.params.compile != "auto":
             return self.params.compile == "always"
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(p.numel() for p in self.model.parameters())  # of shards: all of them
         return 6 * parameters * self.tokens_per_step * self.params.steps > _LONG
+
+    @property
+    def machine(self) -> str:
+        """The accelerator, or "cpu" with the number of threads; with the number of processes."""
+        number = f"{self.group.count} x " if self.group.count > 1 else ""
+        return f"{number}{device.describe(self.device)}{self.weights.description}"
 
     @property
     def _machine(self) -> str:
         """The device, precision and software that bitwise reproducibility depends on."""
-        where = f"on {device.describe(self.device)} in {self.precision}"
-        compiled = ", compiled" if self._step.compiled else ""
+        where = f"on {self.machine} in {self.precision}"
+        compiled = ", compiled" if self.weights.compiled else ""
         return f"{where} with PyTorch {torch.__version__}{compiled}"

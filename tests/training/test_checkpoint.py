@@ -19,6 +19,7 @@ from folio.tokens import batches
 from folio.training import checkpoint, optimizer_state, optimizers
 from folio.training.checkpoint import Checkpoint
 from folio.training.step import TrainStep
+from folio.training.weights import Weights
 
 ROOT = Path(__file__).parent.parent.parent
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.2)
@@ -31,10 +32,8 @@ class Training:
     def __init__(self, seed, precision="fp32", params=PARAMS):
         device.seed(seed)
         self.model = GPT(params, ROWS)
-        self.optimizer = optimizers.adamw(self.model, 0.1, (0.9, 0.95))
-        self.take_step = TrainStep(
-            self.model, self.optimizer, torch.device("cpu"), precision, grad_clip=1.0
-        )
+        self.optimizer = optimizers.adamw(self.model.parameters(), 0.1, (0.9, 0.95))
+        self.take_step = TrainStep(Weights(self.model, precision), self.optimizer, grad_clip=1.0)
         text = np.random.default_rng(1).integers(ROWS, size=400).astype(np.uint16)
         self.batches = batches.Batches(text, params.block_size, seed=1)
         self.step = 0

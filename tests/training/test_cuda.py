@@ -14,6 +14,7 @@ from folio.inference import generation
 from folio.tokens.batches import Batches
 from folio.training import optimizer_state, optimizers
 from folio.training.step import TrainStep
+from folio.training.weights import Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -29,7 +30,10 @@ def gpt():
 
 def steps(model, precision, compiled=False):
     return TrainStep(
-        model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CUDA, precision, 1.0, compiled
+        Weights(model, precision),
+        optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)),
+        1.0,
+        compiled,
     )
 
 
@@ -49,7 +53,11 @@ def advance(step, first, last):
 def state(step):
     """The tensors that the next step depends on."""
     optimizer, _ = optimizer_state.save(step.optimizer)
-    parts = {"model": step.model.state_dict(), "optimizer": optimizer, "step": step.state_dict()}
+    parts = {
+        "model": step.weights.model.state_dict(),
+        "optimizer": optimizer,
+        "step": step.state_dict(),
+    }
     return {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
@@ -59,7 +67,7 @@ def restore(step, tensors, rest):
     for name, tensor in tensors.items():
         part, _, own_name = name.partition(".")
         parts[part][own_name] = tensor
-    step.model.load_state_dict(parts["model"])
+    step.weights.model.load_state_dict(parts["model"])
     optimizer_state.restore(step.optimizer, parts["optimizer"], rest)
     step.load_state_dict(parts["step"])
 
@@ -107,7 +115,7 @@ def test_captured_step_that_is_not_finite_changes_nothing(precision, compiled):
     step = steps(gpt(), precision, compiled)
     advance(step, 0, 2)
     with torch.no_grad():
-        step.model.transformer.ln_f.weight[0] = float("nan")
+        step.weights.model.transformer.ln_f.weight[0] = float("nan")
     step.load_state_dict({name: t.clone() for name, t in step.state_dict().items()})
     before = {name: t.clone() for name, t in state(step).items()}
     advance(step, 2, 4)
@@ -147,12 +155,12 @@ def test_fused_adam_and_adamw_make_the_same_updates_as_plain_ones(precision):
         for fused in (True, False):
             model = gpt()
             optimizer = kind(model.parameters(), eps=1.0, fused=fused)
-            step = TrainStep(model, optimizer, CUDA, precision, grad_clip=0.25)
+            step = TrainStep(Weights(model, precision), optimizer, grad_clip=0.25)
             step.scale.fill_(2.0**60 if precision == "fp16" else 1.0)  # overflows
             advance(step, 0, 1)
             step.scale.clamp_(max=64.0)
             advance(step, 1, 3)
-            found.append((step.optimizer_skips, step.read().steps, step.model.state_dict()))
+            found.append((step.optimizer_skips, step.read().steps, step.weights.model.state_dict()))
         assert [skips for skips, *_ in found] == [True, False]
         assert found[0][1] == found[1][1] == 3
         for name, tensor in found[0][2].items():

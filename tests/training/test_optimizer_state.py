@@ -59,7 +59,7 @@ class Holding(torch.optim.Optimizer):
 
 
 KINDS = {
-    "adamw": lambda model: optimizers.adamw(model, 0.1, (0.9, 0.95)),
+    "adamw": lambda model: optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=0.1),
@@ -128,9 +128,9 @@ def test_optimizer_resumes_bit_for_bit_from_a_checkpoint(make, tmp_path):
 
 def test_optimizer_state_without_steps_is_restored():
     model = network()
-    tensors, rest = optimizer_state.save(optimizers.adamw(model, 0.1, (0.9, 0.95)))
+    tensors, rest = optimizer_state.save(optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)))
     assert tensors == {}
-    optimizer_state.restore(optimizers.adamw(model, 0.1, (0.9, 0.95)), tensors, rest)
+    optimizer_state.restore(optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)), tensors, rest)
 
 
 def deep(levels):

@@ -9,6 +9,7 @@ from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.training import optimizers
 from folio.training.step import StepStats, TrainStep
+from folio.training.weights import Weights
 
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.0)
 CPU = torch.device("cpu")
@@ -46,7 +47,12 @@ class Root(torch.nn.Module):
 def sgd(model, precision="fp32", grad_clip=NEVER):
     """A step whose update is the learning rate times the gradient."""
     optimizer = torch.optim.SGD(model.parameters(), fused=True)
-    return TrainStep(model, optimizer, CPU, precision, grad_clip)
+    return TrainStep(Weights(model, precision), optimizer, grad_clip)
+
+
+def adamw(model, precision, weight_decay):
+    optimizer = optimizers.adamw(model.parameters(), weight_decay, (0.9, 0.95))
+    return TrainStep(Weights(model, precision), optimizer, 1.0)
 
 
 def update(step, batches, learning_rate):
@@ -105,7 +111,7 @@ def test_learning_rate_applies_to_this_update(model, batch):
 
 def test_learning_rate_applies_to_every_group(model, batch):
     before = weights(model)
-    step = TrainStep(model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CPU, "fp32", 1.0)
+    step = adamw(model, "fp32", weight_decay=0.1)
     step([batch], learning_rate=0.0)
     assert torch.equal(weights(model), before)
 
@@ -120,7 +126,7 @@ def test_gradient_is_not_carried_into_next_update(model, batch):
 
 
 def test_steps_memorise_a_batch(model, batch):
-    step = TrainStep(model, optimizers.adamw(model, 0.0, (0.9, 0.95)), CPU, "fp32", 1.0)
+    step = adamw(model, "fp32", weight_decay=0.0)
     losses = [update(step, [batch], learning_rate=1e-2)[0] for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -142,8 +148,8 @@ def assert_ended(step, before, problem):
     """The last step was not finite, and changed nothing."""
     found = step.read()
     assert found.problem == problem and found.steps == 0
-    assert torch.equal(weights(step.model), before)
-    assert all(p.grad is None for p in step.compute_model.parameters())
+    assert torch.equal(weights(step.weights.model), before)
+    assert all(p.grad is None for p in step.weights.compute_model.parameters())
 
 
 def test_nan_loss_leaves_weights_unchanged(model, batch):
@@ -183,9 +189,11 @@ def test_nan_in_one_micro_batch_leaves_weights_unchanged(batch, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_state_is_frozen_after_non_finite_step(model, batch, precision):
-    step = TrainStep(model, optimizers.adamw(model, 0.1, (0.9, 0.95)), CPU, precision, 1.0)
-    sound = step.compute_model.loss
-    step.compute_model.loss = lambda x, *rest: sound(x, *rest) * (1.0 if x.sum() else float("nan"))
+    step = adamw(model, precision, weight_decay=0.1)
+    sound = step.weights.compute_model.loss
+    step.weights.compute_model.loss = lambda x, *rest: (
+        sound(x, *rest) * (1.0 if x.sum() else float("nan"))
+    )
     step([batch], learning_rate=1e-3)
     step([batch], learning_rate=1e-3)
     before = [t.clone() for t in state(step)]
@@ -199,7 +207,7 @@ def state(step):
     """Everything that the next step depends on."""
     slots = step.optimizer.state.values()
     optimizer = [tensor for slot in slots for tensor in slot.values()]
-    return [*step.model.parameters(), *optimizer, *step.state_dict().values()]
+    return [*step.weights.model.parameters(), *optimizer, *step.state_dict().values()]
 
 
 class Matrices(torch.nn.Module):
@@ -231,7 +239,7 @@ PLAIN = {
 @pytest.mark.parametrize("make", PLAIN.values(), ids=list(PLAIN))
 def test_optimizer_without_found_inf_is_clipped_unscaled_and_skipped(make, precision):
     model = Matrices()
-    step = TrainStep(model, make(model.parameters()), CPU, precision, grad_clip=0.25)
+    step = TrainStep(Weights(model, precision), make(model.parameters()), grad_clip=0.25)
     assert not step.optimizer_skips
     step.scale.clamp_(max=64.0)  # the first scale of fp16 overflows here
     gradients = []
@@ -250,7 +258,7 @@ def test_optimizer_without_found_inf_is_clipped_unscaled_and_skipped(make, preci
 @pytest.mark.parametrize("make", PLAIN.values(), ids=list(PLAIN))
 def test_optimizer_without_found_inf_is_skipped_by_fp16_overflow(make):
     model, before = Matrices(), weights(Matrices())
-    step = TrainStep(model, make(model.parameters()), CPU, "fp16", NEVER)
+    step = TrainStep(Weights(model, "fp16"), make(model.parameters()), NEVER)
     step.scale.fill_(2.0**40)  # scaled gradients of a few units are beyond fp16
     step([ONES], learning_rate=0.01)
     assert torch.equal(weights(model), before) and step.scale.item() == 2.0**39
@@ -271,7 +279,7 @@ FUSED = {
 def test_fused_optimizer_makes_the_same_update_as_a_plain_one(model, batch, make, precision):
     plain_model = copy.deepcopy(model)
     fused, plain = (
-        TrainStep(each, make(each.parameters(), is_fused), CPU, precision, grad_clip=0.25)
+        TrainStep(Weights(each, precision), make(each.parameters(), is_fused), grad_clip=0.25)
         for each, is_fused in ((model, True), (plain_model, False))
     )
     marked = hasattr(fused.optimizer, "_step_supports_amp_scaling")  # Adagrad since PyTorch 2.13
@@ -302,7 +310,7 @@ def test_training_begins_with_the_first_update_that_is_not_skipped(make, filled_
     found = []
     for overflows in (0, 2):
         model = Matrices()
-        step = TrainStep(model, make(model.parameters()), CPU, "fp16", NEVER)
+        step = TrainStep(Weights(model, "fp16"), make(model.parameters()), NEVER)
         for scale in [2.0**40] * overflows + [64.0] * 3:
             step.scale.fill_(scale)
             step([ONES], learning_rate=0.01)
@@ -325,13 +333,13 @@ CAPTURABLE = {
 def test_capturable_optimizer_without_a_cuda_device_is_rejected(make):
     optimizer = make(Matrices().parameters(), capturable=True)
     with pytest.raises(UserError, match=r"with capturable=True needs a CUDA device, not cpu; set"):
-        TrainStep(Matrices(), optimizer, CPU, "fp32", NEVER)
+        TrainStep(Weights(Matrices(), "fp32"), optimizer, NEVER)
 
 
 def test_fused_capturable_optimizer_works_without_a_cuda_device():
     model = Matrices()
     optimizer = torch.optim.AdamW(model.parameters(), capturable=True, fused=True)
-    step = TrainStep(model, optimizer, CPU, "fp32", NEVER)
+    step = TrainStep(Weights(model, "fp32"), optimizer, NEVER)
     step([ONES], learning_rate=0.01)
     assert not torch.equal(weights(model), weights(Matrices()))
 
@@ -339,13 +347,15 @@ def test_fused_capturable_optimizer_works_without_a_cuda_device():
 def test_group_may_have_a_peak_learning_rate_of_its_own(model, batch):
     first, *others = model.parameters()
     groups = [{"params": [first], "lr_scale": 0.0}, {"params": others, "lr_scale": 0.5}]
-    step = TrainStep(model, torch.optim.SGD(groups, fused=True), CPU, "fp32", NEVER)
+    step = TrainStep(Weights(model, "fp32"), torch.optim.SGD(groups, fused=True), NEVER)
     plain = sgd(copy.deepcopy(model))
     before = [p.detach().clone() for p in model.parameters()]
     for each in (step, plain):
         each([batch], learning_rate=1.0)
     assert torch.equal(first, before[0])
-    for p, q, start in zip(model.parameters(), plain.model.parameters(), before, strict=True):
+    for p, q, start in zip(
+        model.parameters(), plain.weights.model.parameters(), before, strict=True
+    ):
         if p is not first:
             torch.testing.assert_close(p - start, 0.5 * (q - start))
 
@@ -393,7 +403,7 @@ def test_fp16_update_uses_unscaled_gradient(batch):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_steps_memorise_a_batch(model, batch, precision):
-    step = TrainStep(model, optimizers.adamw(model, 0.0, (0.9, 0.95)), CPU, precision, 1.0)
+    step = adamw(model, precision, weight_decay=0.0)
     losses = [update(step, [batch], learning_rate=1e-2)[0] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -405,7 +415,9 @@ def test_half_precision_copy_follows_master_weights(model, batch, precision, dty
     for _ in range(2):
         assert all(
             torch.equal(copied, p.to(dtype))
-            for copied, p in zip(step.compute_model.parameters(), model.parameters(), strict=True)
+            for copied, p in zip(
+                step.weights.compute_model.parameters(), model.parameters(), strict=True
+            )
         )
         before = weights(model)
         step([batch], learning_rate=1.0)
@@ -418,4 +430,4 @@ def test_half_precision_accumulates_tiny_updates():
     for _ in range(100):
         step([ZEROS], learning_rate=1e-4)  # the gradient is a half
     assert model.weight[0].item() == pytest.approx(1 - 0.005, rel=1e-4)
-    assert step.compute_model.weight[0].item() != 1.0
+    assert step.weights.compute_model.weight[0].item() != 1.0

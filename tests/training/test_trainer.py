@@ -67,7 +67,7 @@ def test_trainer_resumes_bit_for_bit(tmp_path, precision):
 def test_trainer_resumes_best_weights(tmp_path):
     trainer = make_trainer()
     advance(trainer, 1)
-    trainer.early_stopping.update(5.0, 1, trainer.model)
+    trainer.early_stopping.update(5.0, 1, trainer.weights.state())
     best = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     for saved_at in (1, 3):  # the best weights are the model's own, then older ones
         trainer.save(tmp_path)
@@ -78,7 +78,7 @@ def test_trainer_resumes_best_weights(tmp_path):
         for name, weight in best.items():
             assert torch.equal(weight, resumed.early_stopping.best_weights[name]), name
         advance(trainer, 2)
-        trainer.early_stopping.update(6.0, 3, trainer.model)
+        trainer.early_stopping.update(6.0, 3, trainer.weights.state())
 
 
 def test_trainer_does_not_resume_without_a_checkpoint(tmp_path):
@@ -105,7 +105,7 @@ def test_trainer_rejects_optimizer_state_that_it_cannot_save_in_the_first_update
             super().step()
             self.state[self.param_groups[0]["params"][0]]["past"] = collections.deque([1.0])
 
-    monkeypatch.setattr(optimizers, "build", lambda model, _: Averaging(model.parameters()))
+    monkeypatch.setattr(optimizers, "build", lambda parameters, _: Averaging(parameters))
     trainer = make_trainer(precision=precision)
     if precision == "fp16":  # the update of the first step is skipped
         trainer._step.scale.fill_(2.0**40)

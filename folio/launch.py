@@ -1,0 +1,141 @@
+"""Starts several processes of a stage on this machine, with torchrun's engine.
+
+If a process is killed, all of them are started again, and the stage resumes from its checkpoint.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from folio import signals
+from folio.distributed import is_started_by_launcher
+from folio.errors import UserError, report
+
+_FRUITLESS = 3  # failures in a row without progress, after which the failing process is left out
+# How a process ends that torchrun's engine stops because another one has failed.
+_STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
+
+
+def count_processes(requested: int | str, device_type: str, most: int) -> int:
+    """The number of processes to start; 1: none, since this process does the work itself.
+
+    requested: runtime.processes. Processes of torchrun or srun do the work themselves. most: the
+    number that `auto` does not exceed.
+    """
+    if is_started_by_launcher():
+        return 1
+    gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    if requested == "auto":
+        return max(1, min(gpus, most))
+    if device_type != "cpu" and int(requested) > max(1, gpus):
+        raise UserError(
+            f"runtime.processes: {requested} processes need as many GPUs, but this machine has"
+            f" {max(1, gpus)}: set it to auto, or runtime.device to cpu"
+        )
+    return int(requested)
+
+
+def run(module: str, count: int, device_type: str, progress: Callable[[], object]) -> None:
+    """Run `python -m module` in `count` processes. Exits with their status unless it is 0.
+
+    progress: returns a value that changes whenever the work has got further. A process that is
+    killed again and again without progress is left out in the end, for example if its GPU is
+    defective.
+    """
+    _set_environment(count, device_type)
+    devices = _visible_gpus() if device_type == "cuda" else [str(n) for n in range(count)]
+    fruitless, before = 0, progress()
+    with signals.passed_on() as passed_on:
+        while True:
+            if device_type == "cuda":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            exit_codes = _run_once(module, len(devices), passed_on)
+            if not exit_codes:
+                return
+            rank, code = exit_codes[0]
+            if passed_on.number or code > 0:
+                _exit(code, passed_on.number)
+            fruitless, before = (fruitless + 1, before) if progress() == before else (1, progress())
+            line = f"process {rank} was killed by {signals.name(-code)}"
+            if fruitless < _FRUITLESS:
+                report(f"{line}: starting all {len(devices)} again from the last checkpoint")
+            elif len(devices) > 1:
+                del devices[rank]
+                fruitless = 0
+                report(f"{line} {_FRUITLESS} times: continuing with {len(devices)} without it")
+            else:
+                report(f"{line} {_FRUITLESS} times; run the same command again to resume")
+                sys.exit(1)
+
+
+def _run_once(module: str, count: int, passed_on: signals.PassedOn) -> list[tuple[int, int]]:
+    """Start the processes and wait for them. Returns (rank, exit code) of those that failed, in
+    the order in which they did; [] if none has."""
+    failed: list[tuple[int, int]] = []
+    engine = threading.Thread(target=_run_engine, args=[module, count, failed], daemon=True)
+    engine.start()  # in the main thread, it would replace the signal handlers
+    while engine.is_alive():
+        engine.join(0.1)
+        passed_on.to(psutil.Process().children())
+    return failed
+
+
+def _run_engine(module: str, count: int, failed: list[tuple[int, int]]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"folio-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,  # it would also restart after an error that will occur again
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module)
+    except ChildFailedError as error:
+        found = [
+            (f.timestamp, f.exitcode in _STOPPED, r, f.exitcode) for r, f in error.failures.items()
+        ]
+        failed += [(rank, code) for *_, rank, code in sorted(found)]
+    except Exception as error:
+        report(f"torchrun's engine failed: {error}")
+        failed.append((0, 1))
+
+
+def _exit(code: int, stop: int) -> None:
+    """Exit with the status of a process that has failed, or was stopped by a signal."""
+    if code < 0:  # it was still starting, so it has not reported anything
+        report(f"stopped by {signals.name(stop)}; run the same command again to continue")
+    sys.exit(code if code > 0 else 128 - code)
+
+
+def _set_environment(count: int, device_type: str) -> None:
+    """Set what the processes inherit, unless the user has set it."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+    if device_type == "cpu":  # as many threads as cores, in all processes together
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+
+
+def _loopback_interface() -> str:
+    """The network interface that exists without a network: lo, or lo0."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == "127.0.0.1" for a in addresses):
+            return name
+    return "lo"
+
+
+def _visible_gpus() -> list[str]:
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(n) for n in range(torch.cuda.device_count())]
