@@ -1,6 +1,5 @@
 """Compares two projects' results, and a project with its runs in MLflow."""
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,19 +9,21 @@ os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import mlflow
+import torch
 from mlflow.entities import Run, ViewType
 from safetensors.torch import load_file
 
 from benchmarks.project import read_history
+from folio.gpt import weight_files
 from folio.run import RECORD
 from folio.tracking import logged_models
 
 
 def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
     """Yield how weights, history and files of a project differ from the expected ones."""
-    files = [project / "models/gpt2/model.safetensors" for project in (expected, folder)]
-    if len({hashlib.sha256(file.read_bytes()).digest() for file in files}) > 1:
-        one, other = map(load_file, files)
+    models = [project / "models/gpt2" for project in (expected, folder)]
+    if len(set(map(weight_files.sha256, models))) > 1:
+        one, other = map(read_weights, models)
         largest = max(float((one[name] - other[name]).abs().max()) for name in one)
         yield f"weights differ by up to {largest:.2e}"
     columns = ("step", "train_loss", "learning_rate", "grad_norm", "val_loss")
@@ -40,6 +41,12 @@ def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
     )
     if one != other:
         yield f"leftover or missing files: {sorted(one ^ other)}"
+
+
+def read_weights(model: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a Hugging Face folder, by name."""
+    files = model.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def compare_mlflow(folder: Path, uri: str) -> Iterator[str]:

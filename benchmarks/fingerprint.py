@@ -3,7 +3,7 @@
     python -m benchmarks.fingerprint tiny laptop
     python -m benchmarks.fingerprint seed-30m        # on a GPU, in bf16
 
-Prints the sha256 of the weights, and of the history without values that depend on the clock.
+Prints the checksum of the weights, and that of the history without values that depend on the clock.
 Fingerprints are only comparable on the same machine with the same version of PyTorch.
 """
 
@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import yaml
+
+from folio.gpt import weight_files
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", "data/pretrained", "params.yaml", "dvc.yaml")
@@ -67,15 +69,14 @@ def write_project(folder: Path, case: str) -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """The sha256 of the weights, and of the history with sorted keys and without times."""
-    weights = (folder / "models/gpt2/model.safetensors").read_bytes()
+    """Checksums of the weights, and of the history with sorted keys and without times."""
     rows = []
     for line in (folder / "models/training/history.jsonl").read_text().splitlines():
         row = json.loads(line)
         rows.append({k: v for k, v in row.items() if k not in ("time", "tokens_per_second")})
     history = "\n".join(json.dumps(row, sort_keys=True) for row in rows)
     return {
-        "weights": hashlib.sha256(weights).hexdigest(),
+        "weights": weight_files.sha256(folder / "models/gpt2"),
         "history": hashlib.sha256(history.encode()).hexdigest(),
     }
 

@@ -49,7 +49,7 @@ def export_model(gpt: "GPT", origin: "Origin | None", target: Path) -> str:
     and leaves no part of it behind.
     """
     from folio.cli import model_card, notices
-    from folio.gpt import huggingface
+    from folio.gpt import huggingface, weight_files
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,8 @@ def export_model(gpt: "GPT", origin: "Origin | None", target: Path) -> str:
             folder = Path(parent) / target.name
             huggingface.save(gpt, folder)
             digest = huggingface.weights_sha256(folder)
-            text = model_card.write(gpt, origin, target.name, digest)
+            sharded = (folder / weight_files.INDEX).exists()
+            text = model_card.write(gpt, origin, target.name, digest, sharded)
             files.write_text(folder / "README.md", text)
             files.write_text(folder / "NOTICE", notices.VOCABULARY)
             folder.rename(target)  # an empty folder is replaced

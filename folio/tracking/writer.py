@@ -11,6 +11,7 @@ from mlflow.entities import Run as MlflowRun
 
 from folio import files, signals
 from folio.errors import UserError
+from folio.gpt import weight_files
 from folio.run import MODEL, RECORD, Record, Run, now_ms
 from folio.tracking import logged_models, queries
 from folio.tracking.artifacts import Artifacts
@@ -253,7 +254,7 @@ def is_linked(linked: dict[str, float], name: str, value: float) -> bool:
 def _check_model(run: Run) -> None:
     """Raise UserError if a run's model is not the one that was saved at the end of training."""
     digest = run.record.tags.get("weights_sha256", "")
-    if run.model and not logged_models.has_weights(run.model, digest):
+    if run.model and not weight_files.has_sha256(run.model, digest):
         raise UserError(
             f"the weights of {run.record.name} in {MODEL} are damaged: their checksum does not"
             " match the record; `dvc repro --force train` trains the model again"

@@ -74,7 +74,7 @@ def write(trainer: Trainer, record: Record | None, root: Path) -> None:
     for name, text in texts.items():
         files.write_text(out / name, text)
     write_history(rows, out / HISTORY)
-    weights = files.sha256(root / "models/gpt2/model.safetensors")
+    weights = huggingface.weights_sha256(root / "models/gpt2")
     tags = record.tags | {"weights_sha256": weights}
     write_record(replace(record, ended=rows[-1]["time"], tags=tags), out / RECORD)
 

@@ -281,12 +281,12 @@ def test_weights_of_other_shapes_or_another_number_are_rejected(folder):
     path = folder / "model.safetensors"
     weights = safetensors.torch.load_file(path)
     change(folder / "config.json", n_layer=3)
-    assert "does not match config.json" in load_error(folder)
+    assert "do not match config.json" in load_error(folder)
     change(folder / "config.json", n_layer=2, vocab_size=ROWS + 1)
-    assert "does not match config.json" in load_error(folder)
+    assert "do not match config.json" in load_error(folder)
     change(folder / "config.json", vocab_size=ROWS)
     safetensors.torch.save_file(weights | {"extra": torch.ones(1)}, path)
-    assert "does not match config.json" in load_error(folder)
+    assert "do not match config.json" in load_error(folder)
     safetensors.torch.save_file(weights, path)
     huggingface.load(folder)
 
@@ -360,7 +360,7 @@ def test_config_with_false_sizes_builds_no_model(folder, monkeypatch, key, value
 
     change(folder / "config.json", **{key: value})
     monkeypatch.setattr(huggingface, "GPT", build)
-    assert "does not match config.json" in load_error(folder)
+    assert "do not match config.json" in load_error(folder)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_tensors_of_another_model_are_named_in_the_error(folder, change, reason)
     path = folder / "model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
     error = load_error(folder)
-    assert "does not match config.json" in error and reason in error
+    assert "do not match config.json" in error and reason in error
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

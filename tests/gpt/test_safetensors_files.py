@@ -11,7 +11,7 @@ from conftest import NOT_FILES, replace_by
 
 from folio import files
 from folio.errors import UserError
-from folio.gpt import huggingface, safetensors_files
+from folio.gpt import huggingface, safetensors_files, weight_files
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 101}
 
@@ -33,7 +33,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def change_index(folder: Path, change) -> None:
-    path = folder / safetensors_files.INDEX
+    path = folder / weight_files.INDEX
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
@@ -98,7 +98,7 @@ def test_index_that_names_a_file_elsewhere_is_rejected(folder, name):
     ids=lambda content: content[:20],
 )  # fmt: skip
 def test_damaged_index_is_named_in_the_error(folder, content):
-    (folder / safetensors_files.INDEX).write_bytes(content.encode("latin-1"))
+    (folder / weight_files.INDEX).write_bytes(content.encode("latin-1"))
     assert "is not an index of weight files" in load_error(folder)
 
 
@@ -112,7 +112,7 @@ def test_index_without_files_or_with_too_many_is_rejected(folder):
 
 
 def test_huge_index_is_not_read(folder):
-    with (folder / safetensors_files.INDEX).open("ab") as file:
+    with (folder / weight_files.INDEX).open("ab") as file:
         file.truncate(1 << 40)  # a sparse file
     assert "it is larger than" in load_error(folder)
 
@@ -120,7 +120,7 @@ def test_huge_index_is_not_read(folder):
 @pytest.mark.parametrize("kind", NOT_FILES)
 @pytest.mark.parametrize("which", ["index", "shard"])
 def test_special_files_give_a_one_line_error_and_never_block(folder, which, kind):
-    path = folder / safetensors_files.INDEX if which == "index" else shards(folder)[1]
+    path = folder / weight_files.INDEX if which == "index" else shards(folder)[1]
     replace_by(path, kind)
     assert path.name in load_error(folder)
 
@@ -211,22 +211,22 @@ def test_weights_larger_than_the_memory_give_a_one_line_error(folder, monkeypatc
 
 def test_sha256_of_one_file_is_that_of_the_file(tmp_path):
     one = write(tmp_path / "one", max_shard_size="1GB")
-    assert safetensors_files.sha256(one) == files.sha256(one / "model.safetensors")
+    assert weight_files.sha256(one) == files.sha256(one / "model.safetensors")
 
 
 def test_sha256_covers_the_index_and_every_shard(folder):
-    found = {safetensors_files.sha256(folder)}
-    for path in [*shards(folder), folder / safetensors_files.INDEX]:
+    found = {weight_files.sha256(folder)}
+    for path in [*shards(folder), folder / weight_files.INDEX]:
         content = path.read_bytes()
         path.write_bytes(content + b" ")
-        found.add(safetensors_files.sha256(folder))
+        found.add(weight_files.sha256(folder))
         path.write_bytes(content)
     assert len(found) == len(shards(folder)) + 2
     (folder / "README.md").write_text("about it")
-    assert safetensors_files.sha256(folder) in found
+    assert weight_files.sha256(folder) in found
 
 
 def test_sha256_of_a_folder_without_weights_is_an_error(tmp_path):
     for name in ("", "nowhere"):
         with pytest.raises(UserError, match=r"is missing|there is no model in"):
-            safetensors_files.sha256(tmp_path / name)
+            weight_files.sha256(tmp_path / name)
