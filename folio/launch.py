@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import psutil
@@ -18,7 +19,7 @@ from folio import signals
 from folio.distributed import is_started_by_launcher
 from folio.errors import UserError, report
 
-_FRUITLESS = 3  # failures in a row without progress, after which the failing process is left out
+_MOST_FAILURES = 4  # of the same process without any progress; then it is left out
 # How a process ends that torchrun's engine stops because another one has failed.
 _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
@@ -51,7 +52,7 @@ def run(module: str, count: int, device_type: str, progress: Callable[[], object
     """
     _set_environment(count, device_type)
     devices = _visible_gpus() if device_type == "cuda" else [str(n) for n in range(count)]
-    fruitless, before = 0, progress()
+    failures, before = Counter[int](), progress()  # of each process, without progress
     with signals.passed_on() as passed_on:
         while True:
             if device_type == "cuda":
@@ -62,16 +63,18 @@ def run(module: str, count: int, device_type: str, progress: Callable[[], object
             rank, code = exit_codes[0]
             if passed_on.number or code > 0:
                 _exit(code, passed_on.number)
-            fruitless, before = (fruitless + 1, before) if progress() == before else (1, progress())
+            if (now := progress()) != before:
+                failures, before = Counter(), now
+            failures[rank] += 1
             line = f"process {rank} was killed by {signals.name(-code)}"
-            if fruitless < _FRUITLESS:
+            if failures[rank] < _MOST_FAILURES:
                 report(f"{line}: starting all {len(devices)} again from the last checkpoint")
             elif len(devices) > 1:
                 del devices[rank]
-                fruitless = 0
-                report(f"{line} {_FRUITLESS} times: continuing with {len(devices)} without it")
+                failures = Counter()
+                report(f"{line} {_MOST_FAILURES} times: continuing without it")
             else:
-                report(f"{line} {_FRUITLESS} times; run the same command again to resume")
+                report(f"{line} {_MOST_FAILURES} times; run the same command again to resume")
                 sys.exit(1)
 
 

@@ -2,7 +2,7 @@
 
 The folder of a training run has a subfolder per checkpoint, such as `step-00000500/`, which
 contains `state.safetensors` (every tensor, and everything else as JSON in its header) and `sha256`.
-If the weights are sharded, the tensors that are divided by rows are in `shard-*.safetensors`.
+If the weights are sharded, the tensors that are divided by rows are in the folder `shards`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from folio.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_STATE, _SUMS = "state.safetensors", "sha256"
+_STATE, _SUMS, _SHARDS = "state.safetensors", "sha256", "shards"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def save(
             from folio.training import sharded_checkpoint  # importing it takes a second
 
             with group.agreeing():
-                sharded_checkpoint.save(temporary, parts, checkpoint.rows, mesh)
+                sharded_checkpoint.save(temporary / _SHARDS, parts, checkpoint.rows, mesh)
         with group.agreeing():
             if group.is_main:
                 _write_state(temporary, whole, checkpoint)
@@ -157,7 +157,7 @@ def _verify(place: Path) -> None:
     """Raise ValueError or OSError unless the files of a checkpoint match their checksums."""
     lines = [line.split("  ") for line in (place / _SUMS).read_text().splitlines()]
     sums = {name: digest for digest, name in lines}
-    if _STATE not in sums or sums.keys() != {file.name for file in _tensor_files(place)}:
+    if _STATE not in sums or sums.keys() != set(_tensor_files(place)):
         raise ValueError("a file is missing")
     if any(files.sha256(place / name) != digest for name, digest in sums.items()):
         raise ValueError("its checksum does not match")
@@ -186,7 +186,7 @@ def _read(place: Path, step: int, mesh: "DeviceMesh | None") -> Checkpoint:
     if rows.keys() - tensors.keys():
         from folio.training import sharded_checkpoint
 
-        tensors |= sharded_checkpoint.load(place, mesh)
+        tensors |= sharded_checkpoint.load(place / _SHARDS, mesh)
     return Checkpoint(step, tensors, state, rows)
 
 
@@ -203,18 +203,19 @@ def _write_state(place: Path, tensors: dict[str, torch.Tensor], checkpoint: Chec
 
 def _finish(temporary: Path, place: Path) -> None:
     """Write the checksums, make everything durable and rename the folder to its final name."""
-    sums = [f"{files.sha256(file)}  {file.name}\n" for file in _tensor_files(temporary)]
+    sums = [f"{files.sha256(temporary / name)}  {name}\n" for name in _tensor_files(temporary)]
     (temporary / _SUMS).write_text("".join(sums))
-    for file in temporary.iterdir():
-        _fsync(file)
-    _fsync(temporary)
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
     files.remove_folder(place)
     temporary.rename(place)
     _fsync(place.parent)
 
 
-def _tensor_files(place: Path) -> list[Path]:
-    return sorted(place.glob("*.safetensors"))
+def _tensor_files(place: Path) -> list[str]:
+    """The paths of the files in a checkpoint's folder, relative to it."""
+    found = place.rglob("*.safetensors")
+    return sorted(file.relative_to(place).as_posix() for file in found)
 
 
 def steps(folder: Path) -> list[int]:

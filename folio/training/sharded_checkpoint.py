@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-PATTERN = "shard-*.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 

@@ -46,7 +46,9 @@ class ShardedWeights(Weights):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in model.transformer.h:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        # The master weights have no backward pass, after which FSDP would free the gathered ones.
+        free = None if model is self.compute_model else True
+        fully_shard(model, mesh=self.mesh, mp_policy=policy, reshard_after_forward=free)
         for method in ("loss", "token_losses"):
             register_fsdp_forward_method(model, method)
         self._sharded[model] = list(model.parameters())  # during a pass there are others

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY
 
 from folio import device, params
+from folio.distributed import ONE_PROCESS
 from folio.errors import UserError
 from folio.gpt.model import ModelParams
 from folio.run import HISTORY, read_history, write_history
@@ -31,10 +32,10 @@ def settings(section, cls):
 MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
 
 
-def make_trainer(model=MODEL, train=TRAIN, precision="fp32"):
+def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS):
     ids = np.random.default_rng(1).integers(97, size=700).astype(np.uint16)
     data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest")
-    return Trainer(model, train, data, CPU, precision, None)
+    return Trainer(model, train, data, CPU, precision, None, group)
 
 
 def advance(trainer, steps):
