@@ -99,7 +99,11 @@ def plain_step(
     return step
 
 
-def build_nanogpt(work: Work, clone: Path) -> Callable[[], object]:
+def build_nanogpt(
+    work: Work,
+    clone: Path,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+) -> Callable[[], object]:
     spec = importlib.util.spec_from_file_location("nanogpt", clone / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -111,7 +115,7 @@ def build_nanogpt(work: Work, clone: Path) -> Callable[[], object]:
         model = module.GPT(config).to(work.where)
         optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, kind)
     model = torch.compile(model) if kind == "cuda" else model
-    return plain_step(work, model, lambda model, x, y: model(x, y)[1], optimizer)
+    return plain_step(work, wrap(model), lambda model, x, y: model(x, y)[1], optimizer)
 
 
 def build_transformers(work: Work) -> Callable[[], object]:
