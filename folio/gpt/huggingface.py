@@ -61,13 +61,14 @@ def save(
     `row` [vocabulary size] is the embedding row of each token, for a model in which tokens share
     rows. `weights` are the names and values to write instead of the model's own: each name of its
     state dict once, in any order. They are consumed one by one, so they can be gathered one by one
-    from the processes that share a model. Weights of more than 5 GB are split into several files.
+    from the processes that share a model, and to the end even after a failure, because those
+    processes take part. Weights of more than 5 GB are split into several files.
 
     The folder is written under a temporary name and then renamed. A failure raises OSError and
     leaves the previous folder untouched.
     """
     state = model.state_dict()
-    weights = state.items() if weights is None else weights
+    weights = iter(state.items() if weights is None else weights)
     shapes = {
         name: tuple(reversed(tensor.shape) if name.endswith(_TRANSPOSED) else tensor.shape)
         for name, tensor in state.items()
@@ -75,9 +76,9 @@ def save(
     if row is not None:
         shapes[_EMBEDDING] = (len(row), model.params.n_embd)
     temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         stored = ((name, _stored(name, tensor, row)) for name, tensor in weights)
         safetensors_files.write(temporary, shapes, stored)
         config = _config(model.params, shapes[_EMBEDDING][0])
@@ -95,6 +96,8 @@ def save(
             temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        for _ in weights:
+            pass
         raise
 
 
