@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import transformers  # imports its models when they are used
-from conftest import commit, folio, inside, run, succeed
+from conftest import commit, folio, inside, run, set_params, succeed
 
 from benchmarks.comparison import compare_mlflow, compare_outs
 from folio import files
 from folio.errors import UserError
 from folio.gpt import huggingface, safetensors_files, weight_files
+from folio.gpt.validation import token_losses
 from folio.run import read_training
-from folio.tokens import tokenizer
+from folio.tokens import token_files, tokenizer
 from folio.tracking import logged_models, registry
 from folio.tracking.store import Store
 
@@ -119,3 +120,16 @@ def test_damaged_shard_in_the_workspace_is_refused_by_evaluate_and_sample(projec
     assert "models/gpt2 is not the model that models/training describes" in done.stderr
     succeed(copy, "dvc", "checkout", "--force")
     assert huggingface.load(copy / "models/gpt2").params.n_embd == 16
+
+
+def test_model_that_two_processes_share_is_saved_in_the_same_files(project, tmp_path):
+    copy = shutil.copytree(project, tmp_path / "copy")
+    shutil.rmtree(copy / "models/gpt2")
+    set_params(copy, {"train.parallel": "fsdp", "runtime.processes": 2})
+    succeed(copy, "python", "-m", "stages.train")
+    names = [path.name for path in (copy / "models/gpt2").iterdir()]
+    assert sorted(names) == sorted(path.name for path in (project / "models/gpt2").iterdir())
+    trained, data = read_training(copy), token_files.read(copy / "data/prepared")
+    losses = token_losses(huggingface.load(copy / "models/gpt2"), data.val)
+    assert losses.mean() == pytest.approx(trained.summary["best_val_loss"], abs=1e-5)
+    assert trained.record.tags["weights_sha256"] == weight_files.sha256(copy / "models/gpt2")
