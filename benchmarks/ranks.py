@@ -64,7 +64,7 @@ def kill_ranks(command: Command, folder: Path, options: argparse.Namespace) -> l
         workers = [p for p in trainers(folder) if p.ppid() in {q.pid for q in trainers(folder)}]
         if len(workers) < options.processes or old & set(workers):
             continue
-        end = time.monotonic() + rng.uniform(0, 12)  # from their start: some while they import
+        end = time.monotonic() + rng.uniform(0, 20)  # from their start: some while they import
         while (
             time.monotonic() < end
             and latest_step(folder) < last + 0.8 * options.steps / options.kills

@@ -19,7 +19,7 @@ from folio import signals
 from folio.distributed import is_started_by_launcher
 from folio.errors import UserError, report
 
-_MOST_FAILURES = 4  # of the same process without any progress; then it is left out
+_MOST_FAILURES = 6  # of the same process without any progress; then it is left out
 # How a process ends that torchrun's engine stops because another one has failed.
 _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
