@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from folio import device, distributed
 from folio.distributed import Group
@@ -115,12 +114,11 @@ def _work(task: Task, rank: int, count: int, port: int, pipe: Connection) -> Non
         pipe.send((None, None))
         while question := pipe.recv():
             pipe.send((answer(*question), None))
-        if count > 1:
-            dist.destroy_process_group()
-    except torch.OutOfMemoryError:
-        pipe.send((None, OUT_OF_MEMORY))
     except Exception as error:
-        pipe.send((None, f"process {rank}: {type(error).__name__}: {error}"))
+        name, text = type(error).__name__, str(error)
+        is_memory = any(words in name + text for words in ("OutOfMemory", "out of memory", "ALLOC"))
+        pipe.send((None, OUT_OF_MEMORY if is_memory else f"process {rank}: {name}: {text[:300]}"))
+    os._exit(0)  # the communicator need not be taken down, for which processes wait for each other
 
 
 def seconds_per_call(
