@@ -70,12 +70,15 @@ class Speed:
     reserved: float  # peak of what PyTorch holds on a GPU, GB
 
 
-def train_task(setting: Setting, group: Group, where: torch.device) -> Callable[..., Any]:
-    """A process of Folio's training. See Team."""
+def train_task(
+    setting: Setting, group: Group, where: torch.device, alone: bool = False
+) -> Callable[..., Any]:
+    """A process of Folio's training. See Team. alone: each process trains a model of its own."""
+    trained_by = Group() if alone else group
     tree = yaml.safe_load(params.FILE.read_text())
     settings = {
         "batch_size": setting.windows,
-        "accumulation": group.count,
+        "accumulation": trained_by.count,
         "precision": setting.precision,
         "parallel": setting.parallel,
         "compile": setting.compile,
@@ -95,7 +98,7 @@ def train_task(setting: Setting, group: Group, where: torch.device) -> Callable[
     with where:  # random weights are drawn on the GPU
         trainer = Trainer(
             *(setting.size, TrainParams(**tree["train"] | settings), data, where),
-            *(setting.precision, None, group),
+            *(setting.precision, None, trained_by),
         )
     numbers = itertools.count()
 
@@ -260,6 +263,7 @@ def main() -> None:
     parser.add_argument("--variant", default="gpt2-124m", help="for the second table")
     parser.add_argument("--windows", type=int, default=32, help="per GPU, for the second table")
     parser.add_argument("--nanogpt", type=Path, help="the path of a clone of nanoGPT")
+    parser.add_argument("--alone", action="store_true", help="also separate runs at the same time")
     parser.add_argument("--varying", action="store_true", help="also deterministic: false")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9, help="start nothing in the last two")
@@ -280,6 +284,8 @@ def main() -> None:
         windows = 2 if tiny else options.windows
         setting = Setting(tiny or read_size(options.variant), windows, precision, seconds=seconds)
         contenders = {"Folio": partial(train_task, setting)}
+        if options.alone:
+            contenders["Folio, not together"] = partial(train_task, setting, alone=True)
         if options.nanogpt:
             contenders["nanoGPT, DDP"] = partial(nanogpt_task, setting, options.nanogpt.resolve())
         if options.varying:

@@ -53,7 +53,10 @@ def main() -> None:
 
 
 def kill_ranks(command: Command, folder: Path, options: argparse.Namespace) -> list[int]:
-    """Kill random processes at random times while the command runs. Returns their ranks."""
+    """Kill random processes at random times while the command runs. Returns their ranks.
+
+    One kill in four comes while the processes start, the others after some steps.
+    """
     rng, ranks, last = random.Random(options.seed), [], 0
     old: set[psutil.Process] = set()
     while len(ranks) < options.kills and command.process.poll() is None:
@@ -64,12 +67,13 @@ def kill_ranks(command: Command, folder: Path, options: argparse.Namespace) -> l
         workers = [p for p in trainers(folder) if p.ppid() in {q.pid for q in trainers(folder)}]
         if len(workers) < options.processes or old & set(workers):
             continue
-        end = time.monotonic() + rng.uniform(0, 20)  # from their start: some while they import
-        while (
-            time.monotonic() < end
-            and latest_step(folder) < last + 0.8 * options.steps / options.kills
-        ):
-            time.sleep(0.02)
+        if rng.random() < 0.25:
+            time.sleep(rng.uniform(0, 8))
+        else:
+            target = last + rng.uniform(1, 0.9 * options.steps / options.kills)
+            while latest_step(folder) < target and command.process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.3))
         last = latest_step(folder)
         workers.sort(key=rank_of)
         rank = rng.randrange(len(workers))
