@@ -65,11 +65,6 @@ class Group:
             dist.all_reduce(tensor, group=None if tensor.device.type == "cuda" else self._host)
         return tensor
 
-    def start_sum(self, tensor: torch.Tensor) -> Any:
-        """Like sum_, but returns an object to call `wait` of before the sum is used. Collective."""
-        group = None if tensor.device.type == "cuda" else self._host
-        return dist.all_reduce(tensor, group=group, async_op=True)
-
     def gather(self, value: T) -> list[T]:
         """The value of each process, by rank. Collective."""
         if self.count == 1:

@@ -5,8 +5,7 @@ number of channels per attention head, and V the number of rows in the token emb
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,7 @@ class GPT(nn.Module):
         super().__init__()
         self.params = params
         self.gradient_checkpointing = False
-        self._compiled: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._compiled_blocks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.transformer = Transformer(params, rows)
         log = None if multiplicity is None else torch.as_tensor(multiplicity).float().log()
         self.register_buffer("log_multiplicity", log, persistent=False)
@@ -148,32 +147,28 @@ class GPT(nn.Module):
         assert not (cache and cache.length), "the cache must be empty: Decoder.step extends it"
         x = t.drop(t.wte(x) + t.wpe(torch.arange(T, device=x.device)))
         if cache is None:
-            for run in self._compiled or [self._run_blocks]:
-                x = run(x)
-            return x
+            blocks = self._compiled_blocks or self._run_blocks
+            return blocks(x)
         for layer, block in enumerate(t.h):
             x = block(x, cache, layer)
         cache.length += T
         return t.ln_f(x)
 
-    def _run_blocks(self, x: torch.Tensor, layers: slice = slice(None)) -> torch.Tensor:
-        for block in self.transformer.h[layers]:
+    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.transformer.ln_f(x) if layers.stop is None else x
+        return self.transformer.ln_f(x)
 
-    def compile(self, pieces: Sequence[slice] = (slice(None),), **options: Any) -> None:
+    def compile(self, **options: Any) -> None:
         """Compile the blocks and the final layer norm. options: those of torch.compile.
 
-        pieces: the blocks to compile together; the gradients of each piece are complete at once.
         The embeddings and the head are not compiled: without compilation, the gradient of the
         embeddings is summed in a fixed order.
         """
-        self._compiled = [
-            torch.compile(partial(self._run_blocks, layers=layers), **options) for layers in pieces
-        ]
+        self._compiled_blocks = torch.compile(self._run_blocks, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map token ids [B, T] to logits [B, T, V]."""

@@ -59,14 +59,13 @@ class ShardedWeights(Weights):
             for block in self.compute_model.transformer.h.children():
                 block.compile(fullgraph=True, dynamic=False)
 
-    def begin(self, loss: torch.Tensor, is_first: bool, is_last: bool) -> None:
-        self._is_last = is_last
+    def begin(self, is_last: bool) -> None:
         model: Any = self.compute_model
         model.set_requires_gradient_sync(is_last)
 
     @torch.no_grad()
-    def collect(self) -> None:
-        if not self._is_last:
+    def collect(self, is_first: bool, is_last: bool) -> None:
+        if not is_last:
             return  # FSDP keeps the sum of the gradients so far
         for p, sharded in zip(self.parameters, self._sharded[self.compute_model], strict=True):
             assert sharded.grad is not None

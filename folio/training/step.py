@@ -122,12 +122,12 @@ class TrainStep:
         windows = self.windows or sum(len(x) for x, _ in batches)
         for number, (x, y) in enumerate(batches, 1):
             divisor = windows / len(x)
+            weights.begin(is_last=number == len(batches))
             scale = self.scale / (divisor / weights.gradient_factor)
             batch_loss = weights.compute_model.loss(x, y, scale)
-            loss += batch_loss.detach() / divisor
-            weights.begin(loss, is_first=number == 1, is_last=number == len(batches))
             batch_loss.backward()
-            weights.collect()
+            loss += batch_loss.detach() / divisor
+            weights.collect(is_first=number == 1, is_last=number == len(batches))
         self._update(*weights.reduce(loss))
         weights.finish()
 

@@ -6,10 +6,8 @@ from the master weights after each update, so that small updates are not lost to
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Tensors = dict[str, torch.Tensor]
-Pair = tuple[nn.Parameter, nn.Parameter]  # of the master weights and of the compute model
 
 
 class Weights:
@@ -61,28 +58,23 @@ class Weights:
         if self.compiled:
             self.compute_model.compile(fullgraph=True, dynamic=False)
 
-    def begin(self, loss: torch.Tensor, is_first: bool, is_last: bool) -> None:
-        """loss: the sum so far. is_first, is_last: whether this is the step's first or last
-        micro-batch."""
-        self._is_first = is_first
-
-    def collect(self) -> None:
-        """Add the compute model's gradients to those of `parameters`, in fp32."""
-        if self.is_half:
-            self._add(list(zip(self.parameters, self.compute_model.parameters(), strict=True)))
+    def begin(self, is_last: bool) -> None:
+        """is_last: whether this is the step's last micro-batch."""
 
     @torch.no_grad()
-    def _add(self, pairs: list[Pair]) -> None:
-        """Move the gradients of the second of each pair to the first, in fp32."""
+    def collect(self, is_first: bool, is_last: bool) -> None:
+        """Add the compute model's gradients to those of `parameters`, in fp32."""
+        if not self.is_half:
+            return
         master, computed = [], []
-        for p, copied in pairs:
+        for p, copied in zip(self.parameters, self.compute_model.parameters(), strict=True):
             if copied.grad is not None:
                 p.grad = torch.empty_like(p) if p.grad is None else p.grad
                 master.append(p.grad)
                 computed.append(copied.grad)
-                copied.grad = None
-        add = torch._foreach_copy_ if self._is_first else torch._foreach_add_
+        add = torch._foreach_copy_ if is_first else torch._foreach_add_
         add(master, computed)
+        self.compute_model.zero_grad(set_to_none=True)
 
     def reduce(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add up the loss and the gradients over all processes. Returns the loss and the norm of
@@ -125,63 +117,22 @@ class Weights:
 class ReplicatedWeights(Weights):
     """Every process has all weights, and the gradients are added up once per step, in fp32.
 
-    They are in one buffer, of which a piece is reduced as soon as the last backward pass has
-    completed it, while the pass goes on. As the order of each sum is fixed, a resumed run is
-    bitwise the same; and the reduction can be captured in a CUDA graph. DistributedDataParallel
-    rearranges the gradients after its first step, so it has neither property.
+    They are in one buffer, which is reduced at once: then each sum has a fixed order, so a resumed
+    run is bitwise the same, and the reduction can be captured in a CUDA graph. DistributedData-
+    Parallel arranges gradients differently after the first step, so it has neither property.
     """
 
     def __init__(self, model: GPT, precision: str, group: Group):
         super().__init__(model, precision)
         self._group = group
-        self._is_first = self._is_last = True
-        self._pending: list[Any] = []  # reductions that have been started
-        names = [name for name, _ in model.named_parameters()]
-        found = list(zip(names, self.parameters, self.compute_model.parameters(), strict=True))
-        self._layers = _thirds(model.params.n_layer)
-        total = sum(p.numel() for p in self.parameters)
-        self._buffer = torch.zeros(total + 1, device=self.device)  # the last element is the loss
-        end = 0
-        groups: list[Callable[[str], bool]] = [partial(_is_in, each) for each in self._layers]
-        for belongs in [*groups, _is_embedding]:
-            pairs = [(p, copied) for name, p, copied in found if belongs(name)]
-            start = end
-            for p, _ in pairs:
-                p.grad = self._buffer[end : end + p.numel()].view_as(p)
-                end += p.numel()
-            last = end + 1 if belongs is _is_embedding else end
-            piece = _Piece(self._buffer[start:last], pairs, len(pairs))
-            for _, copied in pairs:
-                copied.register_post_accumulate_grad_hook(partial(self._complete, piece))
-        assert end == total
-
-    def compile(self) -> None:
-        super().compile()
-        if self.compiled:
-            self.compute_model.compile(self._layers, fullgraph=True, dynamic=False)
-
-    def begin(self, loss: torch.Tensor, is_first: bool, is_last: bool) -> None:
-        self._is_first, self._is_last = is_first, is_last
-        self._buffer[-1] = loss
-
-    def collect(self) -> None:
-        if not self._is_last:
-            super().collect()
-
-    def _complete(self, piece: "_Piece", _: torch.Tensor) -> None:
-        """Reduce a piece of the gradients once all of its parameters have got theirs."""
-        if not self._is_last:
-            return
-        piece.missing = (piece.missing or len(piece.pairs)) - 1
-        if piece.missing == 0:
-            if self.is_half:
-                self._add(piece.pairs)
-            self._pending.append(self._group.start_sum(piece.buffer))
+        self._buffer = torch.zeros(sum(p.numel() for p in self.parameters) + 1, device=self.device)
+        views = self._buffer[:-1].split([p.numel() for p in self.parameters])
+        for p, view in zip(self.parameters, views, strict=True):
+            p.grad = view.view_as(p)
 
     def reduce(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for reduction in self._pending:
-            reduction.wait()
-        self._pending.clear()
+        self._buffer[-1] = loss
+        self._group.sum_(self._buffer)
         return self._buffer[-1].clone(), torch.nn.utils.get_total_norm(self.gradients)
 
     def finish(self) -> None:
@@ -189,34 +140,6 @@ class ReplicatedWeights(Weights):
             self.sync_from_master()
         else:
             self._buffer.zero_()
-
-
-@dataclass
-class _Piece:
-    """Parameters whose gradients are reduced together."""
-
-    buffer: torch.Tensor  # their gradients, flat
-    pairs: list[Pair]
-    missing: int  # number of parameters without a gradient in this pass
-
-
-def _thirds(blocks: int) -> list[slice]:
-    """Which blocks are compiled and reduced together. With more pieces, the later ones would have
-    more time to be reduced, but each would take longer."""
-    bounds = sorted({blocks * n // 3 for n in range(3)})
-    return [slice(a, b) for a, b in zip(bounds, [*bounds[1:], None], strict=True)]
-
-
-def _is_in(layers: slice, name: str) -> bool:
-    """Whether a parameter belongs to these blocks; the final layer norm belongs to the last."""
-    if ".ln_f." in name:
-        return layers.stop is None
-    number = int(name.split(".")[2]) if ".h." in name else -1
-    return number >= layers.start and (layers.stop is None or number < layers.stop)
-
-
-def _is_embedding(name: str) -> bool:
-    return ".wte." in name or ".wpe." in name
 
 
 def place(model: GPT, precision: str, p: TrainParams, group: Group) -> Weights:
