@@ -166,15 +166,30 @@ def join(device_type: str) -> Group:
     os.environ["RANK"] = str(rank)  # srun has not set it
     try:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=count)
-        return Group(rank, count, local_rank)
+        store, _, _ = next(dist.rendezvous("env://", rank, count))
+        store = dist.PrefixStore(_attempt(count), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        group = Group(rank, count, local_rank)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         problem = str(error).splitlines()[0]
         raise UserError(
             f"process {rank} of {count} cannot reach the others at {address} ({problem}): check"
-            " MASTER_ADDR and MASTER_PORT, or the rendezvous endpoint of torchrun"
+            " MASTER_ADDR and MASTER_PORT, or the rendezvous endpoint of torchrun, which needs"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 to restart processes on several machines"
         ) from None
+    signals.exit_even_if_blocked(errors.report)
+    return group
+
+
+def _attempt(count: int) -> str:
+    """A prefix for what the processes store, so that they do not read what was stored before they
+    were restarted: torchrun 2.13 does not clear it.
+
+    The number of restarts is the same in all processes only if they are on one machine.
+    """
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if on_one_machine else ""
 
 
 def is_started_by_launcher() -> bool:

@@ -28,6 +28,8 @@ _UNSUPPORTED = re.compile(
     r"""[?{}\0-\x1f\x7f-\x9f\ud800-\udfff]|%[0-9a-fA-F]{2}|'(?=.*")|"(?=.*')""", re.DOTALL
 )
 
+LAUNCHER = "FOLIO_LAUNCHER"  # set in processes that folio/launch.py has started
+LOST_CONNECTION = 75  # an exit status: EX_TEMPFAIL of sysexits.h
 _silent = False
 
 
@@ -41,8 +43,8 @@ def one_line_errors() -> Iterator[None]:
 
     The exit status is 1 for UserError, for a disk error (see disk_hint) and for a lack of memory,
     and 128 plus the number of the signal for a stop request: 130 for Ctrl-C, 143 for SIGTERM. It is
-    141, as for SIGPIPE, if the reader of the output has exited. Any other exception is a bug and
-    keeps its traceback.
+    141, as for SIGPIPE, if the reader of the output has exited, and LOST_CONNECTION if another
+    process of the same training has. Any other exception is a bug and keeps its traceback.
     """
     with output.guarded(report):
         try:
@@ -61,6 +63,10 @@ def one_line_errors() -> Iterator[None]:
         except (RuntimeError, MemoryError) as error:
             if hint := _memory_hint(error):
                 _exit(f"{hint}{_restore_hint()}")
+            if _is_lost_connection(error):
+                if LAUNCHER not in os.environ:  # it reports which process has ended
+                    report("another process of this training has ended; run the same command again")
+                os._exit(LOST_CONNECTION)
             raise
         except signals.Stopped as stopped:
             report(str(stopped))
@@ -128,6 +134,12 @@ def silence() -> None:
     """Report nothing from now on, because another process reports it."""
     global _silent
     _silent = True
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether the error is PyTorch's after another process of the same group has ended."""
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds or "gloo/transport" in str(error)
 
 
 def report(line: str) -> None:

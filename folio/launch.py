@@ -17,11 +17,14 @@ import torch
 
 from folio import signals
 from folio.distributed import is_started_by_launcher
-from folio.errors import UserError, report
+from folio.errors import LAUNCHER, LOST_CONNECTION, UserError, report
 
 _MOST_FAILURES = 6  # of the same process without any progress; then it is left out
+# How a process ends that did not fail by itself: signals that do not request a stop.
+_FATAL = {-number for number in range(1, signal.NSIG)} - {-number for number in signals.STOPPING}
+_FATAL |= {-signal.SIGABRT}  # NCCL aborts a process that has lost another one
 # How a process ends that torchrun's engine stops because another one has failed.
-_STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
+_STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM, LOST_CONNECTION}
 
 
 def count_processes(requested: int | str, device_type: str, most: int) -> int:
@@ -61,12 +64,13 @@ def run(module: str, count: int, device_type: str, progress: Callable[[], object
             if not exit_codes:
                 return
             rank, code = exit_codes[0]
-            if passed_on.number or code > 0:
-                _exit(code, passed_on.number)
+            if passed_on.number or code not in (LOST_CONNECTION, *_FATAL):
+                _exit(code, passed_on.number or -code)
             if (now := progress()) != before:
                 failures, before = Counter(), now
             failures[rank] += 1
-            line = f"process {rank} was killed by {signals.name(-code)}"
+            killed = f"was killed by {signals.name(-code)}" if code < 0 else "lost a connection"
+            line = f"process {rank} {killed}"
             if failures[rank] < _MOST_FAILURES:
                 report(f"{line}: starting all {len(devices)} again from the last checkpoint")
             elif len(devices) > 1:
@@ -126,6 +130,7 @@ def _exit(code: int, stop: int) -> None:
 
 def _set_environment(count: int, device_type: str) -> None:
     """Set what the processes inherit, unless the user has set it."""
+    os.environ[LAUNCHER] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
     if device_type == "cpu":  # as many threads as cores, in all processes together
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))

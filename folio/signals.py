@@ -185,6 +185,29 @@ def request_elsewhere(number: int, report: Callable[[str], None]) -> None:
         request(name(number), number, report)
 
 
+def exit_even_if_blocked(report: Callable[[str], None]) -> None:
+    """From now on, exit after the grace period even if the main thread is blocked in C code.
+
+    Python handles signals between two instructions of the main thread, which may be waiting for
+    another process that no longer exists.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        global _cause, _status
+        number = 0
+        while number not in STOPPING:
+            [number] = os.read(reading, 1)
+        time.sleep(GRACE_PERIOD)
+        if not _cause:
+            _cause, _status = name(number), 128 + number
+        _exit_now(report)
+
+    threading.Thread(target=wait, name="watchdog", daemon=True).start()
+
+
 def is_deferred() -> bool:
     """Whether a stop request would be deferred."""
     return _deferred
