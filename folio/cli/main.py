@@ -19,6 +19,7 @@ from folio.cli import (
     serve,
     sweep,
     sync,
+    trial,
     ui,
     variant,
 )
@@ -48,6 +49,7 @@ app.command()(remove.remove)
 app.command()(gc.gc)
 app.command()(variant.variant)
 app.command()(sweep.sweep)
+app.command()(trial.trial)
 
 
 def main() -> None:

@@ -31,6 +31,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the trials without running them.")
     ] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Only write the plan; `trial` then trains each trial.")
+    ] = False,
     report: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only write the report of an earlier sweep.")
     ] = None,
@@ -51,7 +54,7 @@ def sweep(
     from folio.runtime import RuntimeParams
     from folio.sweeps import variants
     from folio.sweeps.plan import check_trials, make_plan, make_trials, read_plan
-    from folio.sweeps.sweep import failure_message, run, threads_per_job
+    from folio.sweeps.sweep import failure_message, run, save_plan, threads_per_job
 
     (runtime,) = params.load(runtime=RuntimeParams)
     if report:
@@ -63,6 +66,10 @@ def sweep(
     plan = make_plan(trials, base, name)
     print(plan.overview(), flush=True)
     if dry_run:
+        return
+    if only_plan:
+        save_plan(plan)
+        print(f"\nNext: sbatch --array=1-{len(trials)} deploy/slurm/train.sbatch {plan.name}")
         return
     threads = threads_per_job(jobs, device.resolve_device(runtime.device).type)
     failed = run(plan, jobs, threads)

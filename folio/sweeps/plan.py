@@ -45,6 +45,11 @@ class Plan:
         return self.name == _derive_name(self.baseline, self.changes, self.base, trials)
 
     @property
+    def starts_from_commit(self) -> bool:
+        """Whether the workspace had no uncommitted changes."""
+        return self.changes == _digest("")
+
+    @property
     def fixed(self) -> Trial:
         """The settings that are the same in every trial. Empty if there is only one trial."""
         first, *others = self.trials.values()
@@ -120,7 +125,7 @@ def make_plan(trials: list[Trial], base: Trial, name: str | None) -> Plan:
         baseline = commands.head()
     except commands.NoCommitError as error:
         raise UserError(f"a sweep starts from a git commit, but {error}") from None
-    changes = hashlib.sha256(commands.git("diff", "HEAD").encode()).hexdigest()
+    changes = _digest(commands.git("diff", "HEAD"))
     name = name or _derive_name(baseline, changes, base, trials)
     width = max(2, len(str(len(trials))))
     names = [f"{name}-{number:0{width}}" for number in range(1, len(trials) + 1)]
@@ -153,6 +158,10 @@ def read_plan(name: str) -> Plan:
         raise UserError(
             f"{path} is damaged: remove {path.parent} and run the sweep again"
         ) from None
+
+
+def _digest(changes: str) -> str:
+    return hashlib.sha256(changes.encode()).hexdigest()
 
 
 def _is_valid(plan: Plan) -> bool:

@@ -55,6 +55,20 @@ def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
         ) from None
 
 
+def save_plan(plan: Plan) -> None:
+    """Save the plan without running its trials, which are then trained in clones.
+
+    Raises UserError if there are uncommitted changes, or if another sweep has the same name.
+    """
+    if not plan.starts_from_commit:
+        raise UserError(
+            "the trials would be trained in clones without your uncommitted changes: commit them,"
+            " or undo them (`git diff HEAD` shows them)"
+        )
+    _check_name_is_free(plan)
+    plan.save()
+
+
 def threads_per_job(jobs: int, device_type: str) -> int | None:
     """The number of CPU threads for each of `jobs` parallel trials; None for PyTorch's default.
 

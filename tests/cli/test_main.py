@@ -22,7 +22,7 @@ def test_command_list_imports_neither_pytorch_nor_mlflow():
 def test_command_list_has_all_commands_with_uncut_summaries():
     output = CliRunner().invoke(main.app, ["--help"]).output
     names = {"compare", "doctor", "export", "promote", "sample", "serve", "sweep", "sync", "ui"}
-    names |= {"disk", "gc", "remove", "variant"}
+    names |= {"disk", "gc", "remove", "trial", "variant"}
     assert set(COMMANDS) == names
     assert all(f"\n  {command} " in output for command in COMMANDS)
     assert "..." not in output.partition("Commands:")[2]
