@@ -66,7 +66,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # The longest files first, so that a short one runs last. The page and the notebook can start while
 # the others wait for the first run, which they share.
 LONGEST = ("sync", "app", "notebook", "housekeeping", "cli", "sweep", "remedies", "edits")
-LONGEST += ("pipeline", "team")
+LONGEST += ("slurm", "pipeline", "team")
 LONGEST += ("resume", "init_from", "docs", "integrity", "tracking", "train", "bad_input", "fuzz")
 
 
