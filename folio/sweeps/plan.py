@@ -70,12 +70,16 @@ class Plan:
 
     def finished(self) -> dict[str, str]:
         """The experiments that have finished, each with its commit."""
-        prefix = f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/"
+        prefix = self.ref("")
         refs = commands.git(
             "for-each-ref", "--format=%(objectname) %(refname)", prefix
         ).splitlines()
         commits = {name.removeprefix(prefix): commit for commit, name in map(str.split, refs)}
         return {name: commits[name] for name in self.trials if name in commits}
+
+    def ref(self, experiment: str) -> str:
+        """Git's reference to an experiment, once it has finished."""
+        return f"refs/exps/{self.baseline[:2]}/{self.baseline[2:]}/{experiment}"
 
     def save(self) -> None:
         files.write_text(self.path, json.dumps(dataclasses.asdict(self), indent=2))

@@ -9,6 +9,7 @@ import contextlib
 import shutil
 import subprocess
 from collections.abc import Iterator
+from os.path import relpath
 from pathlib import Path
 
 from folio import commands
@@ -41,7 +42,7 @@ def train(plan: Plan, number: int) -> None:
             command = ["dvc", "exp", "run", "--name", experiment, *options]
             if subprocess.run(command, cwd=folder).returncode:
                 raise UserError(f"{experiment} has not finished: its output is above")
-            commands.dvc("exp", "push", "--no-cache", "origin", experiment, root=folder)
+            commands.git("push", "--quiet", "origin", plan.ref(experiment), root=folder)
     print(f"`dvc exp apply {experiment}` restores its params and its model in the workspace")
 
 
@@ -68,10 +69,11 @@ def _clone(baseline: str, experiment: str) -> Iterator[Path]:
         commands.git("checkout", "--quiet", "--detach", baseline, root=folder)
         if (settings := root / ".dvc/config.local").exists():
             shutil.copy(settings, folder / ".dvc")
-        commands.dvc("config", "--local", "cache.dir", str(cache), root=folder)
+        # Relative, because DVC cannot write every path to its settings.
+        commands.dvc("config", "--local", "cache.dir", relpath(cache, folder), root=folder)
         (folder / UNFINISHED).symlink_to(root / UNFINISHED)
-        if added := commands.git("ls-files", "*.dvc", root=folder).splitlines():
-            commands.dvc("checkout", *added, root=folder)
+        if added := commands.git("ls-files", "-z", "*.dvc", root=folder):
+            commands.dvc("checkout", *added.rstrip("\0").split("\0"), root=folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The trials of a planned sweep; tests/pipeline/test_slurm.py trains some."""
+"""The trials of a planned sweep, up to `dvc exp run`; test_slurm.py trains some."""
 
 import os
 from pathlib import Path
@@ -54,28 +54,33 @@ def test_trial_is_trained_by_one_process_at_a_time(project):
         folio(project, "trial", "seeds", "1")
 
 
-# In place of dvc: shows what `dvc exp run` would find in the clone, and fails.
+# Instead of dvc: records what `dvc exp run` would find in the clone, and fails.
 DVC = """#!/bin/sh
 [ "$1 $2" = "exp run" ] || exit 9
 { pwd; echo "$@"; git log -1 --format=%s; ls -d .checkpoints/seeds-02.lock; } > RESULT
-cat .dvc/config.local >> RESULT
+{ git status --short .checkpoints; cat data/raw/ü.txt; python -m dvc cache dir; } >> RESULT
 exit 1
 """
 
 
 def test_failed_trial_leaves_no_clone(project, tmp_path, monkeypatch):
+    (project / "data/raw/ü.txt").write_text("The sea\n", "utf-8")
+    commands.dvc("add", "data/raw/ü.txt", root=project)
+    commit(project, "a text that DVC tracks")
     folio(project, *PLAN)
-    (tmp_path / "dvc").write_text(DVC.replace("RESULT", str(tmp_path / "result")))
+    result = tmp_path / "result"
+    (tmp_path / "dvc").write_text(DVC.replace("RESULT", str(result)), "utf-8")
     (tmp_path / "dvc").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     leftover = project / CLONES / "tmp-seeds-02/models"
     leftover.mkdir(parents=True)
     with pytest.raises(UserError, match="seeds-02 has not finished: its output is above"):
         folio(project, "trial", "seeds", "2")
-    where, command, subject, lock, *config = (tmp_path / "result").read_text().splitlines()
+    where, command, subject, lock, text, cache = result.read_text("utf-8").splitlines()
     assert Path(where) == (project / CLONES / "tmp-seeds-02").resolve()
     assert command == "exp run --name seeds-02 --set-param train.seed=2"
-    assert subject == "start" and lock and str(project / ".dvc/cache") in " ".join(config)
+    assert (subject, text) == ("a text that DVC tracks", "The sea") and lock
+    assert cache == str((project / ".dvc/cache").resolve())
     assert not leftover.parent.exists() and not is_training(project)
 
 
