@@ -54,6 +54,16 @@ def test_trial_is_trained_by_one_process_at_a_time(project):
         folio(project, "trial", "seeds", "1")
 
 
+def test_gc_waits_for_a_trial(project):
+    folio(project, *PLAN)
+    (project / UNFINISHED).mkdir()
+    with (
+        lock_if_idle(project / UNFINISHED / "seeds-01"),
+        pytest.raises(UserError, match="a training run is going on: wait until it has finished"),
+    ):
+        folio(project, "gc")
+
+
 # Instead of dvc: records what `dvc exp run` would find in the clone, and fails.
 DVC = """#!/bin/sh
 [ "$1 $2" = "exp run" ] || exit 9
