@@ -69,8 +69,8 @@ class Trainer:
             exact=params.deterministic,
             windows=windows,
         )
-        train = self.vocabulary.rows_of(data.train)
-        self._batches = Batches(train, model_params.block_size, params.seed, where)
+        rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
+        self._batches = Batches(data.train, model_params.block_size, params.seed, where, rows)
         self._val = self.vocabulary.rows_of(data.val)
         self.steps_done = 0  # optimizer updates
         self.history = History()

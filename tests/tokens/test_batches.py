@@ -1,12 +1,16 @@
 """Training batches as a pure function of their index."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
 
 from folio.errors import UserError
+from folio.tokens import batches as batches_module
 from folio.tokens import token_files
 from folio.tokens.batches import Batches
+from folio.tokens.read_ahead import ReadAhead
 
 
 def window_starts(batches, epoch):
@@ -88,3 +92,61 @@ def test_text_shorter_than_a_window_is_a_one_line_error_with_a_hint():
     with pytest.raises(UserError, match=r"larger prepare\.validation_fraction"):
         token_files.check_length(text, "validation", 16)
     token_files.check_length(text, "validation", 15)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Batches whose order is computed instead of shuffled."""
+    monkeypatch.setattr(batches_module, "SHUFFLED", 100)
+    return Batches(np.arange(16 * 500, dtype=np.uint16), 16, seed=1)
+
+
+def test_computed_order_has_every_window_once_per_epoch(large):
+    n = large.windows_per_epoch
+    first, second = window_starts(large, 0), window_starts(large, 1)
+    for starts in (first, second):
+        assert sorted(starts) == list(range(min(starts), min(starts) + 16 * n, 16))
+    assert np.argsort(first).tolist() != np.argsort(second).tolist()
+
+
+def test_computed_order_is_a_pure_function_of_first_and_count(large):
+    stream, _ = large.windows(0, 1_500)  # three epochs
+    for first, count in [(1_400, 8), (0, 1), (495, 10), (490, 700), (3, 2)]:
+        assert torch.equal(large.windows(first, count)[0], stream[first : first + count])
+
+
+def test_order_of_a_huge_text_takes_no_memory(tmp_path):
+    with (tmp_path / "train.bin").open("wb") as file:
+        file.truncate(2 * 10**11)  # a sparse file of 10^11 tokens
+    tokens = np.memmap(tmp_path / "train.bin", dtype="<u2", mode="r")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    huge = Batches(tokens, 1_024, seed=1)
+    assert huge.windows(10**9, 16)[0].shape == (16, 1_024)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
+    assert huge.windows_per_epoch == 97_656_248
+
+
+def test_rows_replace_the_token_ids():
+    text = np.random.default_rng(0).integers(50, size=500).astype(np.uint16)
+    row = np.random.default_rng(1).permutation(50).astype(np.uint16)
+    found = Batches(text, 16, seed=1, rows=row).windows(3, 8)
+    for part, whole in zip(found, Batches(row[text], 16, seed=1).windows(3, 8), strict=True):
+        assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_largest_ids_are_read_unchanged(dtype):
+    text = np.arange(1_000, dtype=dtype) + np.array(np.iinfo(dtype).max - 999, dtype=dtype)
+    x, _ = Batches(text, 16, seed=1).windows(0, 61)
+    assert x.min() > np.iinfo(dtype).max - 1_000 and x.max() <= np.iinfo(dtype).max
+
+
+def test_read_ahead_windows_are_those_read_directly():
+    text = np.random.default_rng(0).integers(1 << 16, size=5_000, dtype=np.uint16)
+    direct, ahead = Batches(text, 16, seed=1), Batches(text, 16, seed=1)
+    ahead._read = ReadAhead(ahead._read_windows)
+    firsts = [*range(0, 2_000, 8), *range(77, 1_000, 40), 5, 5]  # several epochs; a jump
+    for first in firsts:
+        for one, two in zip(direct.windows(first, 8), ahead.windows(first, 8), strict=True):
+            assert torch.equal(one, two)
+    ahead._read.close()
