@@ -65,7 +65,11 @@ def build_folio(work: Work, tie: bool = False, **options: bool) -> Callable[[], 
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
-    known = vocabulary.tied_vocabulary(ids, size) if tie else vocabulary.full_vocabulary(size)
+    known = (
+        vocabulary.tied_vocabulary(np.bincount(ids, minlength=size))
+        if tie
+        else vocabulary.full_vocabulary(size)
+    )
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
     optimizer = optimizers.adamw(model.parameters(), WEIGHT_DECAY, BETAS)
     step = TrainStep(Weights(model, work.precision), optimizer, CLIP, **options)

@@ -90,13 +90,13 @@ def loss_by_position(losses: np.ndarray, context: int, path: Path) -> None:
 
 
 def loss_by_rarity(
-    losses: np.ndarray, targets: np.ndarray, train_tokens: np.ndarray, path: Path
+    losses: np.ndarray, targets: np.ndarray, train_counts: np.ndarray, path: Path
 ) -> None:
     """Plot validation loss by how often the target token occurs in the training text.
 
-    `losses` and `targets` are [N]; `train_tokens` is [M].
+    `losses` and `targets` are [N]; `train_counts`, [vocabulary], is how often each id occurs there.
     """
-    occurrences = np.bincount(train_tokens, minlength=int(targets.max()) + 1)[targets]
+    occurrences = train_counts[targets]
     edges = [0, 1, 10, 100, 1_000, 10_000, np.inf]
     names = ["never", "1-9", "10-99", "100-999", "1,000-9,999", "10,000+"]
     groups = [

@@ -15,10 +15,11 @@ def untracked(items: Sequence[T], description: str) -> Iterable[T]:
     return items
 
 
-def bar(total: int, description: str, unit: str, hide: bool | None) -> tqdm:
-    """A bar that counts up to `total`; see tracker."""
+def bar(total: int, description: str, unit: str, hide: bool | None, initial: int = 0) -> tqdm:
+    """A bar that counts from `initial` up to `total`; see tracker."""
     return tqdm(
         total=total,
+        initial=initial,
         desc=description,
         unit=f" {unit}",
         unit_scale=True,

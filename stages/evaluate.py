@@ -61,7 +61,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     files.write_text(out / "samples.md", samples_page(model, p, track))
     plots.loss_curve(trained.history, out / "loss.png")
     plots.loss_by_position(losses, model.params.block_size, out / "loss_by_position.png")
-    plots.loss_by_rarity(losses, data.val[1:], data.train, out / "loss_by_rarity.png")
+    plots.loss_by_rarity(losses, data.val[1:], data.train_counts, out / "loss_by_rarity.png")
     write_record(_record(p, training, out), out / RECORD)
     inputs.check()  # before MLflow has the evaluation and the checkpoints are removed
     print(format_report(metrics))

@@ -4,17 +4,19 @@ Run it with `dvc repro prepare`, or directly in the project's root: `python -m s
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from folio import files, inputs, plots, progress
-from folio.corpus import corpus, overlap
+from folio.corpus import assembly, corpus, overlap, processes, repeated, segments, tasks, work
 from folio.corpus import plots as corpus_plots
-from folio.corpus.encoding import SplitIds, SplitText, encode_corpus
+from folio.corpus.assembly import Encoded
+from folio.corpus.corpus import Corpus
 from folio.corpus.params import PrepareParams
-from folio.corpus.statistics import CorpusStatistics, most_common_tokens, summarize
-from folio.errors import one_line_errors
+from folio.corpus.statistics import most_common_tokens, summarize
+from folio.errors import UserError, one_line_errors
 from folio.params import load
+from folio.run import project_root
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files, tokenizer
 
@@ -22,25 +24,25 @@ _MAX_NAMES = 5  # in a line of the report
 _MAX_SHARED = 0.01  # of the validation text
 
 
-def run(params: PrepareParams, root: Path, hide_progress: bool | None = True) -> None:
+def run(
+    params: PrepareParams, root: Path, project: Path, hide_progress: bool | None = True
+) -> None:
     """Write root/data/prepared, data/diagnostics.json and data/diagnostics, and print a report.
 
-    hide_progress: see RuntimeParams.
-    Raises UserError if the corpus does not exist or is not usable.
+    project: the folder that contains what a killed run has encoded so far. hide_progress: see
+    RuntimeParams. Raises UserError if the corpus does not exist or is not usable.
     """
     data = root / "data"
-    source = corpus.read(params.corpus, params.validation_fraction, root)
-    statistics = CorpusStatistics(tokenizer.VOCAB_SIZE)
-
-    def counted_pieces() -> Iterator[tuple[SplitText, SplitIds]]:
-        with progress.bar(source.characters, "tokenizing", "characters", hide_progress) as bar:
-            for text, ids in encode_corpus(source):
-                piece = text["train"] + text["val"]
-                statistics.add(piece, **ids)
-                yield text, ids
-                bar.update(len(piece))
-
-    token_files.write(data / "prepared", source.name, tokenizer.VOCAB_SIZE, counted_pieces())
+    source = corpus.find(params.corpus, root)
+    same = repeated.find(source)
+    plan = segments.Plan(source, params.text_column, tasks.divide(source, params.text_column))
+    with work.opened(project, source, params.text_column) as folder:
+        processes.encode(plan, folder, hide_progress)
+        encoded = assembly.assemble(plan, segments.find(folder), params.validation_fraction)
+        if corpus.find(params.corpus, root) != source:
+            raise UserError(f"{source.name} changed while it was being read: run the command again")
+        statistics = encoded.statistics
+        token_files.write(data / "prepared", encoded.facts, statistics.train, encoded.ids)
 
     summary = summarize(statistics, params.report_batch_size, params.report_block_size)
     files.write_text(data / "diagnostics.json", json.dumps(summary, indent=2) + "\n")
@@ -56,23 +58,27 @@ def run(params: PrepareParams, root: Path, hide_progress: bool | None = True) ->
 
     tokens = token_files.read(data / "prepared")
     shared = overlap.shared_fraction(tokens.train, tokens.val, progress.tracker(hide_progress))
-    print(format_report(params, source, summary, statistics, shared))
+    print(format_report(params, source, summary, encoded, same, shared))
 
 
 def format_report(
     params: PrepareParams,
-    source: corpus.Corpus,
+    source: Corpus,
     summary: dict[str, int | float],
-    statistics: CorpusStatistics,
+    encoded: Encoded,
+    same: list[list[str]],
     shared: float,
 ) -> str:
     """Return the summary as a table, followed by remarks and the start of the text.
 
-    `shared` is the fraction of the validation text that also occurs in the training text.
+    `same` are the groups of files that have the same text. `shared` is the fraction of the
+    validation text that also occurs in the training text.
     """
     batch = f"{params.report_batch_size} x {params.report_block_size} tokens"
+    documents = encoded.facts["documents"]
     rows = [
-        *([("Files", f"{len(source.files):,}", "")] if source.files else []),
+        *([("Files", f"{len(source.files):,}", "")] if source.is_folder else []),
+        *([("Documents", f"{documents:,}", "each ends with token 50256")] if documents else []),
         ("Characters", f"{summary['characters']:,}", ""),
         ("Tokens (GPT-2 BPE)", f"{summary['tokens']:,}", ""),
         ("Unique tokens", f"{summary['unique_tokens']:,}", f"of {summary['vocabulary']:,}"),
@@ -85,20 +91,28 @@ def format_report(
         ),
         ("Batches per epoch", f"{summary['batches_per_epoch']:,}", f"of {batch}, whole corpus"),
     ]
-    lines = [f"  {label:<22}{value:>12}  {remark}".rstrip() for label, value, remark in rows]
+    width = max(12, *(len(value) for _, value, _ in rows))
+    lines = [f"  {label:<22}{value:>{width}}  {remark}".rstrip() for label, value, remark in rows]
     # Control characters in the text could change the terminal's state, so they are escaped.
-    start = statistics.start
+    start = encoded.statistics.start
     escaped = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in start)
-    remarks = list(_remarks(source, statistics, shared))
+    remarks = list(_remarks(source, encoded, same, shared))
     heading = f"Corpus: {source.name}"
     return "\n".join([heading, *lines, *remarks, "", "The first 300 characters:", escaped])
 
 
-def _remarks(source: corpus.Corpus, statistics: CorpusStatistics, shared: float) -> Iterator[str]:
-    """Yield a line on what is left out of a folder, and warnings about content that may be
-    unintended."""
+def _remarks(
+    source: Corpus, encoded: Encoded, same: list[list[str]], shared: float
+) -> Iterator[str]:
+    """Yield a line on what is left out, and warnings about content that may be unintended."""
+    statistics = encoded.statistics
     if source.left_out:
         yield f"Left out: {_first(source.left_out)}"
+    if encoded.without_text:
+        yield (
+            f"Left out: {encoded.without_text:,} documents without text; the first is"
+            f" {encoded.first_without_text}"
+        )
     if statistics.end_of_text:
         yield (
             f"Warning: {tokenizer.END_OF_TEXT} occurs {statistics.end_of_text:,} times. It is plain"
@@ -109,10 +123,10 @@ def _remarks(source: corpus.Corpus, statistics: CorpusStatistics, shared: float)
             f"Warning: the text contains {statistics.nul_characters:,} NUL characters. If it is"
             " UTF-16, convert it to UTF-8"
         )
-    for names in source.repeated[:_MAX_NAMES]:
+    for names in same[:_MAX_NAMES]:
         yield f"Warning: the same text is in {_first(names)}: remove all but one of them"
-    if len(source.repeated) > _MAX_NAMES:
-        yield f"Warning: ... and in {len(source.repeated) - _MAX_NAMES} more groups of files"
+    if len(same) > _MAX_NAMES:
+        yield f"Warning: ... and in {len(same) - _MAX_NAMES} more groups of files"
     if shared > _MAX_SHARED:
         yield (
             f"Warning: {shared:.1%} of the validation text also occurs in the training text, in"
@@ -120,7 +134,7 @@ def _remarks(source: corpus.Corpus, statistics: CorpusStatistics, shared: float)
         )
 
 
-def _first(names: tuple[str, ...]) -> str:
+def _first(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more
 
@@ -130,7 +144,7 @@ def main() -> None:
     # train needs a valid `runtime`, and DVC would remove the model before train reports a problem.
     params, runtime = load(prepare=PrepareParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
-    run(params, Path(), runtime.hide_progress)
+    run(params, Path(), project_root(), runtime.hide_progress)
     inputs.check(strict=True)
 
 

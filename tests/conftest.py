@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
 
 import contextlib
+import gzip
 import importlib
+import json
 import shutil
 import signal
 import subprocess
@@ -14,12 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
 from folio.cli.main import app as commands
+from folio.corpus import corpus
 from folio.gpt import model_files
 from folio.gpt.model import GPT, ModelParams
 from folio.tracking.store import Store
@@ -320,3 +325,47 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         pytest.skip("mounting a small file system takes root")
     yield SmallDisk(folder)
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def jsonl(texts: list[str | None]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+
+
+class CorpusFolder:
+    """A root with a corpus in data/raw/set."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.path = root, root / "data/raw/set"
+        self.path.mkdir(parents=True)
+
+    def write(self, name: str, content) -> Path:
+        """Write text (.txt), documents (.jsonl, .parquet) or bytes, compressed as the suffix
+        says."""
+        path = self.path / name
+        suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESS]
+        if not isinstance(content, bytes) and suffixes == [".parquet"]:
+            rows = pa.table({"id": range(len(content)), "text": pa.array(content, pa.string())})
+            pq.write_table(rows, path, row_group_size=2)
+            return path
+        if not isinstance(content, bytes):
+            content = content.encode() if isinstance(content, str) else jsonl(content)
+        path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](content))
+        return path
+
+    def find(self, name: str = "data/raw/set") -> corpus.Corpus:
+        return corpus.find(name, self.root)
+
+
+@pytest.fixture
+def corpus_folder(tmp_path: Path) -> CorpusFolder:
+    return CorpusFolder(tmp_path)

@@ -5,20 +5,33 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+# What is read: text, one JSON object per line, and tables. The first two may be compressed.
+_READ = re.compile(r".*\.(?P<kind>txt|jsonl|parquet)(\.(?P<compression>gz|zst))?", re.I | re.S)
+
 # Folders and files that editors, operating systems and synchronization tools create next to the
 # user's own: checkpoints of notebooks, parts of archives from macOS, deleted files, other versions.
 _FOLDERS = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "#recycle", "@eadir"}
+_SUFFIX = r"\.(txt|jsonl|parquet)(\.gz|\.zst)?"
 _FILES = re.compile(
     r"~.*"  # ~$letters.txt
-    r"|.*(~|\.bak|\.swp|\.tmp)\.txt"  # letters~.txt, letters.bak.txt
-    r"|.*\.sync-conflict-[\w-]+\.txt"  # Syncthing
-    r"|.*\([^)]*conflicted copy[^)]*\)\.txt",  # Dropbox, Nextcloud
+    rf"|.*(~|\.bak|\.swp|\.tmp){_SUFFIX}"  # letters~.txt, letters.bak.txt
+    rf"|.*\.sync-conflict-[\w-]+{_SUFFIX}"  # Syncthing
+    rf"|.*\([^)]*conflicted copy[^)]*\){_SUFFIX}",  # Dropbox, Nextcloud
     re.IGNORECASE | re.DOTALL,
 )
 
 
+def kind_of(name: str) -> tuple[str, str] | None:
+    """Return the kind of a file, txt, jsonl or parquet, and its compression, gz, zst or "".
+
+    None if a file with this name is not read as part of a folder.
+    """
+    found = _READ.fullmatch(name)
+    return found and (found["kind"].lower(), (found["compression"] or "").lower())
+
+
 def find_texts(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the .txt files in a folder, at any depth, in the order of their paths; and what is
+    """Return the text files in a folder, at any depth, in the order of their paths; and what is
     left out, as paths relative to the folder.
 
     Hidden files and folders, files that tools leave behind, and links to folders are left out.
@@ -35,7 +48,7 @@ def find_texts(folder: Path) -> tuple[list[Path], list[str]]:
                 folders.remove(name)
                 left_out += _names_below(path, folder)
         for name in names:
-            if name.lower().endswith(".txt"):
+            if kind_of(name):
                 path = Path(parent, name)
                 if name.startswith(".") or _FILES.fullmatch(name):
                     left_out.append(path.relative_to(folder).as_posix())
@@ -46,12 +59,12 @@ def find_texts(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _names_below(path: Path, folder: Path) -> list[str]:
-    """The .txt files below a folder that is left out."""
+    """The text files below a folder that is left out."""
     return [
         Path(parent, name).relative_to(folder).as_posix()
         for parent, _, names in os.walk(path)
         for name in names
-        if name.lower().endswith(".txt")
+        if kind_of(name)
     ]
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareParams:
-    corpus: str  # tinyshakespeare, shakespeare, or a file or folder of .txt files under data/raw
+    corpus: str  # tinyshakespeare, shakespeare, or a file or folder under data/raw
+    text_column: str  # the key in .jsonl files, and the column in .parquet files, with the text
     validation_fraction: Annotated[float, "> 0, < 1"]  # taken from the end of your own text; the
     # named corpora ignore it: they are all validated on the last tenth of tinyshakespeare
     report_batch_size: Annotated[int, ">= 1"]  # windows per batch, only for batches_per_epoch

@@ -1,9 +1,15 @@
-"""Token files on disk: written by the prepare stage and verified whenever they are opened."""
+"""Token files on disk: written by the prepare stage and checked whenever they are opened.
+
+A part of the text, "train" or "val", is a file such as train.bin, or several if it has more than
+SHARD tokens: train-00000.bin, train-00001.bin, ... They contain the token ids and nothing else, 2
+bytes each, or 4 if the vocabulary needs them.
+"""
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,77 +18,100 @@ import numpy as np
 
 from folio import files
 from folio.errors import UserError
+from folio.tokens.mapping import map_files
 
 PARTS = ("train", "val")
-DTYPE = np.dtype("<u2")  # little-endian on every machine
+FORMAT = 2
+SHARD = 1 << 29  # tokens in a file; in bytes, a multiple of the page size
+COUNTS = "train_counts.bin"  # how often each id occurs in training, little-endian int64
 _HINT = "run `dvc repro --force prepare`"
-META = {
+FACTS = {
     "corpus": str,
-    "vocabulary": int,
+    "vocabulary": int,  # number of token ids
+    "documents": int,  # 0: the text is not divided into documents
     "text_sha256": str,
     "train_tokens": int,
     "train_characters": int,
-    "train_bytes": int,
-    "train_sha256": str,
+    "train_bytes": int,  # of the text in UTF-8
     "val_tokens": int,
     "val_characters": int,
     "val_bytes": int,
+}
+META = FACTS | {
+    "format": int,
+    "train_shards": list,  # the sha256 of each file
+    "train_sha256": str,  # the sha256 of the file; if there are several, of their sha256, joined
+    "train_counts_sha256": str,
+    "val_shards": list,
     "val_sha256": str,
 }  # the fields of meta.json with their types; it also has the sha256 of these fields
 
 
 @dataclass(frozen=True)
 class TokenData:
-    train: np.ndarray  # [N] uint16, read-only, mapped from the file
-    val: np.ndarray  # [M] uint16, like train; follows it in the text
+    train: np.ndarray  # [N] uint16 or uint32, read-only, mapped from the files
+    val: np.ndarray  # [M], like train; follows it in the text
     meta: dict[str, Any]  # as write() returned it: corpus, vocabulary, counts, checksums
-    digest: str  # sha256 of the two files' sha256: it identifies the data a model is trained on
+    digest: str  # sha256 of the files' sha256: it identifies the data a model is trained on
+    train_counts: np.ndarray  # [vocabulary] int64: how often each id occurs in train
+
+
+def dtype_of(vocabulary: int) -> np.dtype:
+    """The type of a token in a file; little-endian on every machine."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
 def write(
     folder: Path,
-    corpus: str,
-    vocabulary: int,
-    pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
+    facts: dict[str, Any],
+    train_counts: np.ndarray,
+    ids: dict[str, Iterable[np.ndarray]],
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json, and return the content of meta.json.
+    """Write the token files and meta.json, and return the content of meta.json.
 
-    `vocabulary` is the number of token ids. `pieces` are the consecutive pieces of the text, each
-    with the text and the token ids, [tokens], of its "train" and "val" parts; in most pieces one of
-    the two parts is empty. All three files are complete before the first one is renamed to its
-    final name, and meta.json is renamed last.
+    facts: as in FACTS. train_counts: [vocabulary]. ids: for each part, its token ids, in pieces of
+    any length. All files are complete before the first one is renamed to its final name, and
+    meta.json is renamed last. Files of earlier token files that are not replaced are removed.
     """
-    meta: dict[str, Any] = {key: kind() for key, kind in META.items()}
-    meta |= {"corpus": corpus, "vocabulary": vocabulary}
+    assert facts.keys() == FACTS.keys()
+    meta: dict[str, Any] = facts | {"format": FORMAT}
     with contextlib.ExitStack() as stack:  # renames in reverse order of entering
-        names = {"meta": "meta.json"} | {part: f"{part}.bin" for part in PARTS}
         paths = {
-            key: stack.enter_context(files.replacing(folder / name)) for key, name in names.items()
+            name: stack.enter_context(files.replacing(folder / name))
+            for name in [
+                "meta.json",
+                COUNTS,
+                *(name for part in PARTS for name in _names(part, meta)),
+            ]
         }
-        _write_parts(paths, meta, pieces)
+        for part in PARTS:
+            shards = [paths[name] for name in _names(part, meta)]
+            hashes = list(_write_shards(shards, ids[part], dtype_of(meta["vocabulary"])))
+            meta |= {f"{part}_shards": hashes, f"{part}_sha256": _joined(hashes)}
+        counts = np.ascontiguousarray(train_counts, dtype="<i8").data
+        paths[COUNTS].write_bytes(counts)
+        meta["train_counts_sha256"] = _sha256(counts)
         content = meta | {"sha256": _meta_sha256(meta)}
-        paths["meta"].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        paths["meta.json"].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("*.bin"):
+        if re.fullmatch(r"(train|val)(-\d+)?\.bin", path.name) and path.name not in paths:
+            path.unlink()
     return meta
 
 
 def read(folder: Path) -> TokenData:
-    """Verify the token files against the checksums in meta.json, and map them into memory.
+    """Check the token files against meta.json, and map them into memory.
 
+    The sizes of all files are checked, and the checksum and the ids of a part that is a single
+    file. Those of several files would take minutes (an SSD reads 100 GB in 20 s at best), and
+    `verify` checks them.
     Raises UserError with the name of the file if one is missing, truncated or modified.
     """
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(files.read(path, max_bytes=1 << 20))
-        if meta.pop("sha256") != _meta_sha256(meta):
-            raise ValueError
-        _check(meta)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: {_HINT}") from None
-    train, val = (_open(folder / f"{part}.bin", part, meta) for part in PARTS)
-    digest = _sha256("".join(meta[f"{part}_sha256"] for part in PARTS).encode())
-    return TokenData(train, val, meta, digest)
+    meta = _read_meta(folder)
+    train, val = (_open(folder, part, meta) for part in PARTS)
+    counts = _read_counts(folder / COUNTS, meta)
+    hashes = [digest for part in PARTS for digest in meta[f"{part}_shards"]]
+    return TokenData(train, val, meta, _sha256("".join(hashes).encode()), counts)
 
 
 def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
@@ -99,47 +128,95 @@ def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
         )
 
 
-def _write_parts(
-    paths: dict[str, Path],
-    meta: dict[str, Any],
-    pieces: Iterable[tuple[dict[str, str], dict[str, np.ndarray]]],
-) -> None:
-    """Write the train and val ids to their files, and add counts and checksums to meta."""
-    hashes = {key: hashlib.sha256() for key in ("text", *PARTS)}
-    with contextlib.ExitStack() as stack:
-        outputs = {part: stack.enter_context(paths[part].open("wb")) for part in PARTS}
-        for texts, ids in pieces:
-            for part in PARTS:
-                text = texts[part].encode()
-                content = np.ascontiguousarray(ids[part], dtype=DTYPE).data
-                meta[f"{part}_tokens"] += len(content)
-                meta[f"{part}_characters"] += len(texts[part])
-                meta[f"{part}_bytes"] += len(text)  # the size of the text in UTF-8
-                hashes["text"].update(text)
-                hashes[part].update(content)  # the hash of the file
+def _names(part: str, meta: dict[str, Any]) -> list[str]:
+    """The names of a part's files."""
+    count = max(1, -(-meta[f"{part}_tokens"] // SHARD))
+    return [f"{part}.bin"] if count == 1 else [f"{part}-{n:05d}.bin" for n in range(count)]
+
+
+def _write_shards(
+    paths: list[Path], pieces: Iterable[np.ndarray], dtype: np.dtype
+) -> Iterator[str]:
+    """Write the ids to files of SHARD tokens, the last one with the rest; yield their sha256."""
+    pieces, rest = iter(pieces), np.empty(0, dtype=dtype)
+    for path in paths:
+        digest, missing = hashlib.sha256(), SHARD
+        with path.open("wb") as file:
+            while missing:
+                if not len(rest):
+                    following = next(pieces, None)
+                    if following is None:
+                        break
+                    rest = np.ascontiguousarray(following, dtype=dtype)
+                content, rest = rest[:missing].data, rest[missing:]
+                missing -= len(content)
+                digest.update(content)
                 # Not ndarray.tofile: the error that it raises on a full disk has no errno.
-                outputs[part].write(content)
-    for key, digest in hashes.items():
-        meta[f"{key}_sha256"] = digest.hexdigest()
+                file.write(content)
+        yield digest.hexdigest()
 
 
-def _open(path: Path, part: str, meta: dict[str, Any]) -> np.ndarray:
-    """Map a part's file into memory and verify its size, its checksum and its token ids."""
-    expected = meta[f"{part}_tokens"] * DTYPE.itemsize
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
     try:
-        size = path.stat().st_size
-        if size != expected:
-            raise UserError(f"{path} has {size} bytes instead of {expected}: {_HINT}")
-        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+        meta = json.loads(files.read(path, max_bytes=1 << 20))
+        if meta.pop("sha256") != _meta_sha256(meta):
+            raise ValueError
+        if "format" not in meta:
+            raise UserError(f"{folder} was written by an earlier version of Folio: {_HINT}")
+        _check(meta)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if _sha256(tokens.data) != meta[f"{part}_sha256"]:
-        raise UserError(f"{path} does not match its checksum in meta.json: {_HINT}")
-    if tokens.max() >= meta["vocabulary"]:
-        raise UserError(
-            f"{path} has token ids outside the vocabulary of {meta['vocabulary']}: {_HINT}"
-        )
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged: {_HINT}") from None
+    return meta
+
+
+def _open(folder: Path, part: str, meta: dict[str, Any]) -> np.ndarray:
+    """Map a part's files into memory and check them as `read` says."""
+    dtype = dtype_of(meta["vocabulary"])
+    paths = [folder / name for name in _names(part, meta)]
+    left = meta[f"{part}_tokens"]
+    for path in paths:
+        count, left = min(left, SHARD), max(0, left - SHARD)
+        _check_size(path, count * dtype.itemsize)
+    try:
+        tokens = map_files(paths, dtype)
+    except OSError as error:
+        raise _unreadable(paths[0], error) from None
+    if len(paths) == 1:
+        _check_content(tokens, paths[0], meta[f"{part}_shards"][0], meta["vocabulary"])
     return tokens
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes instead of {expected}: {_HINT}")
+
+
+def _check_content(tokens: np.ndarray, path: Path, sha256: str, vocabulary: int) -> None:
+    if _sha256(tokens.data) != sha256:
+        raise UserError(f"{path} does not match its checksum in meta.json: {_HINT}")
+    if tokens.max() >= vocabulary:
+        raise UserError(f"{path} has token ids outside the vocabulary of {vocabulary}: {_HINT}")
+
+
+def _read_counts(path: Path, meta: dict[str, Any]) -> np.ndarray:
+    expected = 8 * meta["vocabulary"]
+    _check_size(path, expected)
+    try:
+        content = files.read(path, max_bytes=expected)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if _sha256(content) != meta["train_counts_sha256"]:
+        raise UserError(f"{path} does not match its checksum in meta.json: {_HINT}")
+    return np.frombuffer(content, dtype="<i8")
 
 
 def _check(meta: dict[str, Any]) -> None:
@@ -147,12 +224,18 @@ def _check(meta: dict[str, Any]) -> None:
     untrusted source."""
     if {key: type(value) for key, value in meta.items()} != META:
         raise ValueError
-    counts = [value for value in meta.values() if type(value) is int]
+    if meta["format"] != FORMAT or not 0 <= meta["documents"] < 1 << 63:
+        raise ValueError
+    counts = [value for key, value in meta.items() if META[key] is int and key != "documents"]
     if not all(0 < count < 1 << 63 for count in counts):
         raise ValueError
-    if meta["vocabulary"] > 1 << 16:  # ids have 16 bits
+    if meta["vocabulary"] > 1 << 24:  # training would allocate so many rows
         raise ValueError
-    if not meta["corpus"].isprintable():  # corpus.read returns only printable names
+    for part in PARTS:
+        hashes = meta[f"{part}_shards"]
+        if len(hashes) != len(_names(part, meta)) or _joined(hashes) != meta[f"{part}_sha256"]:
+            raise ValueError
+    if not meta["corpus"].isprintable():  # corpus.find returns only printable names
         raise ValueError
 
 
@@ -160,6 +243,11 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} is missing: {_HINT}")
     return UserError(f"{path} cannot be read ({error.strerror}): remove it, then {_HINT}")
+
+
+def _joined(hashes: list[str]) -> str:
+    """The checksum of a part, from those of its files."""
+    return hashes[0] if len(hashes) == 1 else _sha256("".join(hashes).encode())
 
 
 def _meta_sha256(meta: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 # character on a backtracking stack, which is limited to a million entries. `encode` therefore cuts
 # out long runs of white space, at the two places where the pattern would split them. This class is
 # \s of the engine, which differs from Python's.
-_BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_BLANK = 100_000  # characters; shorter runs are safe
 
 # In no token of PATTERN does white space follow another character, so a text may be cut before any
 # white space. Python's \S is narrower than the engine's, so a run of what is white space in Python
 # is not cut either; folio/corpus/statistics.py relies on it.
-_LAST_CUT = re.compile(rf"(?s:.*\S)(?={_BLANK})")
+_LAST_CUT = re.compile(rf"(?s:.*\S)(?={BLANK})")
 PIECE = 1 << 20  # characters
 _INVALID = 187  # the token of the byte 0xFF, which never occurs in UTF-8
 
@@ -61,6 +61,18 @@ def encode(text: str) -> np.ndarray:
         cuts += [start, end - (end < len(text))]
     pieces = [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
     return np.concatenate([_encode(piece) for piece in pieces])
+
+
+def encode_documents(texts: list[str]) -> np.ndarray:
+    """Return the token ids of documents, each followed by the end-of-text token, [tokens] uint16.
+
+    Equal to those of `encode` for each text, but faster for short ones.
+    """
+    joined = "".join(text + END_OF_TEXT for text in texts)
+    if joined.count(END_OF_TEXT) == len(texts) and not _long_blanks(joined):
+        return _encode(joined, {END_OF_TEXT})
+    end = np.array([VOCAB_SIZE - 1], dtype=np.uint16)
+    return np.concatenate([part for text in texts for part in (encode(text), end)])
 
 
 def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -149,16 +161,19 @@ def _long_blanks(text: str) -> list[tuple[int, int]]:
     window = LONG_BLANK // 2
     if not any(text[at : at + window].isspace() for at in range(0, len(text), window)):
         return []
-    runs = re.finditer(f"(?<!{_BLANK}){_BLANK}{{{LONG_BLANK},}}", text)
+    runs = re.finditer(f"(?<!{BLANK}){BLANK}{{{LONG_BLANK},}}", text)
     return [run.span() for run in runs]
 
 
-def _encode(text: str) -> np.ndarray:
+def _encode(text: str, special: Set[str] = frozenset()) -> np.ndarray:
+    """special: texts that are encoded as special tokens."""
+    encode = functools.partial(
+        _encoding().encode_to_numpy, allowed_special=special, disallowed_special=()
+    )
     try:
-        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+        ids = encode(text)
     except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = _encoding().encode_to_numpy(text, disallowed_special=())
+        ids = encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return ids.astype(np.uint16)
 
 

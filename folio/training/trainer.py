@@ -53,7 +53,7 @@ class Trainer:
         windows = params.batch_size * params.accumulation
         self._micro_batches = micro_batches(windows, params.batch_size, group)
         self.vocabulary = (
-            vocabulary.tied_vocabulary(data.train, size)
+            vocabulary.tied_vocabulary(data.train_counts)
             if params.tie_unseen_tokens
             else vocabulary.full_vocabulary(size)
         )

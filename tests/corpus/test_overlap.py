@@ -38,3 +38,10 @@ def test_validation_text_that_was_copied_from_training_is_shared_completely():
 @pytest.mark.parametrize(("train", "val"), [(10, 500), (500, 10), (0, 0), (PASSAGE, PASSAGE)])
 def test_short_texts_are_compared_too(train, val):
     assert shared_fraction(tokens(train), tokens(val)) == 0
+
+
+def test_long_validation_text_is_sampled(monkeypatch):
+    monkeypatch.setattr(overlap, "SAMPLE", 64 * 100)
+    train, val = tokens(50_000), tokens(40_000)
+    val[20_000:] = train[:20_000]
+    assert shared_fraction(train, val) == pytest.approx(0.5, abs=0.02)

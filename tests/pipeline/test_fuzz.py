@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from folio import params, plots, strict_yaml
-from folio.corpus import corpus, folder, statistics
+from folio.corpus import corpus, folder, statistics, tasks
 from folio.corpus import plots as corpus_plots
 from folio.corpus.params import PrepareParams
 from folio.errors import UserError
@@ -388,21 +388,35 @@ def write_corpus(root: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+def text_of(found: corpus.Corpus, size: int = 1 << 20) -> str:
+    """The text of a corpus, read in tasks of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TASK", size)
+        pieces = [
+            piece
+            for task in tasks.divide(found, "text")
+            for piece in tasks.read(found, task, "text", lambda _: None)
+        ]
+    assert all(isinstance(piece, tasks.Piece) and piece.text for piece in pieces)
+    return "".join(piece.text for piece in pieces)
+
+
 @fuzz(
     250,
     files=st.dictionaries(FILE_NAMES.map(lambda name: f"{name}.txt"), CONTENTS, max_size=3),
-    fraction=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    size=st.sampled_from([3, 20, 1 << 20]),
 )
-def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, fraction):
+def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, size):
     with empty_folder() as root:
         write_corpus(root, files)
         for name in ["data/raw/set", *(f"data/raw/set/{name}" for name in files)]:
             try:
-                found = corpus.read(name, fraction, root)
+                found = corpus.find(name, root)
+                read = text_of(found, size)
             except UserError as error:
                 assert_one_line(error, "data/raw/set")
                 continue
-            assert 0 < found.train_characters < found.characters and found.name.isprintable()
+            assert found.name.isprintable()
             one = [name.removeprefix("data/raw/set/")]
             texts, _ = folder.find_texts(root / "data/raw/set")
             keys = [path.name for path in texts] if name.endswith("/set") else one
@@ -411,7 +425,7 @@ def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, fraction):
             joined = texts[0]
             for text in texts[1:]:
                 joined += ("\n" if joined and not joined.endswith("\n") else "") + text
-            assert "".join(found.chunks()) == joined
+            assert read == joined
 
 
 @fuzz(
@@ -426,7 +440,7 @@ def test_corpus_of_any_name_is_found_or_rejected(name):
     with empty_folder() as root:
         write_corpus(root, {"a.txt": b"text enough"})
         try:
-            assert "".join(corpus.read(name, 0.5, root).chunks()) == "text enough"
+            assert text_of(corpus.find(name, root)) == "text enough"
         except UserError as error:
             assert_one_line(error, "prepare.corpus")
 
@@ -438,6 +452,7 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
         write_corpus(root, {name: content})
         settings = PrepareParams(
             corpus=f"data/raw/set/{name}",
+            text_column="text",
             validation_fraction=fraction,
             report_batch_size=8,
             report_block_size=128,
@@ -445,7 +460,7 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed):
-                prepare.run(settings, root)
+                prepare.run(settings, root, root)
         except UserError as error:
             assert_one_line(error, "data/raw")
             assert [path.name for path in (root / "data").iterdir()] == ["raw"]
@@ -455,7 +470,7 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
         parts = [tokenizer.decode(part) for part in (found.train, found.val)]
         assert "".join(parts) == content.decode().removeprefix("\ufeff")
         made = [path for path in (root / "data").rglob("*") if path.is_file()]
-        assert len(made) == 8 and not any(
+        assert len(made) == 9 and not any(
             path.name.startswith(".") for path in made if "set" not in path.parts
         )
 
@@ -479,15 +494,19 @@ def test_corpus_plots_of_any_text_and_title_can_be_saved(text, title):
 @functools.cache
 def token_file_contents() -> dict[str, bytes]:
     with empty_folder() as folder:
-        texts = {"train": "What, ho! " * 20, "val": "My lord? " * 5}
-        ids = {part: tokenizer.encode(text) for part, text in texts.items()}
-        token_files.write(folder, "mine", tokenizer.VOCAB_SIZE, [(texts, ids)])
+        ids = {"train": tokenizer.encode("What, ho! " * 20), "val": tokenizer.encode("My lord? ")}
+        facts = {"corpus": "mine", "vocabulary": tokenizer.VOCAB_SIZE, "documents": 0}
+        facts |= {"text_sha256": "", "train_tokens": len(ids["train"]), "train_characters": 200}
+        facts |= {"train_bytes": 200, "val_tokens": len(ids["val"]), "val_characters": 9}
+        counts = np.bincount(ids["train"], minlength=tokenizer.VOCAB_SIZE)
+        pieces = {part: [each] for part, each in ids.items()}
+        token_files.write(folder, facts | {"val_bytes": 9}, counts, pieces)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @fuzz(
     250,
-    name=st.sampled_from(["meta.json", "train.bin", "val.bin"]),
+    name=st.sampled_from(["meta.json", "train.bin", "train_counts.bin", "val.bin"]),
     edits=EDITS,
     key=st.sampled_from([*token_files.META, "sha256", "more"]),
     value=TREES,

@@ -78,7 +78,7 @@ def test_seeds_give_different_batches():
 def test_batches_of_a_mapped_file_are_those_of_an_array_in_memory(tmp_path):
     array = np.arange(300, dtype=np.uint16)
     array.tofile(tmp_path / "train.bin")
-    mapped = np.memmap(tmp_path / "train.bin", dtype=token_files.DTYPE, mode="r")
+    mapped = np.memmap(tmp_path / "train.bin", dtype=token_files.dtype_of(50_257), mode="r")
     expected = Batches(array, 16, seed=1).windows(16, 8)
     assert torch.equal(Batches(mapped, 16, seed=1).windows(16, 8)[0], expected[0])
 

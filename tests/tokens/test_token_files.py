@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import mmap
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,23 @@ from conftest import NOT_FILES, replace_by
 from folio.errors import UserError
 from folio.tokens import token_files
 
-TEXTS = {"train": "na\u00efve " * 100, "val": "\U0001f642" * 10}
 IDS = {"train": np.arange(300, dtype=np.uint16), "val": np.arange(50, dtype=np.uint16) + 50_000}
+
+
+def write(folder, ids, corpus="mine", vocabulary=50_257):
+    """Write token files: {part: ids, or a list of pieces of them}."""
+    pieces = {part: each if isinstance(each, list) else [each] for part, each in ids.items()}
+    facts = {"corpus": corpus, "vocabulary": vocabulary, "documents": 0, "text_sha256": "of a text"}
+    for part, each in pieces.items():
+        facts[f"{part}_tokens"] = sum(map(len, each))
+        facts[f"{part}_characters"], facts[f"{part}_bytes"] = 10, 20
+    counts = np.bincount(np.concatenate(pieces["train"]), minlength=vocabulary)
+    return token_files.write(folder, facts, counts, pieces)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    token_files.write(tmp_path / "prepared", "mine", 50_257, [(TEXTS, IDS)])
+    write(tmp_path / "prepared", IDS)
     return tmp_path / "prepared"
 
 
@@ -40,44 +52,107 @@ def test_read_returns_what_was_written(folder):
     assert np.array_equal(read.val, IDS["val"])
     assert read.train.dtype == np.dtype("<u2")
     assert not read.train.flags.writeable
+    assert np.array_equal(read.train_counts, np.bincount(IDS["train"], minlength=50_257))
+    assert read.meta["val_tokens"] == 50 and read.meta["val_characters"] == 10
 
 
 def test_token_is_two_bytes_in_little_endian_order(tmp_path):
-    token_files.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": np.array([1, 50_256])})])
+    write(tmp_path, IDS | {"val": np.array([1, 50_256])})
     assert (tmp_path / "val.bin").read_bytes() == bytes([1, 0, 0x50, 0xC4])
 
 
-def test_meta_counts_tokens_characters_and_bytes(folder):
-    meta = token_files.read(folder).meta
-    assert meta["corpus"] == "mine"
-    assert (meta["train_tokens"], meta["train_characters"], meta["train_bytes"]) == (300, 600, 700)
-    assert (meta["val_tokens"], meta["val_characters"], meta["val_bytes"]) == (50, 10, 40)
-    text = TEXTS["train"] + TEXTS["val"]
-    assert meta["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_files_do_not_depend_on_how_the_text_is_split_into_pieces(folder, tmp_path):
-    pieces = [
-        (
-            {"train": TEXTS["train"][:7], "val": ""},
-            {"train": IDS["train"][:3], "val": IDS["val"][:0]},
-        ),
-        (
-            {"train": TEXTS["train"][7:], "val": TEXTS["val"][:2]},
-            {"train": IDS["train"][3:], "val": IDS["val"][:40]},
-        ),
-        (
-            {"train": "", "val": TEXTS["val"][2:]},
-            {"train": IDS["train"][:0], "val": IDS["val"][40:]},
-        ),
-    ]
-    token_files.write(tmp_path / "pieces", "mine", 50_257, iter(pieces))
+@pytest.mark.parametrize("size", [1, 7, 299, 300])
+def test_files_do_not_depend_on_how_the_ids_are_split_into_pieces(folder, tmp_path, size):
+    pieces = [IDS["train"][start : start + size] for start in range(0, 300, size)]
+    write(tmp_path / "pieces", IDS | {"train": pieces})
     assert contents(tmp_path / "pieces") == contents(folder)
+
+
+PAGE = mmap.PAGESIZE // 2  # tokens
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """Token files of 3 and 1 files, and their ids."""
+    monkeypatch.setattr(token_files, "SHARD", PAGE)
+    ids = {"train": np.arange(2 * PAGE + 5).astype(np.uint16), "val": IDS["val"]}
+    write(tmp_path / "sharded", ids)
+    return tmp_path / "sharded", ids
+
+
+def test_large_part_is_several_files_mapped_as_one(sharded):
+    folder, ids = sharded
+    assert sorted(path.name for path in folder.glob("*.bin")) == [
+        *("train-00000.bin", "train-00001.bin", "train-00002.bin", "train_counts.bin", "val.bin")
+    ]
+    data = token_files.read(folder)
+    assert np.array_equal(data.train, ids["train"]) and not data.train.flags.writeable
+    assert np.array_equal(data.train[PAGE - 3 : 2 * PAGE + 3], ids["train"][PAGE - 3 :][: PAGE + 6])
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("t*-*"))]
+    assert data.meta["train_shards"] == hashes
+    expected = "".join([*hashes, *data.meta["val_shards"]])
+    assert data.digest == hashlib.sha256(expected.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("tokens", [PAGE, PAGE + 1, 2 * PAGE])
+def test_pieces_may_end_anywhere_in_a_file(tmp_path, monkeypatch, tokens):
+    monkeypatch.setattr(token_files, "SHARD", PAGE)
+    ids = np.arange(tokens).astype(np.uint16)
+    write(tmp_path, IDS | {"train": [*np.array_split(ids, 7)]})
+    assert np.array_equal(token_files.read(tmp_path).train, ids)
+
+
+def test_missing_or_truncated_shard_is_named(sharded):
+    folder, _ = sharded
+    with (folder / "train-00001.bin").open("rb+") as file:
+        file.truncate(100)
+    assert f"train-00001.bin has 100 bytes instead of {2 * PAGE}" in error_of(folder)
+    (folder / "train-00002.bin").unlink()
+    (folder / "train-00001.bin").unlink()
+    assert "train-00001.bin is missing" in error_of(folder)
+
+
+def test_memory_of_mapped_shards_is_given_back(sharded):
+    folder, _ = sharded
+
+    def mapped():
+        return "train-00001.bin" in Path("/proc/self/maps").read_text()
+
+    data = token_files.read(folder)
+    assert mapped()
+    part = data.train[5:10]
+    del data
+    assert mapped() and part.tolist() == [5, 6, 7, 8, 9]
+    del part
+    assert not mapped()
+
+
+def test_files_of_earlier_token_files_are_removed(sharded):
+    folder, _ = sharded
+    (folder / "mine.bin").touch()
+    write(folder, IDS)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("meta.json", "mine.bin", "train.bin", "train_counts.bin", "val.bin")
+    ]
+
+
+def test_large_vocabulary_takes_four_bytes_a_token(tmp_path):
+    write(tmp_path, IDS | {"val": np.array([1, 99_999])}, vocabulary=100_000)
+    assert (tmp_path / "val.bin").read_bytes() == bytes([1, 0, 0, 0, 0x9F, 0x86, 1, 0])
+    assert token_files.read(tmp_path).val.tolist() == [1, 99_999]
+
+
+def test_token_files_of_an_earlier_version_are_named(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta = {key: meta[key] for key in token_files.FACTS if key != "documents"}
+    meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "was written by an earlier version of Folio" in error_of(folder)
 
 
 def test_digest_depends_only_on_the_two_parts(tmp_path):
     def digest(corpus, ids):
-        token_files.write(tmp_path, corpus, 50_257, [(TEXTS, ids)])
+        write(tmp_path, ids, corpus)
         return token_files.read(tmp_path).digest
 
     first = digest("mine", IDS)
@@ -87,13 +162,13 @@ def test_digest_depends_only_on_the_two_parts(tmp_path):
     assert digest("mine", {"train": IDS["val"], "val": IDS["train"]}) != first
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train_counts.bin", "meta.json"])
 def test_missing_file_is_named(folder, name):
     (folder / name).unlink()
     assert f"{name} is missing" in error_of(folder)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train_counts.bin"])
 def test_truncated_file_is_named_with_its_size(folder, name):
     size = (folder / name).stat().st_size
     with (folder / name).open("rb+") as file:
@@ -101,7 +176,7 @@ def test_truncated_file_is_named_with_its_size(folder, name):
     assert f"{name} has {size - 1} bytes instead of {size}" in error_of(folder)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train_counts.bin"])
 def test_single_modified_token_is_detected(folder, name):
     content = bytearray((folder / name).read_bytes())
     content[20] ^= 1
@@ -116,12 +191,12 @@ def test_damaged_meta_file_is_named(folder, content):
 
 
 def test_ids_outside_the_vocabulary_are_rejected(tmp_path):
-    token_files.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": np.array([50_257])})])
+    write(tmp_path, IDS | {"val": np.array([50_257])})
     assert "val.bin has token ids outside the vocabulary of 50257" in error_of(tmp_path)
 
 
 def test_parts_without_tokens_are_rejected(tmp_path):
-    token_files.write(tmp_path, "mine", 50_257, [(TEXTS, IDS | {"val": IDS["val"][:0]})])
+    write(tmp_path, IDS | {"val": IDS["val"][:0]})
     assert "meta.json is damaged" in error_of(tmp_path)
 
 
@@ -138,6 +213,12 @@ def test_missing_or_modified_field_of_the_meta_file_is_detected(folder, key, val
     ("key", "value"),
     [
         ("vocabulary", 10**12),  # training would allocate so many rows
+        ("format", 3),
+        ("documents", -1),
+        ("train_shards", []),
+        ("train_shards", ["0" * 64]),
+        ("train_shards", [7]),
+        ("train_tokens", 1 << 40),
         ("val_characters", 0),  # evaluation divides by it
         ("train_tokens", -1),
         ("train_tokens", 10**4299),
@@ -166,7 +247,7 @@ def test_meta_file_that_json_cannot_parse_is_a_one_line_error(folder, content):
     assert "meta.json is damaged" in error_of(folder)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "train_counts.bin", "meta.json"])
 @pytest.mark.parametrize("kind", NOT_FILES)
 def test_pipe_device_link_or_folder_is_a_one_line_error_without_waiting(folder, name, kind):
     replace_by(folder / name, kind)
@@ -176,10 +257,10 @@ def test_pipe_device_link_or_folder_is_a_one_line_error_without_waiting(folder, 
 def test_failed_write_leaves_only_the_old_files(folder):
     before = contents(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes per file, like a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # bytes per file, like a full disk
     try:
         with pytest.raises(OSError, match="File too large"):
-            token_files.write(folder, "larger", 50_257, [(TEXTS, IDS)] * 200)
+            write(folder, IDS | {"train": [IDS["train"]] * 1_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(folder) == before
@@ -187,10 +268,11 @@ def test_failed_write_leaves_only_the_old_files(folder):
 
 def test_interrupted_write_leaves_only_the_old_files(folder):
     def pieces():
-        yield TEXTS, IDS
+        yield IDS["train"][:10]
         raise KeyboardInterrupt
 
     before = contents(folder)
+    facts = {key: token_files.read(folder).meta[key] for key in token_files.FACTS}
     with pytest.raises(KeyboardInterrupt):
-        token_files.write(folder, "other", 50_257, pieces())
+        token_files.write(folder, facts, np.zeros(50_257), {"train": pieces(), "val": []})
     assert contents(folder) == before

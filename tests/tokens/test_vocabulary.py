@@ -22,7 +22,7 @@ def text():
 
 @pytest.fixture(scope="module")
 def shared(text):
-    return vocabulary.tied_vocabulary(text, SIZE)
+    return vocabulary.tied_vocabulary(np.bincount(text, minlength=SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,10 @@ def test_full_vocabulary_leaves_ids_unchanged(text):
 
 def test_tied_vocabulary_of_a_text_with_all_tokens_shares_no_row():
     tokens = np.random.default_rng(1).permutation(100).astype(np.uint16)
-    found = vocabulary.tied_vocabulary(tokens, 100)
+    found = vocabulary.tied_vocabulary(np.bincount(tokens))
     assert found.multiplicity is None and found.rows == 100
-    assert vocabulary.tied_vocabulary(tokens[1:], 100).multiplicity.tolist() == [1] * 100
+    counts = np.bincount(tokens[1:], minlength=100)
+    assert vocabulary.tied_vocabulary(counts).multiplicity.tolist() == [1] * 100
 
 
 @pytest.mark.parametrize("unseen", [False, True])

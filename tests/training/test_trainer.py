@@ -34,7 +34,8 @@ MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
 
 def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS):
     ids = np.random.default_rng(1).integers(97, size=700).astype(np.uint16)
-    data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest")
+    counts = np.bincount(ids[:600], minlength=97)
+    data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest", counts)
     return Trainer(model, train, data, CPU, precision, None, group)
 
 

@@ -1,0 +1,183 @@
+"""Several processes encode a corpus as one does, and leave nothing behind when they are stopped."""
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, environment
+
+from folio.corpus import processes, segments, tasks, work
+from folio.errors import UserError
+
+
+@pytest.fixture
+def plan(corpus_folder, monkeypatch):
+    """A plan of some tasks of two seconds altogether."""
+    monkeypatch.setattr(tasks, "TASK", 150_000)
+    corpus_folder.write(
+        "a.txt", "".join(f"Verse {n}: the sea of night.\n\n" for n in range(20_000))
+    )
+    corpus_folder.write("b.jsonl.gz", [f"Letter {n}, to the moon." * 20 for n in range(2_000)])
+    corpus_folder.write("c.parquet", [f"Star {n} of the sea. " * 100 for n in range(500)])
+    found = corpus_folder.find()
+    return segments.Plan(found, "text", tasks.divide(found, "text"))
+
+
+def use_cores(monkeypatch, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(count), raising=False)
+
+
+def contents(folder):
+    """The names of the segment files, and what is in them."""
+    found = segments.find(folder)
+    return [(each.path.name, each.facts(), hash(each.ids().tobytes())) for each in found]
+
+
+def children():
+    return [each for each in psutil.Process().children() if "folio.corpus.worker" in each.cmdline()]
+
+
+@pytest.fixture
+def alone(plan, tmp_path, monkeypatch):
+    """The segments that one process makes."""
+    use_cores(monkeypatch, 1)
+    (tmp_path / "alone").mkdir()
+    processes.encode(plan, tmp_path / "alone", True)
+    assert len(plan.tasks) > 8
+    return contents(tmp_path / "alone")
+
+
+def test_segments_do_not_depend_on_the_number_of_processes(plan, alone, tmp_path, monkeypatch):
+    for count in (2, 3):
+        use_cores(monkeypatch, count)
+        folder = tmp_path / f"of {count}"
+        folder.mkdir()
+        processes.encode(plan, folder, True)
+        assert contents(folder) == alone
+        assert not children()
+
+
+def test_killed_process_is_one_line_and_what_is_encoded_is_kept(plan, alone, tmp_path, monkeypatch):
+    use_cores(monkeypatch, 2)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    read = processes._Worker.read
+
+    def read_and_kill(worker):
+        if len(segments.find(folder)) > 2:
+            worker._process.send_signal(signal.SIGKILL)
+            worker._process.wait()
+            while os.read(worker.output.fileno(), 1 << 16):
+                pass
+        return read(worker)
+
+    monkeypatch.setattr(processes._Worker, "read", read_and_kill)
+    with pytest.raises(UserError, match=r"was killed by signal 9: free some memory") as error:
+        processes.encode(plan, folder, True)
+    assert "\n" not in str(error.value) and not children()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+    assert 2 < len(kept) < len(alone)
+    monkeypatch.setattr(processes._Worker, "read", read)
+    processes.encode(plan, folder, True)
+    assert contents(folder) == alone
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_problem_with_the_text_reaches_the_user_from_any_process(
+    plan, corpus_folder, tmp_path, monkeypatch
+):
+    use_cores(monkeypatch, 2)
+    corpus_folder.write("d.jsonl", b'{"text": 7}\n')
+    found = corpus_folder.find()
+    plan = segments.Plan(found, "text", tasks.divide(found, "text"))
+    with pytest.raises(UserError, match=r"d\.jsonl line 1 has no text in 'text'"):
+        processes.encode(plan, tmp_path, True)
+    assert not children()
+
+
+def test_disk_error_reaches_the_user_from_any_process(plan, tmp_path, monkeypatch):
+    use_cores(monkeypatch, 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes per file, like a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            processes.encode(plan, tmp_path, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not children() and not list(tmp_path.glob("*.npz"))
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from folio.corpus import encoding, tasks
+tasks.TASK, encoding.SEGMENT = 150_000, 300_000
+from folio.corpus.params import PrepareParams
+from folio.errors import one_line_errors
+from stages import prepare
+params = PrepareParams(corpus="data/raw/set", text_column="text", validation_fraction=0.1,
+                       report_batch_size=8, report_block_size=128)
+with one_line_errors():
+    prepare.run(params, Path(), Path())
+"""
+
+
+def outs(root: Path):
+    paths = [path for path in (root / "data").rglob("*") if path.is_file()]
+    return {
+        path.relative_to(root): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if "raw" not in path.parts
+    }
+
+
+def prepare(root: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PREPARE],
+        cwd=root,
+        env=environment(ROOT),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_segments(root: Path, count: int, process: subprocess.Popen) -> None:
+    while len([*root.glob(".checkpoints/prepare-*/*.npz")]) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_stopped_prepare_continues_and_writes_the_same_bytes(plan, corpus_folder):
+    whole = prepare(corpus_folder.root)
+    assert whole.wait() == 0, whole.communicate()
+    expected = outs(corpus_folder.root)
+    for number, count in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
+        process = prepare(corpus_folder.root)
+        wait_for_segments(corpus_folder.root, count, process)
+        workers = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+        if number != signal.SIGKILL:
+            assert stderr.count("\n") == 1 and "run the same command again" in stderr
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+    whole = prepare(corpus_folder.root)
+    assert whole.wait() == 0, whole.communicate()
+    assert outs(corpus_folder.root) == expected
+    assert [path.suffix for path in (corpus_folder.root / ".checkpoints").iterdir()] == [".lock"]
+
+
+def test_changed_file_or_column_is_encoded_from_the_start(plan, corpus_folder):
+    found = corpus_folder.find()
+    key = work._key(found, "text")
+    assert work._key(corpus_folder.find(), "text") == key
+    assert work._key(found, "body") != key
+    os.utime(corpus_folder.path / "a.txt", (1, 1))
+    assert work._key(corpus_folder.find(), "text") != key
