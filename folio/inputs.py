@@ -23,6 +23,10 @@ Stat = tuple[int, ...]
 Values = dict[str, Any]  # param -> value
 Files = dict[str, tuple[Stat, str]]  # path -> (identity of the file, sha256)
 
+# Bytes. A larger file counts as changed if its identity has: reading a corpus of 100 GB whenever a
+# stage starts would take minutes.
+_LARGE = 1 << 28
+
 _at_start: "Inputs | None" = None
 
 
@@ -109,7 +113,7 @@ class Inputs:
                 try:
                     stat = _identity(file)
                     same = name in known and known[name][0] == stat
-                    found[name] = (stat, known[name][1] if same else _sha256(file))
+                    found[name] = (stat, known[name][1] if same else _content(file, stat))
                 except OSError:
                     continue  # just removed; the stage reports a missing file
         return found
@@ -154,7 +158,10 @@ def _identity(path: Path) -> Stat:
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
-def _sha256(path: Path) -> str:
+def _content(path: Path, stat: Stat) -> str:
+    """What identifies the content of a file: its sha256 or, if it is large, its identity."""
+    if stat[2] > _LARGE:
+        return repr(stat)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

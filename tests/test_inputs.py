@@ -47,6 +47,16 @@ def message(inputs: Inputs) -> str:
     return str(error.value)
 
 
+def test_large_file_is_not_read_and_counts_as_changed_once_it_is_written(root):
+    with (root / FILES[0]).open("wb") as file:
+        file.truncate(1 << 40)  # a sparse file that would take minutes to read
+    inputs = Inputs("train", root)
+    inputs.check(strict=True)
+    with (root / FILES[0]).open("rb+") as file:
+        file.write(b"changed")
+    assert "data/text/a.txt changed while train was running" in message(inputs)
+
+
 def test_unchanged_inputs_pass(root):
     inputs = Inputs("train", root)
     inputs.check()
