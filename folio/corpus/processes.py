@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 import folio
-from folio import progress
+from folio import progress, signals
 from folio.corpus import encoding, segments
 from folio.corpus.segments import Plan
 from folio.errors import UserError
@@ -26,20 +26,26 @@ def encode(plan: Plan, folder: Path, hide_progress: bool | None) -> None:
     """Write the segments of all tasks that the folder does not have yet.
 
     A bar counts the bytes of the files; hide_progress: see RuntimeParams. Raises UserError if the
-    text is not valid, OSError if the disk is full.
+    text is not valid, OSError if the disk is full, and Stopped.
     """
     weights = [sum(part.weight for part in task) for task in plan.tasks]
     done = segments.completed(folder)
     pending = [task for task in range(len(plan.tasks)) if task not in done]
     read = int(sum(weights[task] for task in done))
-    with progress.bar(plan.corpus.size, "encoding", "bytes", hide_progress, read) as bar:
-        count = min(available_cores(), len(pending))
-        if count > 1:
-            _Workers(plan, folder, bar, weights).run(pending, count)
-            return
-        for task in pending:
-            with _Counting(bar, weights[task]) as counting:
-                encoding.encode(plan, task, folder, counting.add)
+    count = min(available_cores(), len(pending))
+    try:
+        with progress.bar(plan.corpus.size, "encoding", "bytes", hide_progress, read) as bar:
+            if count > 1:
+                _Workers(plan, folder, bar, weights).run(pending, count)
+            else:
+                for task in pending:
+                    with _Counting(bar, weights[task]) as counting:
+                        encoding.encode(plan, task, folder, counting.add)
+    except signals.Stopped:
+        share = sum(weights[task] for task in segments.completed(folder)) / (sum(weights) or 1)
+        raise signals.Stopped(
+            f"{share:.0%} of the text is encoded; run the same command again to continue"
+        ) from None
 
 
 class _Counting:
