@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from folio.tokens import order
+from folio.tokens import mapping, order
 from folio.tokens.read_ahead import ReadAhead
 from folio.tokens.token_files import check_length
 
@@ -56,6 +56,8 @@ class Batches:
         self._tokens = _as_signed(tokens)
         self._mask = (1 << 8 * self._tokens.itemsize) - 1
         self._read: Callable[[int, int], torch.Tensor] = self._read_windows
+        if self.windows_per_epoch > SHUFFLED:
+            mapping.advise_random_reads(tokens)
         if device.type == "cuda":
             if _fits(tokens, device):
                 self._tokens = _copy(self._tokens, device)

@@ -1,6 +1,7 @@
 """Training batches as a pure function of their index."""
 
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,8 @@ def test_order_of_a_huge_text_takes_no_memory(tmp_path):
     assert huge.windows(10**9, 16)[0].shape == (16, 1_024)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
     assert huge.windows_per_epoch == 97_656_248
+    maps = Path("/proc/self/smaps").read_text()
+    assert " rr " in maps.partition("train.bin")[2].partition("VmFlags:")[2].partition("\n")[0]
 
 
 def test_rows_replace_the_token_ids():
