@@ -4,9 +4,9 @@
     python -m benchmarks.prepare --sizes 2048 --rounds 1        seven minutes on two cores
 
 The texts are the plays, repeated. The stage runs as a separate process, alternating between one
-core, where it encodes in one thread, and all cores. A row shows the median time of the whole
+core, where it encodes in one process, and all cores. A row shows the median time of the whole
 command; rate and speedup exclude startup, which is the time for a text of one line. The peak is the
-resident memory of the process. All runs on a text must create the same files.
+resident memory of the largest process. All runs on a text must create the same files.
 """
 
 import argparse

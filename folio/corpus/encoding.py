@@ -10,7 +10,7 @@ import numpy as np
 
 from folio import files
 from folio.corpus import segments, tasks
-from folio.corpus.reading import Consumed
+from folio.corpus.opening import Consumed
 from folio.corpus.segments import Facts, Plan, Segment
 from folio.corpus.statistics import CorpusStatistics
 from folio.corpus.tasks import NoText, Piece
@@ -118,7 +118,11 @@ class Half:
 
     def counts(self) -> np.ndarray:
         """How often each id occurs, [vocabulary]."""
-        return np.bincount(self.ids(), minlength=tokenizer.VOCAB_SIZE)
+        self.finish()
+        counts = np.zeros(tokenizer.VOCAB_SIZE, dtype=np.int64)
+        for ids in self._ids:  # bincount needs 8 bytes a token
+            counts += np.bincount(ids, minlength=tokenizer.VOCAB_SIZE)
+        return counts
 
     def finish(self) -> None:
         """Encode the documents that are left."""

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from folio.corpus import reading
+from folio.corpus import tables
 from folio.corpus.corpus import NAMED, Corpus, TextFile
-from folio.corpus.reading import Consumed, read_documents, read_text
+from folio.corpus.opening import Consumed
+from folio.corpus.reading import read_documents, read_text
 from folio.tokens import tokenizer
 
 TASK = 1 << 25  # bytes of a task, except that a compressed file and a row group are not divided
@@ -94,7 +95,7 @@ def continues(corpus: Corpus, task: Task) -> bool:
 def _parts(file: TextFile, index: int, column: str) -> Iterator[tuple[Part, float]]:
     """Yield the parts of a file, each with its size in bytes, roughly."""
     if file.kind == "parquet":
-        sizes = reading.row_groups(file, column)
+        sizes = tables.row_groups(file, column)
         total, start, size = sum(sizes) or 1, 0, 0
         for number, group in enumerate(sizes):
             size += group

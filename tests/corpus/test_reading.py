@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from folio.corpus import reading
+from folio.corpus import reading, tables
 from folio.corpus.reading import read_documents, read_text
 from folio.errors import UserError
 
@@ -20,7 +20,7 @@ def text_of(folder, name, start=0, end=None):
 
 def documents_of(folder, name, column="text"):
     [file] = folder.find(f"data/raw/set/{name}").files
-    end = len(reading.row_groups(file, column)) if file.kind == "parquet" else file.size
+    end = len(tables.row_groups(file, column)) if file.kind == "parquet" else file.size
     return [document.text for document in read_documents(file, 0, end, column)]
 
 
@@ -200,7 +200,7 @@ def test_bytes_that_were_read_add_up_to_the_size(corpus_folder, name):
     if file.kind == "txt":
         list(read_text(file, 0, None, read.append))
     else:
-        end = len(reading.row_groups(file, "text")) if file.kind == "parquet" else file.size
+        end = len(tables.row_groups(file, "text")) if file.kind == "parquet" else file.size
         list(read_documents(file, 0, end, "text", read.append))
     assert sum(read) == pytest.approx(path.stat().st_size)
 

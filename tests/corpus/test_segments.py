@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from folio.corpus import assembly, corpus, encoding, processes, reading, segments, tasks
+from folio.corpus import assembly, corpus, encoding, processes, reading, segments, tables, tasks
 from folio.corpus.statistics import CorpusStatistics
 from folio.errors import UserError
 from folio.tokens import tokenizer
@@ -103,7 +103,7 @@ def expected_of_documents(documents, fraction):
 def test_tokens_are_those_of_the_whole_text(corpus_folder, tmp_path, monkeypatch, seed, kinds):
     chance = random.Random(seed)
     monkeypatch.setattr(reading, "CHUNK", chance.choice([1, 2, 5, 17, 1_000]))
-    monkeypatch.setattr(reading, "_ROWS", chance.choice([1, 3]))
+    monkeypatch.setattr(tables, "_ROWS", chance.choice([1, 3]))
     monkeypatch.setattr(tokenizer.pieces, "__defaults__", (chance.choice([1, 7, 50]),))
     monkeypatch.setattr(tasks, "TASK", chance.choice([3, 20, 60, 1_000]))
     monkeypatch.setattr(encoding, "SEGMENT", chance.choice([5, 30, 200]))

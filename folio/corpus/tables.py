@@ -1,0 +1,96 @@
+"""Reads the text column of .parquet files."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from folio.corpus.corpus import TextFile
+from folio.corpus.opening import Consumed, damaged, opened
+from folio.errors import UserError
+
+_ROWS = 500  # to read at once
+_BUFFER = 1 << 20  # bytes
+
+
+def row_groups(file: TextFile, column: str) -> list[int]:
+    """The size of the text column in each row group of a .parquet file, in bytes.
+
+    Raises UserError if the file is damaged or has no such column.
+    """
+    with _opened_table(file, column) as table:
+        position = table.schema_arrow.names.index(column)
+        metadata = table.metadata
+        nested = metadata.num_columns != len(table.schema_arrow.names)
+        return [
+            group.total_byte_size if nested else group.column(position).total_uncompressed_size
+            for group in map(metadata.row_group, range(metadata.num_row_groups))
+        ]
+
+
+def read_rows(
+    file: TextFile, start: int, end: int, column: str, consumed: Consumed
+) -> Iterator[tuple[str, int]]:
+    """Yield the texts in row groups, "" for null, each with the number of its row from 1.
+
+    Raises UserError with the row if a text is not valid, or if the file is damaged.
+    """
+    with _opened_table(file, column) as table:
+        groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+        total = sum(group.total_byte_size for group in groups) or 1
+        row = sum(group.num_rows for group in groups[:start])
+        for number in range(start, end):
+            share = groups[number].total_byte_size / total * file.size
+            for batch in _checked(
+                file,
+                table.iter_batches(_ROWS, [number], columns=[column], use_threads=False),
+            ):
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError:
+                    raise UserError(
+                        f"{file.name} has text that is not valid UTF-8 in rows {row + 1:,} to"
+                        f" {row + batch.num_rows:,}: convert it to UTF-8"
+                    ) from None
+                for text in texts:
+                    row += 1
+                    yield text or "", row
+                consumed(share * batch.num_rows / groups[number].num_rows)
+
+
+def _checked(file: TextFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the batches. Raises UserError if the file is damaged."""
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(file, error) from None
+
+
+@contextlib.contextmanager
+def _opened_table(file: TextFile, column: str) -> Iterator[pq.ParquetFile]:
+    with opened(file, lambda _: None) as raw:
+        try:
+            table = pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
+            schema = table.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(file, error) from None
+        if column not in schema.names:
+            raise UserError(f"{file.name} {no_column(column, schema.names)}")
+        kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(
+            test(kind)
+            for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
+            raise UserError(
+                f"{file.name} has {kind} in {column!r}, not text: set prepare.text_column to a"
+                " column with text"
+            )
+        yield table
+
+
+def no_column(column: str, names: list[str]) -> str:
+    """The problem that there is no such column, or key, but these, and what to do."""
+    shown = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"has no {column!r}, but {shown or 'nothing'}: set prepare.text_column to one of them"
