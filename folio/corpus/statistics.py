@@ -6,12 +6,14 @@ All of them are computed from running counts, so memory use does not grow with t
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from folio.tokens.tokenizer import END_OF_TEXT
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class CorpusStatistics:
@@ -173,13 +175,15 @@ def summarize(
 
 def most_common_tokens(
     counts: np.ndarray, decode: Callable[[list[int]], str], top: int = 100
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Return a table of the `top` most common tokens: rank, id, text, count, share.
 
     `counts`, [vocabulary], is the number of occurrences of each id. `text` is the repr of the
     token, which makes spaces and line breaks visible. `share` is the fraction of all tokens. Equal
     counts are ranked by id.
     """
+    import pandas as pd  # the processes that encode a corpus do not need it
+
     series = pd.Series(counts).rename_axis("id").rename("count")
     table = series[series > 0].sort_values(ascending=False, kind="stable").head(top).reset_index()
     table.insert(0, "rank", table.index + 1)

@@ -21,6 +21,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -426,6 +428,66 @@ def test_corpus_of_any_bytes_is_read_unchanged_or_rejected(files, size):
             for text in texts[1:]:
                 joined += ("\n" if joined and not joined.endswith("\n") else "") + text
             assert read == joined
+
+
+@fuzz(
+    250,
+    lines=st.lists(
+        TEXTS.map(lambda text: json.dumps({"text": text}).encode())
+        | CONTENTS
+        | TREES.map(lambda tree: json.dumps(tree, default=str).encode()),
+        max_size=4,
+    ),
+    size=st.sampled_from([3, 20, 1 << 20]),
+)
+def test_documents_of_any_bytes_are_read_or_rejected_with_their_line(lines, size):
+    content = b"\n".join(lines)
+    with empty_folder() as root:
+        write_corpus(root, {"a.jsonl": content})
+        try:
+            texts = documents_of(corpus.find("data/raw/set", root), size)
+        except UserError as error:
+            assert_one_line(error, "data/raw/set/a.jsonl line ")
+            return
+        content = content.removeprefix(b"\xef\xbb\xbf")
+        expected = [
+            json.loads(line.decode())["text"] for line in content.split(b"\n") if line.strip()
+        ]
+        assert texts == [text for text in expected if text and not text.isspace()]
+
+
+@fuzz(100, edits=EDITS, codec=st.sampled_from(["gz", "zst", "parquet"]))
+def test_damaged_compressed_documents_are_rejected_or_read(edits, codec):
+    name = "a.parquet" if codec == "parquet" else f"a.jsonl.{codec}"
+    with empty_folder() as root:
+        write_corpus(root, {name: damage(compressed_documents(codec), edits)})
+        try:
+            documents_of(corpus.find("data/raw/set", root))
+        except UserError as error:
+            assert_one_line(error, f"data/raw/set/{name}")
+
+
+@functools.cache
+def compressed_documents(codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    if codec == "parquet":
+        pq.write_table(pa.table({"text": ["What, ho!", "My lord?"] * 20}), sink)
+    else:
+        with pa.CompressedOutputStream(sink, {"gz": "gzip", "zst": "zstd"}[codec]) as stream:
+            stream.write(b'{"text": "What, ho!"}\n' * 20)
+    return sink.getvalue().to_pybytes()
+
+
+def documents_of(found: corpus.Corpus, size: int = 1 << 20) -> list[str]:
+    """The documents of a corpus, read in tasks of this size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TASK", size)
+        pieces = [
+            piece
+            for task in tasks.divide(found, "text")
+            for piece in tasks.read(found, task, "text", lambda _: None)
+        ]
+    return [piece.text for piece in pieces if isinstance(piece, tasks.Piece)]
 
 
 @fuzz(

@@ -215,6 +215,22 @@ def test_report_warns_about_the_end_of_text_token(root, capsys, monkeypatch):
     assert 50256 not in data.train and 50256 not in data.val
 
 
+def test_documents_of_all_kinds_are_prepared_and_reported(corpus_folder, capsys):
+    corpus_folder.write("a.jsonl.gz", [letters(0), "", letters(100), None])
+    corpus_folder.write("b.parquet", [letters(200)] * 3)
+    corpus_folder.write("c.txt.zst", letters(300))
+    run(settings(corpus="data/raw/set"), corpus_folder.root)
+    report = capsys.readouterr().out
+    assert "\n  Documents                        6  each ends with token 50256\n" in report
+    place = "data/raw/set/a.jsonl.gz line 2"
+    assert f"\nLeft out: 2 documents without text; the first is {place}\n" in report
+    data = token_files.read(corpus_folder.root / "data/prepared")
+    assert data.meta["documents"] == 6 and data.train_counts[50256] == 5
+    assert tokenizer.decode(data.val) == letters(300) + "<|endoftext|>"
+    train = letters(0), letters(100), *[letters(200)] * 3
+    assert tokenizer.decode(data.train) == "".join(f"{text}<|endoftext|>" for text in train)
+
+
 def test_report_warns_about_nul_characters(root, capsys):
     (root / "data/raw/mine.txt").write_bytes(("Letter.\n" * 20).encode("utf-16-le"))
     run(settings(corpus="data/raw/mine.txt"), root)

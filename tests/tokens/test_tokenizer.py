@@ -304,3 +304,20 @@ def test_importing_the_module_reads_no_vocabulary(tmp_path):
     )
     paths = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
     subprocess.run([sys.executable, "-c", script], check=True, env=paths)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["one"],
+        ["It's a", "", " text ", "\n", "\n\n", "caf\u00e9 \U0001f642"],
+        ["a<|endoftext|>b", "c"],
+        ["a<|endoftext|", "<|endoftext|", ">b", "<"],
+        ["a" + " " * 120_000 + "b", " " * 120_000],
+        ["\ud800", "x"],
+    ],
+)
+def test_documents_are_encoded_one_by_one_with_an_end_of_text_token_after_each(texts):
+    expected = [id for text in texts for id in [*tokenizer.encode(text), tokenizer.VOCAB_SIZE - 1]]
+    found = tokenizer.encode_documents(texts)
+    assert found.tolist() == expected and found.dtype == np.uint16
