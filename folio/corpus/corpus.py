@@ -62,7 +62,7 @@ def find(name: str, root: Path) -> Corpus:
         return Corpus(display_name, (_describe(path, root),))
     paths, left_out = _find_texts(path, root)
     texts = tuple(_describe(each, root) for each in paths)
-    return Corpus(display_name, texts, True, tuple(map(_printable, left_out)))
+    return Corpus(display_name, texts, True, tuple(map(printable, left_out)))
 
 
 def check_exists(name: str, root: Path) -> None:
@@ -98,16 +98,16 @@ def _resolve(name: str, root: Path) -> Path:
     try:
         path = (root / name).resolve(strict=True)
     except PermissionError as error:
-        raise unreadable(_printable(name), error.strerror) from None
+        raise unreadable(printable(name), error.strerror) from None
     except (OSError, ValueError, RuntimeError):  # missing, a null byte, a cycle of links
         texts = [_display_path(path, root) for path in (root / RAW).rglob("[!.]*")]
         similar = difflib.get_close_matches(name, [*NAMED, *texts], n=1)
         hint = f"; did you mean {similar[0]}?" if similar else ""
         raise UserError(
-            f"prepare.corpus: '{_printable(name)}' is neither {' nor '.join(NAMED)} "
+            f"prepare.corpus: '{printable(name)}' is neither {' nor '.join(NAMED)} "
             f"nor a path under {RAW}{hint}"
         ) from None
-    _check_inside(path, _printable(name), root)
+    _check_inside(path, printable(name), root)
     return path
 
 
@@ -129,12 +129,12 @@ def _display_path(path: Path, root: Path) -> str:
     """Return a path relative to the project's root, with slashes, for messages and meta.json."""
     for base in (root, root.resolve()):
         if path.is_relative_to(base):
-            return _printable(path.relative_to(base).as_posix())
+            return printable(path.relative_to(base).as_posix())
     inside = path.relative_to((root / RAW).resolve())  # data/raw itself is a symbolic link
-    return _printable((RAW / inside).as_posix())
+    return printable((RAW / inside).as_posix())
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """Return a file name as one printable line of limited length.
 
     Line breaks, terminal control codes and undecodable bytes are escaped. A very long name is
@@ -153,7 +153,7 @@ def _find_texts(path: Path, root: Path) -> tuple[list[Path], list[str]]:
         name = _display_path(Path(error.filename), root)
         raise unreadable(name, error.strerror) from None
     if not texts:
-        but = f" except {_printable(left_out[0])}, which is left out" if left_out else ""
+        but = f" except {printable(left_out[0])}, which is left out" if left_out else ""
         raise UserError(
             f"{name} contains no .txt, .jsonl or .parquet file{but}: add one, or choose another"
             " prepare.corpus"

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from folio.corpus.corpus import TextFile, unreadable
+from folio.corpus.corpus import TextFile, printable, unreadable
 from folio.errors import UserError
 
 _BUFFER = 1 << 20  # bytes
@@ -40,7 +40,7 @@ def opened(file: TextFile, consumed: Consumed) -> Iterator[BinaryIO]:
 
 
 def damaged(file: TextFile, error: Exception) -> UserError:
-    problem = " ".join(str(error).split()).rstrip(".")[:100]
+    problem = printable(" ".join(str(error).split()).rstrip(".")[:100])
     return UserError(f"{file.name} is damaged ({problem}): copy it again, or remove it")
 
 

@@ -33,8 +33,9 @@ def encode(plan: Plan, folder: Path, hide_progress: bool | None) -> None:
     pending = [task for task in range(len(plan.tasks)) if task not in done]
     read = int(sum(weights[task] for task in done))
     count = min(available_cores(), len(pending))
+    hide = hide_progress if plan.corpus.size else True  # a named corpus takes a second
     try:
-        with progress.bar(plan.corpus.size, "encoding", "bytes", hide_progress, read) as bar:
+        with progress.bar(plan.corpus.size, "encoding", "bytes", hide, read) as bar:
             if count > 1:
                 _Workers(plan, folder, bar, weights).run(pending, count)
             else:

@@ -24,6 +24,8 @@ PARTS = ("train", "val")
 FORMAT = 2
 SHARD = 1 << 29  # tokens in a file; in bytes, a multiple of the page size
 COUNTS = "train_counts.bin"  # how often each id occurs in training, little-endian int64
+# Token files, and those that were not complete when the process was killed.
+_OURS = re.compile(r"(train|val)-\d+\.bin|(train|val)\.bin|\.(train|val).*\.[0-9a-f]{8}\.bin")
 _HINT = "run `dvc repro --force prepare`"
 FACTS = {
     "corpus": str,
@@ -71,7 +73,8 @@ def write(
 
     facts: as in FACTS. train_counts: [vocabulary]. ids: for each part, its token ids, in pieces of
     any length. All files are complete before the first one is renamed to its final name, and
-    meta.json is renamed last. Files of earlier token files that are not replaced are removed.
+    meta.json is renamed last. Then other token files in the folder are removed: those of an earlier
+    call, and what a killed process left.
     """
     assert facts.keys() == FACTS.keys()
     meta: dict[str, Any] = facts | {"format": FORMAT}
@@ -93,8 +96,8 @@ def write(
         meta["train_counts_sha256"] = _sha256(counts)
         content = meta | {"sha256": _meta_sha256(meta)}
         paths["meta.json"].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in folder.glob("*.bin"):
-        if re.fullmatch(r"(train|val)(-\d+)?\.bin", path.name) and path.name not in paths:
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in paths:
             path.unlink()
     return meta
 

@@ -99,7 +99,7 @@ def expected_of_documents(documents, fraction):
 
 
 @pytest.mark.parametrize("kinds", [["txt"], ["txt", "jsonl", "parquet"]], ids=["text", "documents"])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_tokens_are_those_of_the_whole_text(corpus_folder, tmp_path, monkeypatch, seed, kinds):
     chance = random.Random(seed)
     monkeypatch.setattr(reading, "CHUNK", chance.choice([1, 2, 5, 17, 1_000]))

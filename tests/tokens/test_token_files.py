@@ -130,6 +130,8 @@ def test_memory_of_mapped_shards_is_given_back(sharded):
 def test_files_of_earlier_token_files_are_removed(sharded):
     folder, _ = sharded
     (folder / "mine.bin").touch()
+    (folder / ".train-00007.0123abcd.bin").touch()  # of a killed process
+    (folder / ".val.0123abcd.bin").touch()
     write(folder, IDS)
     assert sorted(path.name for path in folder.iterdir()) == [
         *("meta.json", "mine.bin", "train.bin", "train_counts.bin", "val.bin")
