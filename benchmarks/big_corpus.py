@@ -158,7 +158,7 @@ def kill(project: Path, times: int, seconds: float) -> None:
         os.killpg(process.pid, 9)
         process.wait()
         running += time.perf_counter() - started
-        kept.append(len([*project.glob(".checkpoints/prepare-*/*.npz")]))
+        kept.append(len([*project.glob(".checkpoints/prepare-*/[!.]*.npz")]))
     started = time.perf_counter()
     if start(project).wait():
         sys.exit("the run after the kills failed")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import psutil
 import pytest
 from conftest import ROOT, environment
 
-from folio.corpus import processes, segments, tasks, work
+from folio.corpus import encoding, processes, segments, tasks, work
+from folio.corpus.params import PrepareParams
 from folio.errors import UserError
+from stages import prepare
 
 
 @pytest.fixture
@@ -115,21 +118,20 @@ def test_disk_error_reaches_the_user_from_any_process(plan, tmp_path, monkeypatc
 
 
 PREPARE = """
-import sys
 from pathlib import Path
 from folio.corpus import encoding, tasks
 tasks.TASK, encoding.SEGMENT = 150_000, 300_000
 from folio.corpus.params import PrepareParams
 from folio.errors import one_line_errors
 from stages import prepare
-params = PrepareParams(corpus="data/raw/set", text_column="text", validation_fraction=0.1,
-                       report_batch_size=8, report_block_size=128)
 with one_line_errors():
-    prepare.run(params, Path(), Path())
+    prepare.run(PrepareParams(**{}), Path(), Path())
 """
+SETTINGS = {"corpus": "data/raw/set", "text_column": "text", "validation_fraction": 0.1}
+SETTINGS |= {"report_batch_size": 8, "report_block_size": 128}
 
 
-def outs(root: Path):
+def outs(root: Path) -> dict[Path, str]:
     paths = [path for path in (root / "data").rglob("*") if path.is_file()]
     return {
         path.relative_to(root): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -138,40 +140,47 @@ def outs(root: Path):
     }
 
 
-def prepare(root: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", PREPARE],
+def stop(root: Path, number: int, segments: int) -> str:
+    """Run prepare in `root`, and send it a signal once there are some segments; return stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARE.format(SETTINGS)],
         cwd=root,
         env=environment(ROOT),
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for_segments(root: Path, count: int, process: subprocess.Popen) -> None:
-    while len([*root.glob(".checkpoints/prepare-*/*.npz")]) < count:
+    while len([*root.glob(".checkpoints/prepare-*/[!.]*.npz")]) < segments:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    return stderr
 
 
-def test_stopped_prepare_continues_and_writes_the_same_bytes(plan, corpus_folder):
-    whole = prepare(corpus_folder.root)
-    assert whole.wait() == 0, whole.communicate()
-    expected = outs(corpus_folder.root)
-    for number, count in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
-        process = prepare(corpus_folder.root)
-        wait_for_segments(corpus_folder.root, count, process)
-        workers = psutil.Process(process.pid).children()
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
-        if number != signal.SIGKILL:
-            assert stderr.count("\n") == 1 and "run the same command again" in stderr
-        assert not psutil.wait_procs(workers, timeout=10)[1]
-    whole = prepare(corpus_folder.root)
-    assert whole.wait() == 0, whole.communicate()
-    assert outs(corpus_folder.root) == expected
-    assert [path.suffix for path in (corpus_folder.root / ".checkpoints").iterdir()] == [".lock"]
+def test_stopped_prepare_continues_and_writes_the_same_bytes(
+    plan, corpus_folder, tmp_path, monkeypatch
+):
+    root, whole = corpus_folder.root, tmp_path / "whole"
+    shutil.copytree(root / "data", whole / "data")
+    use_cores(monkeypatch, 1)
+    monkeypatch.setattr(encoding, "SEGMENT", 300_000)
+    saved, save = [], encoding._Builder.save
+    monkeypatch.setattr(encoding._Builder, "save", lambda *args: saved.append(save(*args)))
+    prepare.run(PrepareParams(**SETTINGS), whole, whole)
+    total = len(saved)
+    stop(root, signal.SIGKILL, 1)
+    line = stop(root, signal.SIGTERM, 3)
+    assert line.count("\n") == 1
+    assert "% of the text is encoded; run the same command again to continue" in line
+    kept = len([*root.glob(".checkpoints/*/[!.]*.npz")])
+    saved.clear()
+    prepare.run(PrepareParams(**SETTINGS), root, root)
+    assert 3 <= kept == total - len(saved)
+    assert outs(root) == outs(whole)
+    assert [path.suffix for path in (root / ".checkpoints").iterdir()] == [".lock"]
 
 
 def test_changed_file_or_column_is_encoded_from_the_start(plan, corpus_folder):
