@@ -16,6 +16,7 @@ GROUPS = {"dependencies": PROJECT["dependencies"], **PROJECT["optional-dependenc
 # The extra that a room may import besides the dependencies.
 EXTRAS = {"folio/app": "app", "folio/sweeps": "sweep"}
 OURS = {"folio", "stages", "tests", "conftest", "benchmarks", "notebooks", "app"}
+OURS |= {path.stem for path in (ROOT / "tests").rglob("*.py")}
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "PIL": "pillow",
