@@ -9,7 +9,7 @@ measured on one GPU, from measured bandwidths, and from assumptions, each of whi
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 T = 1024  # tokens in a window
 GPUS = (8, 64, 512)
@@ -185,6 +185,34 @@ def steps_table(cluster: Cluster) -> str:
     return _table(head + "|efficiency|memory, GB", rows)
 
 
+# On two H200 of one machine (benchmarks.distributed, LOG.md, 2026-11-26): the model, how it was
+# distributed, windows per GPU, ms of a step on one GPU (None: not measured) and on both.
+TWO_GPUS: list[tuple[Model, str, int, float | None, float]] = [
+    (SMALL, "ddp", 32, 62.13, 64.68),
+    (SMALL, "ddp", 64, 122.34, 125.47),
+    (XL, "fsdp", 24, None, 541.38),
+]
+
+
+def two_gpus_table(cluster: Cluster) -> str:
+    """The predicted steps beside the measured ones. A measured step on one GPU is the basis of the
+    prediction, if there is one."""
+    rows = []
+    for model, parallel, windows, one, both in TWO_GPUS:
+        step_tokens = 2 * windows * T
+        plan = Plan(
+            replace(model, step_tokens=step_tokens, micro_batch=windows), 2, parallel, cluster
+        )
+        predicted = 1000 * plan.step if one is None else one + 1000 * plan.communication
+        efficiency = "|" if one is None else f"{one / predicted:.1%}|{one / both:.1%}"
+        rows.append(
+            f"{model.name}|{parallel}|{windows}|{'' if one is None else f'{one:.1f}'}"
+            f"|{predicted:.1f}|{both:.1f}|{efficiency}"
+        )
+    head = "model|parallel|windows per GPU|one GPU, ms|two: predicted, ms|measured, ms"
+    return _table(head + "|efficiency: predicted|measured", rows)
+
+
 def runs_table(cluster: Cluster) -> str:
     head = "model|parallel|GPUs" + "".join(
         f"|{_power(n)}: time|GPU hours|dollars|failures" for n in TOKENS
@@ -265,7 +293,7 @@ def read_options() -> tuple[Cluster, int]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default, what in (
         ("node", 8, "GPUs per machine"),
-        ("nvlink", 360.0, "GB/s per GPU within a machine"),
+        ("nvlink", 320.0, "GB/s per GPU within a machine"),
         ("network", 40.0, "GB/s per GPU between machines: 80 %% of 400 Gbit/s"),
         ("hop", 5.0, "microseconds per message within a machine"),
         ("far-hop", 15.0, "microseconds per message between machines"),
@@ -282,6 +310,7 @@ def read_options() -> tuple[Cluster, int]:
 
 def main() -> None:
     cluster, cores = read_options()
+    print("## Two GPUs: prediction and measurement\n", two_gpus_table(cluster), "", sep="\n")
     print("## The time of a step\n", steps_table(cluster), "", sep="\n")
     print("## The time and the cost of a run\n", runs_table(cluster), "", sep="\n")
     print("## Disk space\n", disk_table(), "", sep="\n")

@@ -9,7 +9,7 @@ from benchmarks.scale import SMALL, XL, Cluster, Plan
 from folio.gpt.model import GPT, ModelParams
 
 CLUSTER = {
-    "node": 8, "nvlink": 360.0, "network": 40.0, "hop": 5.0, "far_hop": 15.0, "price": 2.5,
+    "node": 8, "nvlink": 320.0, "network": 40.0, "hop": 5.0, "far_hop": 15.0, "price": 2.5,
     "disk": 1.0, "failures": 50_700.0,
 }  # fmt: skip
 
@@ -47,10 +47,10 @@ def test_sizes_are_those_of_the_models():
 def test_communication_is_that_of_a_ring():
     free = Cluster(**CLUSTER | {"hop": 0.0, "far_hop": 0.0})
     assert free.all_reduce(1e9, 1) == 0
-    assert free.all_reduce(360e9, 2) == pytest.approx(1)  # each sends half of it, twice
-    assert free.all_reduce(360e9, 8) == pytest.approx(2 * 7 / 8)
-    between = 2 * 7 / 8 * 360e9 / 8 / 40e9
-    assert free.all_reduce(360e9, 64) == pytest.approx(2 * 7 / 8 + between)
+    assert free.all_reduce(320e9, 2) == pytest.approx(1)  # each sends half of it, twice
+    assert free.all_reduce(320e9, 8) == pytest.approx(2 * 7 / 8)
+    between = 2 * 7 / 8 * 320e9 / 8 / 40e9
+    assert free.all_reduce(320e9, 64) == pytest.approx(2 * 7 / 8 + between)
     latency = Cluster(**CLUSTER).all_reduce(0, 64)
     assert latency == pytest.approx(2 * (7 * 5e-6 + 7 * 15e-6))
 
