@@ -1,7 +1,7 @@
 """Encodes the tasks of a corpus in several processes.
 
-Threads do not scale: half of the time, tiktoken's regex engine or Python holds a lock. The
-processes write segments into a folder, so they exchange nothing but numbers.
+Threads would wait for one another: tiktoken's regex engine and Python hold locks. The processes
+write segments into a folder, so they exchange nothing but numbers.
 """
 
 import contextlib
