@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -154,4 +155,9 @@ def report(line: str) -> None:
 
 def _exit(line: str) -> NoReturn:
     report(line)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if _silent:
+            time.sleep(1)  # launchers stop the others when one ends: first the one that reports
+        sys.stdout.flush()
+        os._exit(1)  # a regular exit may be aborted, because the other processes have ended
     sys.exit(1)
