@@ -70,15 +70,12 @@ class Speed:
     reserved: float  # peak of what PyTorch holds on a GPU, GB
 
 
-def train_task(
-    setting: Setting, group: Group, where: torch.device, alone: bool = False
-) -> Callable[..., Any]:
-    """A process of Folio's training. See Team. alone: each process trains a model of its own."""
-    trained_by = Group() if alone else group
+def train_task(setting: Setting, group: Group, where: torch.device) -> Callable[..., Any]:
+    """A process of Folio's training. See Team."""
     tree = yaml.safe_load(params.FILE.read_text())
     settings = {
         "batch_size": setting.windows,
-        "accumulation": trained_by.count,
+        "accumulation": group.count,
         "precision": setting.precision,
         "parallel": setting.parallel,
         "compile": setting.compile,
@@ -98,7 +95,7 @@ def train_task(
     with where:  # random weights are drawn on the GPU
         trainer = Trainer(
             *(setting.size, TrainParams(**tree["train"] | settings), data, where),
-            *(setting.precision, None, trained_by),
+            *(setting.precision, None, group),
         )
     numbers = itertools.count()
 
@@ -263,7 +260,6 @@ def main() -> None:
     parser.add_argument("--variant", default="gpt2-124m", help="for the second table")
     parser.add_argument("--windows", type=int, default=32, help="per GPU, for the second table")
     parser.add_argument("--nanogpt", type=Path, help="the path of a clone of nanoGPT")
-    parser.add_argument("--alone", action="store_true", help="also separate runs at the same time")
     parser.add_argument("--varying", action="store_true", help="also deterministic: false")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9, help="start nothing in the last two")
@@ -284,8 +280,6 @@ def main() -> None:
         windows = 2 if tiny else options.windows
         setting = Setting(tiny or read_size(options.variant), windows, precision, seconds=seconds)
         contenders = {"Folio": partial(train_task, setting)}
-        if options.alone:
-            contenders["Folio, not together"] = partial(train_task, setting, alone=True)
         if options.nanogpt:
             contenders["nanoGPT, DDP"] = partial(nanogpt_task, setting, options.nanogpt.resolve())
         if options.varying:

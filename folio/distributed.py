@@ -214,9 +214,14 @@ def _from_srun() -> tuple[int, int, int] | None:
     if not _is_task_of_srun():
         return None
     if "MASTER_ADDR" not in os.environ:
-        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        os.environ["MASTER_ADDR"] = names.split()[0]
+        command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", "")]
+        try:
+            names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            os.environ["MASTER_ADDR"] = names.split()[0]
+        except (OSError, IndexError, subprocess.SubprocessError):
+            raise UserError(
+                "scontrol does not list the machines of this step: set MASTER_ADDR to the first"
+            ) from None
     job, step = _number("SLURM_JOB_ID"), _number("SLURM_STEP_ID")
     os.environ.setdefault("MASTER_PORT", str(20_000 + (100 * job + step) % 20_000))
     tasks, local_rank = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_LOCALID")

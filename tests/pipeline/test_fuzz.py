@@ -390,15 +390,20 @@ def write_corpus(root: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def text_of(found: corpus.Corpus, size: int = 1 << 20) -> str:
-    """The text of a corpus, read in tasks of this size."""
+def pieces_of(found: corpus.Corpus, size: int) -> list:
+    """What a corpus contains, read in tasks of this size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "TASK", size)
-        pieces = [
+        return [
             piece
             for task in tasks.divide(found, "text")
             for piece in tasks.read(found, task, "text", lambda _: None)
         ]
+
+
+def text_of(found: corpus.Corpus, size: int = 1 << 20) -> str:
+    """The text of a corpus, read in tasks of this size."""
+    pieces = pieces_of(found, size)
     assert all(isinstance(piece, tasks.Piece) and piece.text for piece in pieces)
     return "".join(piece.text for piece in pieces)
 
@@ -480,13 +485,7 @@ def compressed_documents(codec: str) -> bytes:
 
 def documents_of(found: corpus.Corpus, size: int = 1 << 20) -> list[str]:
     """The documents of a corpus, read in tasks of this size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "TASK", size)
-        pieces = [
-            piece
-            for task in tasks.divide(found, "text")
-            for piece in tasks.read(found, task, "text", lambda _: None)
-        ]
+    pieces = pieces_of(found, size)
     return [piece.text for piece in pieces if isinstance(piece, tasks.Piece)]
 
 

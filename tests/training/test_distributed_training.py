@@ -286,6 +286,15 @@ def test_srun_of_several_tasks_is_joined(monkeypatch):
     assert distributed._from_srun() is None
 
 
+def test_srun_without_scontrol_needs_an_address(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="set MASTER_ADDR to the first"):
+        join("cpu")
+
+
 def test_join_reports_an_unreachable_main_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
