@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from folio.tokens.batches import Batches
 from folio.tokens.read_ahead import ReadAhead
 from folio.training import optimizers
 from folio.training.step import TrainStep
+from folio.training.weights import Weights
 
 _PIECE = 10_000_000  # tokens that are written at once
 
@@ -71,10 +71,9 @@ def build_ways(tokens: np.ndarray, work: Work) -> dict[str, Batches]:
 def measure(ways: dict[str, Batches], work: Work, rounds: int, steps: int) -> None:
     """Print the median ms/step of each way, and the ms in Batches.windows."""
     model = GPT(work.size, tokenizer.VOCAB_SIZE).to(work.where)
-    optimizer = optimizers.adamw(model, WEIGHT_DECAY, BETAS)
-    take_step = TrainStep(
-        model, optimizer, work.where, work.precision, CLIP, compiled=work.where.type == "cuda"
-    )
+    optimizer = optimizers.adamw(model.parameters(), WEIGHT_DECAY, BETAS)
+    weights = Weights(model, work.precision)
+    take_step = TrainStep(weights, optimizer, CLIP, compiled=work.where.type == "cuda")
     wait = torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     firsts = dict.fromkeys(ways, 0)
@@ -110,7 +109,7 @@ def main() -> None:
         path = Path(place) / "train.bin"
         tokens = write_tokens(path, int(options.tokens))
         for variant in options.variants:
-            chosen = SimpleNamespace(variant=variant, batch=options.batch)
+            chosen = argparse.Namespace(variant=variant, batch=options.batch)
             work, title = step_benchmark.read_options(chosen)
             on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
             cache = "cached" if options.cached else "not cached"
