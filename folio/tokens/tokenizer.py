@@ -125,6 +125,27 @@ def token_bytes(token: int) -> bytes:
     return _encoding().decode_single_token_bytes(token if token < VOCAB_SIZE else _INVALID)
 
 
+def decode_bytes(ids: np.ndarray) -> bytes:
+    """Return the bytes of GPT-2's token ids, [N]; they may begin or end within a character."""
+    return _encoding().decode_bytes(ids.tolist())
+
+
+def byte_ids() -> list[int]:
+    """Return the token id of each single byte."""
+    return [_encoding().encode_single_token(bytes([byte])) for byte in range(256)]
+
+
+def merges() -> dict[tuple[int, int], int]:
+    """Return the merge table: the id of the token into which two tokens are merged.
+
+    The ids are in the order of the table.
+    """
+    ids = vocabulary()
+    lines = _read("vocab.bpe").decode().splitlines()[1:]  # after "#version"
+    pairs = [line.split(" ") for line in lines]
+    return {(ids[left], ids[right]): ids[left + right] for left, right in pairs}
+
+
 def vocabulary() -> dict[str, int]:
     """The id of each token, with a printable character for each byte, as in OpenAI's file."""
     return json.loads(_read("encoder.json"))
