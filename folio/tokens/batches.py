@@ -3,7 +3,7 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from folio.tokens.token_files import check_length
 SHUFFLED = 1 << 20  # windows per epoch; their order is a table of at most 8 MiB
 _MAX_SHARE = 0.2  # of the free memory of a GPU; with more tokens than that, they stay on the host
 _CHUNK = 1 << 24  # tokens that are copied to a GPU at once
+# If there are more segmentations, the share of the windows that are from the tokens themselves. It
+# was found by experiment; the validation text has only such windows.
+CANONICAL = 0.3
 _CPU = torch.device("cpu")
 
 
@@ -28,6 +31,10 @@ class Batches:
     batch, which is a range of this stream, may span two epochs. n is the same in all epochs; to
     make room for the offset, each epoch omits between T and 2T tokens at the two ends of the text.
     If n is greater than SHUFFLED, the order is not a table, but computed by order.permute.
+
+    If there are more segmentations of the text, each window is from a random one, which depends
+    only on (seed, index), and starts there at the same fraction of the tokens, so that it has about
+    the same text.
     """
 
     def __init__(
@@ -37,14 +44,18 @@ class Batches:
         seed: int,
         device: torch.device = _CPU,
         rows: np.ndarray | None = None,
+        segmented: Sequence[np.ndarray] = (),
     ) -> None:
         """`tokens` is [N] uint16 or uint32. rows: if given, [vocabulary]; x and y contain rows[id]
-        for each token id. Raises UserError if N is less than block_size + 1.
+        for each token id. segmented: other segmentations of the text, each like `tokens`. Raises
+        UserError if N, or the length of one of these, is less than block_size + 1.
 
         On a GPU, the tokens are copied to it, unless they would fill more than a fifth of its free
         memory. Then threads read ahead what the next calls of `windows` are expected to need.
         """
-        check_length(tokens, "training", block_size)
+        arrays = [tokens, *segmented]
+        for array in arrays:
+            check_length(array, "training", block_size)
         self.block_size = block_size
         self.seed = seed
         self.windows_per_epoch = max(1, (len(tokens) - 1) // block_size - 1)
@@ -53,14 +64,19 @@ class Batches:
         self._offset, self._window_at = 0, np.arange(0).__getitem__
         self._lock = threading.Lock()  # for the three
         self._rows = None if rows is None else torch.from_numpy(rows.astype(np.int64))
-        self._tokens = _as_signed(tokens)
-        self._mask = (1 << 8 * self._tokens.itemsize) - 1
+        self._lengths = np.array([len(array) for array in arrays])
+        self._key = order.keys(np.random.default_rng([seed, 0, 1]))[0]  # other than of any epoch
+        # The segmentations as tensors, and the index of the first token of each within its tensor.
+        self._tensors = [_as_signed(array) for array in arrays]
+        self._first = np.zeros_like(self._lengths)
+        self._mask = (1 << 8 * tokens.itemsize) - 1
         self._read: Callable[[int, int], torch.Tensor] = self._read_windows
         if self.windows_per_epoch > SHUFFLED:
-            mapping.advise_random_reads(tokens)
+            for array in arrays:
+                mapping.advise_random_reads(array)
         if device.type == "cuda":
-            if _fits(tokens, device):
-                self._tokens = _copy(self._tokens, device)
+            if _fits(arrays, device):
+                self._join(device)
             else:
                 self._read = ReadAhead(self._read_pinned)
             self._rows = self._rows if self._rows is None else self._rows.to(device)
@@ -77,17 +93,52 @@ class Batches:
         ids = ids if self._rows is None else self._rows[ids]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
+    def _join(self, device: torch.device) -> None:
+        """Copy the segmentations to a device, one after another. Needs little memory on the
+        host."""
+        total, dtype = int(self._lengths.sum()), self._tensors[0].dtype
+        joined = torch.empty(total, dtype=dtype, device=device)
+        parts = joined.split(self._lengths.tolist())
+        for tensor, part in zip(self._tensors, parts, strict=True):
+            for start in range(0, len(tensor), _CHUNK):
+                part[start : start + _CHUNK] = tensor[start : start + _CHUNK]
+        self._tensors, self._first = [joined], self._lengths.cumsum() - self._lengths
+
     def _read_windows(self, first: int, count: int) -> torch.Tensor:
-        """Return the tokens of windows, [count, T + 1], where the tokens are."""
+        """Return the tokens of windows, [count, T + 1], on the device that has all tokens."""
         epochs, positions = np.divmod(np.arange(first, first + count), self.windows_per_epoch)
         starts = np.concatenate(
             [self._window_starts(epoch, positions[epochs == epoch]) for epoch in np.unique(epochs)]
         )
-        where = self._tokens.device
+        segmentations = self._segmentations(first, count)
+        starts = self._first[segmentations] + self._scale(starts, segmentations)
+        if len(self._tensors) == 1:
+            return self._gather(self._tensors[0], starts)
+        found = torch.empty(count, self.block_size + 1, dtype=self._tensors[0].dtype)
+        for segmentation in np.unique(segmentations):
+            at = np.flatnonzero(segmentations == segmentation)
+            found[torch.from_numpy(at)] = self._gather(self._tensors[segmentation], starts[at])
+        return found
+
+    def _gather(self, tokens: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+        where = tokens.device
         offsets = torch.arange(self.block_size + 1, device=where)
-        return self._tokens[
-            torch.from_numpy(starts).to(where, non_blocking=True)[:, None] + offsets
-        ]
+        return tokens[torch.from_numpy(starts).to(where, non_blocking=True)[:, None] + offsets]
+
+    def _segmentations(self, first: int, count: int) -> np.ndarray:
+        """Return which segmentation each window is from, [count] int64; 0: the tokens."""
+        others = len(self._lengths) - 1
+        if not others:
+            return np.zeros(count, dtype=np.int64)
+        share = order.uniform(np.arange(first, first + count), self._key) - CANONICAL
+        chosen = np.floor(share / (1 - CANONICAL) * others).astype(np.int64)
+        return np.where(share < 0, 0, 1 + chosen.clip(max=others - 1))
+
+    def _scale(self, starts: np.ndarray, segmentations: np.ndarray) -> np.ndarray:
+        """Return where windows start in their segmentations, given where they do in the tokens."""
+        lengths = self._lengths[segmentations]
+        scaled = (starts * (lengths / self._lengths[0])).astype(np.int64)
+        return np.minimum(scaled, lengths - 1 - self.block_size)
 
     def _read_pinned(self, first: int, count: int) -> torch.Tensor:
         """The same, in pinned memory, from which a GPU copies while the host continues."""
@@ -100,7 +151,7 @@ class Batches:
             if epoch != self._epoch:
                 n = self.windows_per_epoch
                 random = np.random.default_rng([self.seed, epoch])
-                spare = len(self._tokens) - 1 - n * self.block_size
+                spare = int(self._lengths[0]) - 1 - n * self.block_size
                 offset = int(random.integers(spare, endpoint=True))
                 if n <= SHUFFLED:
                     self._window_at = random.permutation(n).__getitem__
@@ -117,14 +168,6 @@ def _as_signed(tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens.view(f"<i{tokens.itemsize}"))
 
 
-def _fits(tokens: np.ndarray, device: torch.device) -> bool:
+def _fits(arrays: Sequence[np.ndarray], device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
-    return tokens.nbytes <= _MAX_SHARE * free
-
-
-def _copy(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor, which may be a mapped file, to a device. Needs little memory on the host."""
-    copied = torch.empty_like(tokens, device=device)
-    for start in range(0, len(tokens), _CHUNK):
-        copied[start : start + _CHUNK] = tokens[start : start + _CHUNK]
-    return copied
+    return sum(array.nbytes for array in arrays) <= _MAX_SHARE * free

@@ -31,6 +31,14 @@ def permute(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     return items.astype(np.int64)
 
 
+def uniform(positions: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Return a random number for each position, at least 0 and less than 1: float64 [N].
+
+    positions: int64, at least 0.
+    """
+    return (_mix(positions.astype(np.uint64), key) >> np.uint64(11)) * 2.0**-53
+
+
 def _encipher(items: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
     """A permutation of 0 to a * b - 1, on uint64."""
     left, right = np.divmod(items, np.uint64(b))

@@ -153,3 +153,67 @@ def test_read_ahead_windows_are_those_read_directly():
         for one, two in zip(direct.windows(first, 8), ahead.windows(first, 8), strict=True):
             assert torch.equal(one, two)
     ahead._read.close()
+
+
+CANONICAL = np.arange(5_000, dtype=np.uint16)
+# Each of its ids is 10,000 times its number plus its position.
+SEGMENTED = [
+    np.arange(10_000 * n, 10_000 * n + length, dtype=np.uint16)
+    for n, length in enumerate([5_900, 5_000, 6_000, 5_850], start=1)
+]
+
+
+def test_windows_are_from_random_segmentations():
+    x, y = Batches(CANONICAL, 16, seed=1, segmented=SEGMENTED).windows(0, 20_000)
+    assert torch.equal(y, x + 1) and torch.equal(x - x[:, :1], torch.arange(16).expand_as(x))
+    counts = np.bincount(x[:, 0].numpy() // 10_000)
+    expected = 20_000 * np.array([0.3, *[0.7 / 4] * 4])
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(6_000)
+    other, _ = Batches(CANONICAL, 16, seed=2, segmented=SEGMENTED).windows(0, 20_000)
+    same = (other[:, 0] // 10_000 == x[:, 0] // 10_000).float().mean()
+    assert same < 0.3  # independent choices agree in 0.3^2 + 4 * 0.175^2
+
+
+def test_window_of_a_segmentation_starts_where_that_of_the_tokens_does():
+    x, y = Batches(CANONICAL, 16, seed=1, segmented=SEGMENTED).windows(0, 5_000)
+    starts = Batches(CANONICAL, 16, seed=1).windows(0, 5_000)[0][:, 0]
+    numbers, found = x[:, 0] // 10_000, x[:, 0] % 10_000
+    for number, tokens in enumerate([CANONICAL, *SEGMENTED]):
+        of_it = numbers == number
+        scaled = starts[of_it].double() * (len(tokens) / 5_000)
+        assert torch.equal(found[of_it], scaled.long())
+        assert y[of_it].max() % 10_000 <= len(tokens) - 1
+
+
+def test_windows_of_segmentations_are_a_pure_function_of_first_and_count():
+    stream = Batches(CANONICAL, 16, seed=1, segmented=SEGMENTED).windows(0, 1_000)
+    jumping = Batches(CANONICAL, 16, seed=1, segmented=SEGMENTED)
+    for first, count in [(743, 7), (0, 1), (305, 30), (0, 350), (60, 2), (60, 2)]:
+        for part, whole in zip(jumping.windows(first, count), stream, strict=True):
+            assert torch.equal(part, whole[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_segmentations_that_are_joined_or_read_ahead_give_the_same_windows(dtype):
+    arrays = [each.astype(dtype) for each in (CANONICAL, *SEGMENTED)]
+    row = np.random.default_rng(1).permutation(50_000)
+    direct, joined, ahead = (
+        Batches(arrays[0], 16, seed=1, rows=row, segmented=arrays[1:]) for _ in range(3)
+    )
+    joined._join(torch.device("cpu"))  # as on a GPU with enough memory
+    assert len(joined._tensors) == 1
+    ahead._read = ReadAhead(ahead._read_windows)
+    for first in [*range(0, 800, 8), 3]:
+        x, y = direct.windows(first, 8)
+        for other in (joined, ahead):
+            found = other.windows(first, 8)
+            assert torch.equal(found[0], x) and torch.equal(found[1], y)
+    ahead._read.close()
+
+
+def test_window_at_the_end_of_a_shorter_segmentation_ends_within_it():
+    tokens, shorter = np.arange(40, dtype=np.uint16), np.arange(100, 117, dtype=np.uint16)
+    _, y = Batches(tokens, 16, seed=1, segmented=[shorter]).windows(0, 300)
+    assert y[y >= 100].max() == 116 and y[y < 100].max() == 39
+    with pytest.raises(UserError, match="only 16 tokens"):
+        Batches(tokens, 16, seed=1, segmented=[shorter[:16]])

@@ -211,10 +211,14 @@ def test_cross_entropy_kernel_agrees_with_pytorch(size, dtype, bias):
 
 @pytest.mark.parametrize("share", [0.2, 0.0], ids=["on the GPU", "read ahead"])
 @pytest.mark.parametrize("block_size", [8, 13])
-def test_batches_on_gpu_equal_those_on_cpu(monkeypatch, block_size, share):
+@pytest.mark.parametrize("segmented", [False, True])
+def test_batches_on_gpu_equal_those_on_cpu(monkeypatch, block_size, share, segmented):
     monkeypatch.setattr("folio.tokens.batches._MAX_SHARE", share)
     text = np.random.default_rng(0).integers(1 << 16, size=1_000, dtype=np.uint16)
-    here, there = Batches(text, block_size, 5), Batches(text, block_size, 5, CUDA)
+    more = [text[::-1].copy(), text.repeat(2)] if segmented else []
+    here, there = (
+        Batches(text, block_size, 5, where, segmented=more) for where in (torch.device("cpu"), CUDA)
+    )
     for first in (0, 4, 160, *range(4_000, 5_000, 4)):
         for cpu, gpu in zip(here.windows(first, 4), there.windows(first, 4), strict=True):
             assert gpu.is_cuda and torch.equal(cpu, gpu.cpu())
