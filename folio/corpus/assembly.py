@@ -21,7 +21,7 @@ from folio.tokens import tokenizer
 class Encoded:
     """A whole corpus: what token_files.write needs, and what the report shows."""
 
-    facts: dict[str, Any]  # token_files.FACTS
+    facts: dict[str, Any]  # token_meta.FACTS
     ids: dict[str, Iterable[np.ndarray]]  # of "train" and "val", in pieces
     statistics: CorpusStatistics
     without_text: int  # documents that were left out

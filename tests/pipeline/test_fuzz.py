@@ -43,7 +43,7 @@ from folio.gpt.model import GPT, ModelParams
 from folio.inference.evaluation import EvaluateParams
 from folio.runtime import RuntimeParams
 from folio.sweeps import overrides, variants
-from folio.tokens import token_files, tokenizer
+from folio.tokens import token_files, token_meta, tokenizer
 from folio.training import checkpoint
 from folio.training.checkpoint import Checkpoint
 from folio.training.params import TrainParams
@@ -561,15 +561,16 @@ def token_file_contents() -> dict[str, bytes]:
         facts |= {"train_bytes": 200, "val_tokens": len(ids["val"]), "val_characters": 9}
         counts = np.bincount(ids["train"], minlength=tokenizer.VOCAB_SIZE)
         pieces = {part: [each] for part, each in ids.items()}
-        token_files.write(folder, facts | {"val_bytes": 9}, counts, pieces)
+        more = token_files.Segmentations(2, 0.1, lambda ids: [[ids[1:], ids[2:]]])
+        token_files.write(folder, facts | {"val_bytes": 9}, counts, pieces, more)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @fuzz(
     250,
-    name=st.sampled_from(["meta.json", "train.bin", "train_counts.bin", "val.bin"]),
+    name=st.deferred(lambda: st.sampled_from(sorted(token_file_contents()))),
     edits=EDITS,
-    key=st.sampled_from([*token_files.META, "sha256", "more"]),
+    key=st.sampled_from([*token_meta.META, *token_meta.SEGMENTED, "sha256", "more"]),
     value=TREES,
     kind=st.sampled_from(["bytes", "bytes", "value", "value", "missing", "folder"]),
 )
@@ -595,6 +596,8 @@ def test_damaged_token_files_are_rejected_or_equivalent(name, edits, key, value,
             assert found.meta == intact.meta and found.digest == intact.digest
             assert np.array_equal(found.train, intact.train)
             assert np.array_equal(found.val, intact.val)
+            assert np.array_equal(found.segmented[1], intact.segmented[1])
+            assert np.array_equal(found.trained_counts, intact.trained_counts)
 
 
 # --- model folders

@@ -11,12 +11,12 @@ import pytest
 from conftest import NOT_FILES, replace_by
 
 from folio.errors import UserError
-from folio.tokens import token_files
+from folio.tokens import token_files, token_meta
 
 IDS = {"train": np.arange(300, dtype=np.uint16), "val": np.arange(50, dtype=np.uint16) + 50_000}
 
 
-def write(folder, ids, corpus="mine", vocabulary=50_257):
+def write(folder, ids, corpus="mine", vocabulary=50_257, segmentations=None):
     """Write token files: {part: ids, or a list of pieces of them}."""
     pieces = {part: each if isinstance(each, list) else [each] for part, each in ids.items()}
     facts = {"corpus": corpus, "vocabulary": vocabulary, "documents": 0, "text_sha256": "of a text"}
@@ -24,13 +24,29 @@ def write(folder, ids, corpus="mine", vocabulary=50_257):
         facts[f"{part}_tokens"] = sum(map(len, each))
         facts[f"{part}_characters"], facts[f"{part}_bytes"] = 10, 20
     counts = np.bincount(np.concatenate(pieces["train"]), minlength=vocabulary)
-    return token_files.write(folder, facts, counts, pieces)
+    return token_files.write(folder, facts, counts, pieces, segmentations)
+
+
+def two_segmentations(ids):
+    """Yields two segmentations of some ids, in pieces."""
+    for piece in np.array_split(ids, 3):
+        yield [piece[::-1], piece.repeat(2)]
+
+
+SEGMENTED = token_files.Segmentations(2, 0.1, two_segmentations)
 
 
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path / "prepared", IDS)
     return tmp_path / "prepared"
+
+
+@pytest.fixture
+def segmented(tmp_path):
+    """Token files with two more segmentations."""
+    write(tmp_path / "segmented", IDS, segmentations=SEGMENTED)
+    return tmp_path / "segmented"
 
 
 def error_of(folder):
@@ -74,7 +90,7 @@ PAGE = mmap.PAGESIZE // 2  # tokens
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
     """Token files of 3 and 1 files, and their ids."""
-    monkeypatch.setattr(token_files, "SHARD", PAGE)
+    monkeypatch.setattr(token_meta, "SHARD", PAGE)
     ids = {"train": np.arange(2 * PAGE + 5).astype(np.uint16), "val": IDS["val"]}
     write(tmp_path / "sharded", ids)
     return tmp_path / "sharded", ids
@@ -96,7 +112,7 @@ def test_large_part_is_several_files_mapped_as_one(sharded):
 
 @pytest.mark.parametrize("tokens", [PAGE, PAGE + 1, 2 * PAGE])
 def test_pieces_may_end_anywhere_in_a_file(tmp_path, monkeypatch, tokens):
-    monkeypatch.setattr(token_files, "SHARD", PAGE)
+    monkeypatch.setattr(token_meta, "SHARD", PAGE)
     ids = np.arange(tokens).astype(np.uint16)
     write(tmp_path, IDS | {"train": [*np.array_split(ids, 7)]})
     assert np.array_equal(token_files.read(tmp_path).train, ids)
@@ -138,6 +154,68 @@ def test_files_of_earlier_token_files_are_removed(sharded):
     ]
 
 
+def test_segmentations_are_read_as_written(segmented):
+    read = token_files.read(segmented)
+    pieces = [*two_segmentations(IDS["train"])]
+    for found, written in zip(read.segmented, zip(*pieces, strict=True), strict=True):
+        assert np.array_equal(found, np.concatenate(written))
+        assert found.dtype == np.dtype("<u2") and not found.flags.writeable
+    assert read.meta["bpe_dropout"] == 0.1 and read.meta["segmented_tokens"] == [300, 600]
+    assert np.array_equal(read.train_counts, np.bincount(IDS["train"], minlength=50_257))
+    assert np.array_equal(read.trained_counts, 4 * read.train_counts)
+
+
+def test_segmentations_change_the_digest_and_no_other_file(segmented, folder):
+    before, after = contents(folder), contents(segmented)
+    assert {name for name in before if before[name] != after[name]} == {"meta.json"}
+    assert {*after} - {*before} == {
+        *("train-segmented-01.bin", "train-segmented-02.bin", "train_segmented_counts.bin")
+    }
+    first = token_files.read(segmented).digest
+    assert first != token_files.read(folder).digest
+    other = token_files.Segmentations(2, 0.1, lambda ids: [[ids, ids]])
+    write(segmented, IDS, segmentations=other)
+    assert token_files.read(segmented).digest != first
+    (segmented / ".train-segmented-03.0123abcd.bin").touch()  # of a killed process
+    write(segmented, IDS)
+    assert contents(segmented) == before
+    assert token_files.read(segmented).digest == token_files.read(folder).digest
+
+
+def test_segmentations_of_several_files_of_tokens_are_one_file_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_meta, "SHARD", PAGE)
+    ids = {"train": np.arange(2 * PAGE + 5).astype(np.uint16), "val": IDS["val"]}
+    write(tmp_path, ids, segmentations=SEGMENTED)
+    read = token_files.read(tmp_path)
+    assert np.array_equal(read.segmented[1], ids["train"].repeat(2))
+    with (tmp_path / "train-segmented-02.bin").open("rb+") as file:
+        file.truncate(100)
+    assert "train-segmented-02.bin has 100 bytes" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-segmented-02.bin", "train_segmented_counts.bin"])
+def test_damaged_segmentation_is_named(segmented, name):
+    content = (segmented / name).read_bytes()
+    (segmented / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert f"{name} does not match its checksum in meta.json" in error_of(segmented)
+    (segmented / name).write_bytes(content[:-1])
+    assert f"{name} has {len(content) - 1} bytes instead of {len(content)}" in error_of(segmented)
+    (segmented / name).unlink()
+    assert f"{name} is missing" in error_of(segmented)
+
+
+def test_interrupted_segmentation_leaves_only_the_old_files(folder):
+    def interrupted(ids):
+        yield [ids[:5], ids[:5]]
+        raise KeyboardInterrupt
+
+    before = contents(folder)
+    with pytest.raises(KeyboardInterrupt):
+        more = token_files.Segmentations(2, 0.1, interrupted)
+        write(folder, IDS | {"val": IDS["val"] + 1}, segmentations=more)
+    assert contents(folder) == before
+
+
 def test_large_vocabulary_takes_four_bytes_a_token(tmp_path):
     write(tmp_path, IDS | {"val": np.array([1, 99_999])}, vocabulary=100_000)
     assert (tmp_path / "val.bin").read_bytes() == bytes([1, 0, 0, 0, 0x9F, 0x86, 1, 0])
@@ -146,7 +224,7 @@ def test_large_vocabulary_takes_four_bytes_a_token(tmp_path):
 
 def test_token_files_of_an_earlier_version_are_named(folder):
     meta = json.loads((folder / "meta.json").read_text())
-    meta = {key: meta[key] for key in token_files.FACTS if key != "documents"}
+    meta = {key: meta[key] for key in token_meta.FACTS if key != "documents"}
     meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     assert "was written by an earlier version of Folio" in error_of(folder)
@@ -202,7 +280,7 @@ def test_parts_without_tokens_are_rejected(tmp_path):
     assert "meta.json is damaged" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("key", token_files.META)
+@pytest.mark.parametrize("key", token_meta.META)
 @pytest.mark.parametrize("value", [..., None, True, 7, 7.0, "seven", [], float("nan")])
 def test_missing_or_modified_field_of_the_meta_file_is_detected(folder, key, value):
     meta = json.loads((folder / "meta.json").read_text())
@@ -235,6 +313,29 @@ def test_impossible_meta_file_with_a_correct_checksum_is_detected(folder, key, v
     meta["sha256"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     assert "meta.json is damaged" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bpe_dropout", 1.0),
+        ("bpe_dropout", float("nan")),
+        ("bpe_dropout", 0),
+        ("segmented_tokens", []),
+        ("segmented_tokens", [300]),
+        ("segmented_tokens", [300, True]),
+        ("segmented_tokens", [300, 0]),
+        ("segmented_tokens", [300, 600.0]),
+        ("segmented_tokens", None),
+        ("segmented_sha256", ["0" * 64, 7]),
+        ("segmented_counts_sha256", 7),
+    ],
+)
+def test_impossible_segmentations_with_a_correct_checksum_are_detected(segmented, key, value):
+    meta = json.loads((segmented / "meta.json").read_text()) | {key: value}
+    del meta["sha256"]
+    (segmented / "meta.json").write_text(token_meta.dump(meta))
+    assert "meta.json is damaged" in error_of(segmented)
 
 
 def test_meta_file_may_have_other_white_space_and_order(folder):
@@ -274,7 +375,7 @@ def test_interrupted_write_leaves_only_the_old_files(folder):
         raise KeyboardInterrupt
 
     before = contents(folder)
-    facts = {key: token_files.read(folder).meta[key] for key in token_files.FACTS}
+    facts = {key: token_files.read(folder).meta[key] for key in token_meta.FACTS}
     with pytest.raises(KeyboardInterrupt):
         token_files.write(folder, facts, np.zeros(50_257), {"train": pieces(), "val": []})
     assert contents(folder) == before
