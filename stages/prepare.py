@@ -3,6 +3,7 @@
 Run it with `dvc repro prepare`, or directly in the project's root: `python -m stages.prepare`.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from folio.errors import UserError, one_line_errors
 from folio.params import load
 from folio.run import project_root
 from folio.runtime import RuntimeParams
-from folio.tokens import token_files, tokenizer
+from folio.tokens import bpe_dropout, token_files, tokenizer
+from folio.tokens.token_files import Segmentations, TokenData
 
 _MAX_NAMES = 5  # in a line of the report
 _MAX_SHARED = 0.01  # of the validation text
@@ -42,7 +44,10 @@ def run(
         if corpus.find(params.corpus, root) != source:
             raise UserError(f"{source.name} changed while it was being read: run the command again")
         statistics = encoded.statistics
-        token_files.write(data / "prepared", encoded.facts, statistics.train, encoded.ids)
+        token_files.write(
+            *(data / "prepared", encoded.facts, statistics.train, encoded.ids),
+            segmentations(params, hide_progress),
+        )
 
     summary = summarize(statistics, params.report_batch_size, params.report_block_size)
     files.write_text(data / "diagnostics.json", json.dumps(summary, indent=2) + "\n")
@@ -58,7 +63,16 @@ def run(
 
     tokens = token_files.read(data / "prepared")
     shared = overlap.shared_fraction(tokens.train, tokens.val, progress.tracker(hide_progress))
-    print(format_report(params, source, summary, encoded, same, shared))
+    print(format_report(params, source, summary, encoded, same, shared, tokens))
+
+
+def segmentations(params: PrepareParams, hide_progress: bool | None) -> Segmentations | None:
+    """The additional segmentations of the training text, if there are to be any."""
+    count, dropout = params.segmentations, params.bpe_dropout
+    segment = functools.partial(
+        bpe_dropout.segment, count=count, dropout=dropout, track=progress.tracker(hide_progress)
+    )
+    return Segmentations(count, dropout, segment) if count else None
 
 
 def format_report(
@@ -68,11 +82,12 @@ def format_report(
     encoded: Encoded,
     same: list[list[str]],
     shared: float,
+    tokens: TokenData,
 ) -> str:
     """Return the summary as a table, followed by remarks and the start of the text.
 
     `same` are the groups of files that have the same text. `shared` is the fraction of the
-    validation text that also occurs in the training text.
+    validation text that also occurs in the training text. `tokens` is what was written.
     """
     batch = f"{params.report_batch_size} x {params.report_block_size} tokens"
     documents = encoded.facts["documents"]
@@ -84,11 +99,13 @@ def format_report(
         ("Unique tokens", f"{summary['unique_tokens']:,}", f"of {summary['vocabulary']:,}"),
         ("Characters per token", f"{summary['characters_per_token']:.2f}", ""),
         ("Training tokens", f"{summary['train_tokens']:,}", ""),
+        *([_segmentations_row(tokens)] if tokens.segmented else []),
         (
             "Validation tokens",
             f"{summary['val_tokens']:,}",
             f"{summary['unseen_val_share']:.2%} of them do not occur in training",
         ),
+        *([("", "", _unseen(encoded, tokens))] if tokens.segmented else []),
         ("Batches per epoch", f"{summary['batches_per_epoch']:,}", f"of {batch}, whole corpus"),
     ]
     width = max(12, *(len(value) for _, value, _ in rows))
@@ -99,6 +116,17 @@ def format_report(
     remarks = list(_remarks(source, encoded, same, shared))
     heading = f"Corpus: {source.name}"
     return "\n".join([heading, *lines, *remarks, "", "The first 300 characters:", escaped])
+
+
+def _segmentations_row(tokens: TokenData) -> tuple[str, str, str]:
+    total, dropout = sum(map(len, tokens.segmented)), tokens.meta["bpe_dropout"]
+    return "Segmentations", f"{len(tokens.segmented)}", f"BPE dropout {dropout:g}: {total:,} tokens"
+
+
+def _unseen(encoded: Encoded, tokens: TokenData) -> str:
+    counts = encoded.statistics.val
+    share = counts[tokens.trained_counts == 0].sum() / counts.sum()
+    return f"{share:.2%} of them in no segmentation either"
 
 
 def _remarks(

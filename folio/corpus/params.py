@@ -10,5 +10,7 @@ class PrepareParams:
     text_column: str  # the key in .jsonl files, and the column in .parquet files, with the text
     validation_fraction: Annotated[float, "> 0, < 1"]  # taken from the end of your own text; the
     # named corpora ignore it: they are all validated on the last tenth of tinyshakespeare
+    segmentations: Annotated[int, ">= 0, <= 99"]  # of the training text, in addition to GPT-2's
+    bpe_dropout: Annotated[float, ">= 0, < 1"]  # in these, the probability that a merge is dropped
     report_batch_size: Annotated[int, ">= 1"]  # windows per batch, only for batches_per_epoch
     report_block_size: Annotated[int, ">= 1"]  # tokens per window, only for batches_per_epoch

@@ -3,6 +3,7 @@
 from typing import Any
 
 from folio.gpt.model import parameter_counts
+from folio.tokens.token_files import TokenData
 from folio.training.init_from import FOLDER
 from folio.training.outputs import parameters_written
 from folio.training.trainer import Trainer
@@ -16,6 +17,7 @@ def introduction(trainer: Trainer) -> str:
     lines = [
         f"{data.meta['corpus']}: {len(data.train):,} training tokens,"
         f" {len(data.val):,} validation tokens",
+        *([_segmentations(data)] if data.segmented else []),
         f"on {trainer.machine} in {trainer.precision};"
         f" {trainer.tokens_per_step:,} tokens per step, at most {p.steps:,} steps",
         "parameters",
@@ -32,6 +34,13 @@ def introduction(trainer: Trainer) -> str:
     if trainer.steps_done:
         lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
     return "\n".join(lines)
+
+
+def _segmentations(data: TokenData) -> str:
+    return (
+        f"and {len(data.segmented)} random segmentations of the training text"
+        f" (BPE dropout {data.meta['bpe_dropout']:g})"
+    )
 
 
 def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:

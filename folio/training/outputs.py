@@ -108,6 +108,8 @@ def _facts(trainer: Trainer, root: Path) -> dict[str, Any]:
     file, meta = root / "data/diagnostics.json", trainer.data.meta
     found = {"corpus": meta["corpus"], "sha256": meta["text_sha256"]}
     found |= _read_statistics(file) if file.exists() else {}
+    if trainer.data.segmented:
+        found |= {"segmentations": len(trainer.data.segmented), "bpe_dropout": meta["bpe_dropout"]}
     counts = parameter_counts(trainer.model)
     return {f"data.{key}": value for key, value in found.items()} | {
         f"parameters.{part}": count for part, count in counts.items()

@@ -53,7 +53,7 @@ class Trainer:
         windows = params.batch_size * params.accumulation
         self._micro_batches = micro_batches(windows, params.batch_size, group)
         self.vocabulary = (
-            vocabulary.tied_vocabulary(data.train_counts)
+            vocabulary.tied_vocabulary(data.trained_counts)
             if params.tie_unseen_tokens
             else vocabulary.full_vocabulary(size)
         )
@@ -70,7 +70,9 @@ class Trainer:
             windows=windows,
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
-        self._batches = Batches(data.train, model_params.block_size, params.seed, where, rows)
+        self._batches = Batches(
+            *(data.train, model_params.block_size, params.seed, where, rows, data.segmented)
+        )
         self._val = self.vocabulary.rows_of(data.val)
         self.steps_done = 0  # optimizer updates
         self.history = History()

@@ -515,6 +515,8 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
             corpus=f"data/raw/set/{name}",
             text_column="text",
             validation_fraction=fraction,
+            segmentations=1,
+            bpe_dropout=0.3,
             report_batch_size=8,
             report_block_size=128,
         )
@@ -531,7 +533,8 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
         parts = [tokenizer.decode(part) for part in (found.train, found.val)]
         assert "".join(parts) == content.decode().removeprefix("\ufeff")
         made = [path for path in (root / "data").rglob("*") if path.is_file()]
-        assert len(made) == 9 and not any(
+        assert tokenizer.decode(found.segmented[0]) == parts[0]
+        assert len(made) == 11 and not any(
             path.name.startswith(".") for path in made if "set" not in path.parts
         )
 

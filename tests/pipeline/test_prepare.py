@@ -48,6 +48,8 @@ def settings(**changes):
         "corpus": "tinyshakespeare",
         "text_column": "text",
         "validation_fraction": 0.1,
+        "segmentations": 0,
+        "bpe_dropout": 0.1,
         "report_batch_size": 8,
         "report_block_size": 128,
     }
@@ -229,6 +231,38 @@ def test_documents_of_all_kinds_are_prepared_and_reported(corpus_folder, capsys)
     assert tokenizer.decode(data.val) == letters(300) + "<|endoftext|>"
     train = letters(0), letters(100), *[letters(200)] * 3
     assert tokenizer.decode(data.train) == "".join(f"{text}<|endoftext|>" for text in train)
+
+
+def test_segmentations_are_of_the_training_text_alone(corpus_folder, capsys):
+    corpus_folder.write("a.jsonl.gz", [letters(0), letters(100)])
+    corpus_folder.write("b.txt", letters(300))
+
+    def prepared(count):
+        run(settings(corpus="data/raw/set", segmentations=count), corpus_folder.root)
+        data = corpus_folder.root / "data"
+        files = {path.name: path.read_bytes() for path in data.rglob("*.*") if path.is_file()}
+        return token_files.read(data / "prepared"), files, capsys.readouterr().out
+
+    plain, without, report_without = prepared(0)
+    found, files, report = prepared(3)
+    again, after, _ = prepared(0)
+    assert after == without and again.digest == plain.digest
+    changed = {name for name in files if files[name] != without.get(name)} - {"meta.json"}
+    numbered = {f"train-segmented-{n:02d}.bin" for n in (1, 2, 3)}
+    assert changed == numbered | {"train_segmented_counts.bin"}
+    text = tokenizer.decode(found.train)
+    for ids in found.segmented:
+        assert tokenizer.decode(ids) == text
+        assert len(ids) > 1.02 * len(found.train) and (ids == 50256).sum() == 2
+    total = sum(map(len, found.segmented))
+    rows = [row for row in report.splitlines() if row not in report_without.splitlines()]
+    assert rows[0] == f"  Segmentations                    3  BPE dropout 0.1: {total:,} tokens"
+    share = (found.trained_counts[found.val] == 0).mean()
+    assert rows[1:] == [" " * 38 + f"{share:.2%} of them in no segmentation either"]
+    assert 0 < share < (found.train_counts[found.val] == 0).mean()
+    counts = np.bincount(np.concatenate([found.train, *found.segmented]), minlength=50_257)
+    assert np.array_equal(found.trained_counts, counts)
+    assert np.array_equal(found.train_counts, plain.train_counts)
 
 
 def test_report_warns_about_nul_characters(root, capsys):

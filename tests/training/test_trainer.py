@@ -32,10 +32,11 @@ def settings(section, cls):
 MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
 
 
-def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS):
+def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS, segmented=()):
     ids = np.random.default_rng(1).integers(97, size=700).astype(np.uint16)
     counts = np.bincount(ids[:600], minlength=97)
-    data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest", counts)
+    more = sum((np.bincount(each, minlength=97) for each in segmented), np.zeros(97, int))
+    data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest", counts, segmented, more)
     return Trainer(model, train, data, CPU, precision, None, group)
 
 
@@ -64,6 +65,30 @@ def test_trainer_resumes_bit_for_bit(tmp_path, precision):
     assert metrics(resumed) == metrics(uninterrupted)
     for name, weight in uninterrupted.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_trainer_with_segmentations_resumes_bit_for_bit(tmp_path):
+    ids = np.random.default_rng(2).integers(90, 97, size=(3, 700)).astype(np.uint16)
+    segmented = (ids[0], ids[1, :690], ids[2, :680])
+    uninterrupted, stopped = (make_trainer(segmented=segmented) for _ in range(2))
+    advance(uninterrupted, 6)
+    advance(stopped, 3)
+    stopped.save(tmp_path)
+    resumed = make_trainer(segmented=segmented)
+    resumed.resume(tmp_path)
+    advance(resumed, 3)
+    assert metrics(resumed) == metrics(uninterrupted)
+    for name, weight in uninterrupted.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    without = make_trainer()
+    advance(without, 6)
+    assert metrics(without)[0]["train_loss"] != metrics(uninterrupted)[0]["train_loss"]
+
+
+def test_token_that_occurs_only_in_a_segmentation_is_not_tied():
+    before, after = make_trainer(), make_trainer(segmented=(np.full(600, 90, np.uint16),))
+    assert before.data.train_counts[90] == 0 and before.vocabulary.multiplicity is not None
+    assert after.vocabulary.multiplicity is None  # 90 was the only token that did not occur
 
 
 def test_trainer_resumes_best_weights(tmp_path):
