@@ -13,6 +13,8 @@ from folio.errors import UserError
 NAMED: dict[str, Callable[[], tuple[str, int]]] = {
     "tinyshakespeare": shakespeare.load_tinyshakespeare,
     "shakespeare": shakespeare.load_all_plays,
+    "tinyshakespeare-development": shakespeare.load_tinyshakespeare_development,
+    "shakespeare-development": shakespeare.load_all_plays_development,
 }
 RAW = Path("data", "raw")  # tracked by DVC: a change in it reruns the pipeline
 _IGNORED = ".ipynb_checkpoints"  # in .dvcignore

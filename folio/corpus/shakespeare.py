@@ -28,6 +28,7 @@ TINY_PLAYS = (
 TINY_LINES = 40_000
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
+DEVELOPMENT = 100_386  # characters
 APOCRYPHA = ("edward-iii",)  # only partly attributed to Shakespeare, and not in the First Folio
 OTHER_PLAYS = 28
 OTHER_SHA256 = "bb959368818144319538ee4462963ada89234de89dd732f90f570ade6c29a637"
@@ -101,6 +102,24 @@ def load_all_plays() -> tuple[str, int]:
     plays = read_plays()
     others, tiny = build_other_plays(plays), build_tinyshakespeare(plays)
     return others + tiny, len(others) + _validation_start(tiny)
+
+
+def load_tinyshakespeare_development() -> tuple[str, int]:
+    """Return tinyshakespeare's training text and the index of its last 100,386 characters.
+
+    They are a tenth of it, on which hyperparameters are compared: the actual validation text must
+    not influence their choice. Raises UserError as load_tinyshakespeare.
+    """
+    return _development(*load_tinyshakespeare())
+
+
+def load_all_plays_development() -> tuple[str, int]:
+    """Return the training text of all the plays, and the index of the same development part."""
+    return _development(*load_all_plays())
+
+
+def _development(text: str, validation_start: int) -> tuple[str, int]:
+    return text[:validation_start], validation_start - DEVELOPMENT
 
 
 def read_plays() -> dict[str, str]:

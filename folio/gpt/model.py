@@ -113,6 +113,7 @@ class GPT(nn.Module):
         super().__init__()
         self.params = params
         self.gradient_checkpointing = False
+        self.unseen_probability = 0.0  # target probability of the last row in `loss`
         self._compiled_blocks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.transformer = Transformer(params, rows)
         log = None if multiplicity is None else torch.as_tensor(multiplicity).float().log()
@@ -186,7 +187,27 @@ class GPT(nn.Module):
         hidden, weight, bias = self.hidden(x), self.transformer.wte.weight, self.log_multiplicity
         hidden, y = hidden.flatten(0, 1), y.flatten()
         loss = cross_entropy.linear_cross_entropy(hidden, weight, bias, y, scale)
-        return loss if bias is None else loss + bias[y].mean()
+        if bias is None:
+            return loss
+        loss = loss + bias[y].mean()
+        if self.unseen_probability:
+            loss = loss + self.unseen_probability * self._smoothing(hidden, y, scale)
+        return loss
+
+    def _smoothing(
+        self, hidden: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float
+    ) -> torch.Tensor:
+        """What the loss increases by if the target is an unseen token instead of y.
+
+        hidden [N, C], y [N]. It is the difference of the two logits, so label smoothing (Szegedy et
+        al. 2016, section 7) towards one row needs no other logits. Its gradient is multiplied by
+        `scale`, as that of the loss.
+        """
+        weight = self.transformer.wte.weight
+        towards = F.embedding(y, weight).float() - weight[-1].float()
+        difference = (hidden.float() * towards).sum(1).mean()
+        scaled = difference * scale
+        return (difference - scaled).detach() + scaled
 
     def token_losses(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of each token in y [B, T] given x [B, T], in nats. The result is [B, T]."""

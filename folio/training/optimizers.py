@@ -4,38 +4,55 @@ A group may have its own peak learning rate: TrainStep multiplies the scheduled 
 `lr_scale` (1 by default).
 """
 
-import inspect
 from collections.abc import Iterable
 
 import torch
 
+from folio.errors import UserError
+from folio.tokens.vocabulary import Vocabulary
+from folio.training.adamw import AdamW
+from folio.training.factors import Factors
+from folio.training.muon import Muon
 from folio.training.params import TrainParams
+from folio.training.weights import Weights
+
+_MOMENTUM = 0.95  # of Muon
 
 
-def build(parameters: Iterable[torch.nn.Parameter], p: TrainParams) -> torch.optim.Optimizer:
+def build(weights: Weights, p: TrainParams, vocabulary: Vocabulary) -> torch.optim.Optimizer:
     """Build the optimizer described by the `train` section of params.yaml."""
-    return adamw(parameters, p.weight_decay, (p.beta1, p.beta2))
+    betas = (p.beta1, p.beta2)
+    if p.optimizer == "adamw" and not p.factored_embedding:
+        return adamw(weights.parameters, p.weight_decay, betas)
+    if weights.mesh:
+        raise UserError(
+            "train.optimizer muon and train.factored_embedding need whole matrices: set"
+            " train.parallel to ddp"
+        )
+    names = [name for name, _ in weights.model.named_parameters()]
+    named = dict(zip(names, weights.parameters, strict=True))
+    muon = p.optimizer == "muon"
+    matrices = [p for name, p in named.items() if muon and ".h." in name and p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    groups = _groups((p for p in weights.parameters if id(p) not in chosen), p.weight_decay)
+    if muon:
+        options = {"weight_decay": p.muon_weight_decay, "momentum": _MOMENTUM}
+        scale = p.muon_learning_rate / p.learning_rate
+        groups.append({"params": matrices, "lr_scale": scale, **options})
+    factors = Factors(vocabulary) if p.factored_embedding else None
+    return (Muon if muon else AdamW)(groups, betas, factors, named["transformer.wte.weight"])
 
 
 def adamw(
     parameters: Iterable[torch.nn.Parameter], weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices but not biases or norms."""
+) -> AdamW:
+    """AdamW, with weight decay on matrices but not biases or norms."""
+    return AdamW(_groups(parameters, weight_decay), betas)
+
+
+def _groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict]:
     params = [p for p in parameters if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    device = params[0].device.type
-    fused, capturable = device in ("cpu", "cuda", "mps"), device == "cuda"  # see step.py
-    return _AdamW(groups, betas=betas, fused=fused, capturable=capturable)
-
-
-class _AdamW(torch.optim.AdamW):
-    """AdamW without PyTorch's decorators, which exclude the optimizer from torch.compile. They
-    import the compiler, which takes 1.4 s, although no optimizer is compiled here."""
-
-    step = inspect.unwrap(torch.optim.AdamW.step)
-    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)

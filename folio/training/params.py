@@ -19,10 +19,16 @@ class TrainParams:
     parallel: Literal["auto", "none", "ddp", "fsdp"]  # with several processes: see below
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
+    unseen_probability: Annotated[float, ">= 0, < 1"]  # of all these tokens together, as a target
+    input_noise: Annotated[float, ">= 0, <= 1"]  # share of input tokens replaced at random
+    optimizer: Literal["adamw", "muon"]  # muon: Muon for the blocks' matrices, AdamW for the rest
+    factored_embedding: bool  # tokens that differ in case or leading space learn together
     learning_rate: Annotated[float, "> 0"]  # peak value, after warm-up
     min_learning_rate: Annotated[float, ">= 0"]  # at the end of the cosine decay
     warmup_steps: Annotated[int, ">= 0"]  # steps of linear warm-up
     weight_decay: Annotated[float, ">= 0"]  # for matrices and embeddings only
+    muon_learning_rate: Annotated[float, "> 0"]  # peak value for Muon's matrices
+    muon_weight_decay: Annotated[float, ">= 0"]  # for Muon's matrices
     beta1: Annotated[float, ">= 0, < 1"]  # AdamW: decay of the mean gradient
     beta2: Annotated[float, ">= 0, < 1"]  # AdamW: decay of the mean squared gradient
     grad_clip: Annotated[float, "> 0"]  # maximum gradient norm
@@ -39,6 +45,8 @@ class TrainParams:
                 f"min_learning_rate: {self.min_learning_rate} is above learning_rate"
                 f" {self.learning_rate}"
             )
+        if self.unseen_probability and not self.tie_unseen_tokens:
+            raise ValueError("unseen_probability: set tie_unseen_tokens to true, or this to 0")
         if self.tie_unseen_tokens and self.init_from != RANDOM:
             raise ValueError(
                 "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"

@@ -55,6 +55,7 @@ class TrainStep:
         compiled: bool = False,
         exact: bool = True,
         windows: int | None = None,
+        input_noise: float = 0.0,
     ):
         """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
         fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
@@ -64,12 +65,14 @@ class TrainStep:
         exact: make repeated steps bitwise reproducible.
         windows: the number of windows in all processes' micro-batches of a step. None: those of
         this process.
+        input_noise: the share of input tokens that are replaced by random ones.
         Raises UserError if the optimizer is capturable but does not work on this device.
         """
         device = weights.device
         _check_capturable(optimizer, device)
         self.weights, self.optimizer = weights, optimizer
         self.device, self.grad_clip, self.windows = device, grad_clip, windows
+        self.input_noise = input_noise
         self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
         self.fp16 = weights.precision == "fp16"
         self.optimizer_skips = _reads_found_inf(optimizer, device)
@@ -124,6 +127,8 @@ class TrainStep:
             divisor = windows / len(x)
             weights.begin(is_last=number == len(batches))
             scale = self.scale / (divisor / weights.gradient_factor)
+            if self.input_noise:
+                x = _replace_some(x, self.input_noise)
             batch_loss = weights.compute_model.loss(x, y, scale)
             batch_loss.backward()
             loss += batch_loss.detach() / divisor
@@ -170,6 +175,16 @@ class TrainStep:
             tensor.copy_(state[name])
         self._graph = None  # it refers to the optimizer's previous tensors
         self.weights.sync_from_master()
+
+
+def _replace_some(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Replace a random share of the tokens in x [B, T] by random other ones of x.
+
+    So the replacements are as frequent as in the text (Xie et al. 2017, "Data Noising as Smoothing
+    in Neural Network Language Models", section 3.3, unigram noising).
+    """
+    others = x.flatten()[torch.randint(x.numel(), x.shape, device=x.device)]
+    return torch.where(torch.rand(x.shape, device=x.device) < share, others, x)
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

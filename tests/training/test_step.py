@@ -8,6 +8,7 @@ import torch
 from folio.errors import UserError
 from folio.gpt.model import GPT, ModelParams
 from folio.training import optimizers
+from folio.training import step as step_module
 from folio.training.step import StepStats, TrainStep
 from folio.training.weights import Weights
 
@@ -431,3 +432,33 @@ def test_half_precision_accumulates_tiny_updates():
         step([ZEROS], learning_rate=1e-4)  # the gradient is a half
     assert model.weight[0].item() == pytest.approx(1 - 0.005, rel=1e-4)
     assert step.weights.compute_model.weight[0].item() != 1.0
+
+
+def test_input_noise_replaces_that_share_by_tokens_of_the_batch():
+    torch.manual_seed(1)
+    x = torch.full((100, 100), 7)
+    x[:, ::10] = 9
+    noisy = step_module._replace_some(x, 0.2)
+    assert ((noisy == 7) | (noisy == 9)).all()
+    assert 0.15 < (noisy[:, ::10] == 7).float().mean() < 0.21  # 0.2 * 0.9
+    assert 0.015 < (noisy[:, 1::10] == 9).float().mean() < 0.025  # 0.2 * 0.1
+    assert torch.equal(x[:, ::10], torch.full((100, 10), 9))
+
+
+def test_input_noise_changes_inputs_but_not_targets(model, batch):
+    class Seen(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def loss(self, x, y, scale):
+            self.x, self.y = x, y
+            return scale * self.weight
+
+    seen = Seen()
+    take_step = TrainStep(Weights(seen, "fp32"), torch.optim.SGD(seen.parameters()), 1.0)
+    take_step([batch], 0.1)
+    assert torch.equal(seen.x, batch[0])
+    take_step.input_noise = 0.5
+    take_step([batch], 0.1)
+    assert 0.3 < (seen.x != batch[0]).float().mean() < 0.6 and torch.equal(seen.y, batch[1])

@@ -52,13 +52,24 @@ def metrics(trainer):
     return [{k: v for k, v in row.items() if k != "time"} for row in trainer.history.rows]
 
 
+OPTIONS = {
+    "optimizer": "muon",
+    "factored_embedding": True,
+    "tie_unseen_tokens": True,
+    "unseen_probability": 0.02,
+    "input_noise": 0.2,
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_trainer_resumes_bit_for_bit(tmp_path, precision):
-    uninterrupted, stopped = make_trainer(precision=precision), make_trainer(precision=precision)
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "options"])
+def test_trainer_resumes_bit_for_bit(tmp_path, precision, options):
+    train = replace(TRAIN, **options)
+    uninterrupted, stopped = (make_trainer(train=train, precision=precision) for _ in range(2))
     advance(uninterrupted, 6)
     advance(stopped, 3)
     stopped.save(tmp_path)
-    resumed = make_trainer(train=replace(TRAIN, seed=TRAIN.seed), precision=precision)
+    resumed = make_trainer(train=train, precision=precision)
     resumed.resume(tmp_path)
     assert resumed.steps_done == 3
     advance(resumed, 3)
@@ -132,7 +143,7 @@ def test_trainer_rejects_optimizer_state_that_it_cannot_save_in_the_first_update
             super().step()
             self.state[self.param_groups[0]["params"][0]]["past"] = collections.deque([1.0])
 
-    monkeypatch.setattr(optimizers, "build", lambda parameters, _: Averaging(parameters))
+    monkeypatch.setattr(optimizers, "build", lambda weights, *_: Averaging(weights.parameters))
     trainer = make_trainer(precision=precision)
     if precision == "fp16":  # the update of the first step is skipped
         trainer._step.scale.fill_(2.0**40)
