@@ -17,8 +17,10 @@ VARIANTS := $(basename $(notdir $(wildcard variants/*.yaml)))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # PyTorch's builds for CPUs and for NVIDIA GPUs have the same version; the latter is 2.8 GB larger
-# and is installed only where there is an NVIDIA driver. CPU=1 or CPU= overrides this.
+# and is installed only where there is an NVIDIA driver. CPU=1 or CPU= overrides this, and replaces
+# the other build: .venv/torch contains the name of the installed one.
 CPU ?= $(if $(wildcard /proc/driver/nvidia /dev/nvidiactl /dev/dxg),,1)
+BUILD := $(if $(CPU),cpu,cuda)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: run test test-fast app ui variant promote serve notebook sweep team clean lock
@@ -82,12 +84,18 @@ LOCKED := $(PIP) --no-deps --require-hashes
 .venv/torch: requirements/torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Folio needs Python 3.11 or newer: name one with make $(MAKECMDGOALS) PYTHON=python3.12")'
-	@echo 'Installing into .venv (only once, a few minutes), with PyTorch for' \
+	@echo 'Installing into .venv (a few minutes), with PyTorch for' \
 	  '$(if $(CPU),CPUs (CPU= for NVIDIA GPUs),NVIDIA GPUs (CPU=1 for CPUs)).'
 	@echo 'pip is silent for a minute or two when it unpacks what it has downloaded.'
 	@$(PYTHON) -m venv .venv
+	@pip uninstall -qqy torch
 	@$(if $(CPU),$(PIP) --no-deps --retries 1 --index-url $(TORCH_CPU_INDEX) -r $< || )$(PIP) -r $<
-	@touch $@
+	@echo $(BUILD) > $@
+
+.PHONY: another-build
+ifeq ($(origin CPU),command line)
+.venv/torch: $(if $(filter $(BUILD),$(shell cat .venv/torch 2>/dev/null)),,another-build)
+endif
 
 # Additional packages for the page, the notebook, sweeps, a team, the tests or maintainers.
 .venv/%: requirements/%.txt .venv/base

@@ -106,7 +106,7 @@ def accelerator() -> Iterator[Finding]:
             f"PyTorch {torch.__version__} ({build}) does not see the GPU that nvidia-smi shows",
             "install the build of PyTorch for this driver (see pytorch.org/get-started)"
             if torch.version.cuda
-            else "`make clean && make run CPU=` installs PyTorch for NVIDIA GPUs",
+            else "`make run CPU=` installs PyTorch for NVIDIA GPUs",
         )
     else:
         yield Finding(f"no GPU: {device.describe(found)}")
