@@ -69,7 +69,8 @@ RESIDENT = 4 + 4 + 8 + 4 + 2 + 2
 CHECKPOINT = 4 + 8 + 4  # master weight, moments, best weights
 
 # Measured by us, on 2 shared CPU cores unless it says otherwise.
-PREPARE = 8.1 * 2**20  # bytes of text per second and core (benchmarks/README.md)
+ENCODE = 5.0e9 / (2 * 783)  # bytes of text per second and core: 5 GB in docs/corpora.md
+WRITE = 5.0e9 / (838 - 783)  # the same of the last step of prepare, mostly in one process
 BYTES_PER_TOKEN = 3.1  # of text, on tinyshakespeare; of text from the web, more
 DVC_ADD = 3.0e9 / 31.9  # bytes/s: `dvc add` of 3 GB, hashed and copied
 POINTS = 1000 / 0.176  # per second: MLflow's log_batch into SQLite
@@ -253,7 +254,8 @@ def overheads_table(cluster: Cluster, cores: int) -> str:
     small = Plan(SMALL, 8, "ddp", cluster)
     rows = []
     for what, seconds in (
-        (f"prepare, on {cores} cores", lambda n: BYTES_PER_TOKEN * n / PREPARE / cores),
+        (f"prepare: encode, on {cores} cores", lambda n: BYTES_PER_TOKEN * n / ENCODE / cores),
+        ("... and write the token files", lambda n: BYTES_PER_TOKEN * n / WRITE),
         ("`dvc repro`: hash and copy the text", lambda n: BYTES_PER_TOKEN * n / DVC_ADD),
         ("... and the token files", lambda n: 2 * n / DVC_ADD),
         ("an evaluation on a tenth of the text (124M, 8 GPUs)", lambda n: n / 10 / VALIDATION / 8),
