@@ -20,11 +20,13 @@ def disk() -> None:
     """
     from rich.console import Console
 
+    from folio.cli import idle
     from folio.cli import inventory as project
     from folio.tracking import garbage, sizes
 
     inventory = project.read()
     found = garbage.find(inventory)
+    idle.leave_out_copies(found, inventory.root)
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(_places(inventory, found))
     if inventory.runs:

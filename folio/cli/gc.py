@@ -38,6 +38,7 @@ def gc(
 
     if dry_run:
         found = garbage.find(project.read(), older_than, own_cache)
+        idle.leave_out_copies(found, project_root())
         lines, size = found.describe(), sizes.shown(sum(found.sizes().values()))
         result = f"dry run: gc would free {size}" if lines else "there is nothing to free"
         print("\n".join([*lines, *found.notes, result]))

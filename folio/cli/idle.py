@@ -12,6 +12,7 @@ from folio.cli.project_checks import RWLOCKS, dvc_processes, users
 from folio.errors import UserError
 from folio.run import is_training
 from folio.sweeps import queue
+from folio.tracking.garbage import Garbage
 
 
 @contextlib.contextmanager
@@ -36,13 +37,28 @@ def project(root: Path) -> Iterator[None]:
         yield
 
 
+def leave_out_copies(found: Garbage, root: Path) -> None:
+    """If a training run, a dvc command or the queue is running, leave out the copies of the project
+    in .dvc/tmp, in one of which it may run, and add a note."""
+    if reason := _reason(root):
+        found.temporary = []
+        found.notes.append(f"{reason}: until it has finished, `gc` frees nothing")
+
+
 def _refuse_if_busy(root: Path) -> None:
+    if reason := _reason(root):
+        raise UserError(_busy(reason))
+
+
+def _reason(root: Path) -> str:
+    """What is running in the project; empty if nothing is."""
     if is_training(root):
-        raise UserError(_busy("a training run is going on"))
+        return "a training run is going on"
     if queue.count_workers():
-        raise UserError(_busy("DVC's queue is running: `dvc queue status`"))
+        return "DVC's queue is running (`dvc queue status`)"
     if pids := {*dvc_processes(), *_pids(root)}:
-        raise UserError(_busy(f"dvc is running (process {min(pids)})"))
+        return f"dvc is running (process {min(pids)})"
+    return ""
 
 
 def _busy(reason: str) -> str:

@@ -199,13 +199,13 @@ def _add_checkpoints(garbage: Garbage, inventory: Inventory, days: float | None)
     runs = {run.checkpoint: run for run in inventory.runs if run.checkpoint}
     for folder in sorted((inventory.root / UNFINISHED).glob("*/")):
         found = runs.get(folder)
-        if found and found.is_training:
-            continue
         is_removed = found is not None and inventory.is_removed(found.id)
         is_old = days is not None and time.time() - _last_change(folder) > days * _DAY
         # A kill during `remove` leaves a folder without a record; a damaged record is kept.
         if is_removed or is_old or not (folder / RECORD).exists():
-            garbage.checkpoints.append(folder)
+            with lock_if_idle(folder) as is_idle:
+                if is_idle:
+                    garbage.checkpoints.append(folder)
 
 
 def _last_change(folder: Path) -> float:

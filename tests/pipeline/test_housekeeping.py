@@ -110,6 +110,11 @@ def test_dry_runs_and_disk_change_nothing(project):
     output = folio(project, "disk")
     assert "champion" in output and output.count("experiment") == 2 and "run only" in output
     assert max(map(len, output.splitlines())) <= 80
+    with lock_for_training(project / ".checkpoints/new"):  # perhaps in the copy of the project
+        for command in (["gc", "--dry-run"], ["disk"]):
+            output = folio(project, *command)
+            assert "is going on: until it has finished, `gc` frees nothing" in output
+            assert "temporary copies" not in output and "checkpoints:" not in output
     for name, reason in (
         (committed_run(project), r"it is the champion: `python -m folio promote OTHER --force`"),
         ("nobody", r"there is no run 'nobody': `python -m folio disk` lists all runs"),
