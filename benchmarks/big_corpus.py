@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from folio import files
 from folio.corpus import shakespeare
+from folio.errors import one_line_errors
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet")
@@ -196,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

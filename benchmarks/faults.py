@@ -26,6 +26,7 @@ from benchmarks.bench import Bench, Row
 from benchmarks.comparison import compare_outs, list_runs
 from benchmarks.kills import kills
 from benchmarks.project import Command, Server, repro, seconds_to_end, trainers
+from folio.errors import one_line_errors
 
 
 def stop(number: signal.Signals, cause: str, bench: Bench) -> list[Row]:
@@ -205,4 +206,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from folio.errors import one_line_errors
 from folio.gpt import weight_files
 
 ROOT = Path(__file__).parent.parent
@@ -98,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

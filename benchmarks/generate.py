@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from folio import device
+from folio.errors import one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
 from folio.inference.generation import generate_batch
@@ -162,4 +163,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from benchmarks.recipe import build
-from folio.errors import one_line_errors
+from folio.errors import UserError, one_line_errors
 from folio.sweeps import variants
 from folio.training.trainer import Trainer
 
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("variant", help="one of the files in variants/, without .yaml")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise UserError("this measures a GPU's memory, and PyTorch found no GPU on this machine")
     variant = variants.read(options.variant)
     print(f"{options.variant}, {options.steps} steps on {torch.cuda.get_device_name()}")
     print("precision  gradient checkpointing  peak GB  tokens/s  last loss")

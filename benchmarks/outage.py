@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks import project
 from benchmarks.project import Command, Server
+from folio.errors import one_line_errors
 
 
 def compare(temporary: Path, options: argparse.Namespace) -> None:
@@ -74,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -20,6 +20,7 @@ from statistics import median
 
 from folio import files
 from folio.corpus import shakespeare
+from folio.errors import one_line_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -20,6 +20,7 @@ from benchmarks import project
 from benchmarks.comparison import compare_mlflow, compare_outs
 from benchmarks.kills import latest_step
 from benchmarks.project import Command, repro, trainers
+from folio.errors import one_line_errors
 
 
 def main() -> None:
@@ -90,4 +91,5 @@ def rank_of(process: psutil.Process) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

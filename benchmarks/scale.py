@@ -11,6 +11,8 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from folio.errors import one_line_errors
+
 T = 1024  # tokens in a window
 GPUS = (8, 64, 512)
 TOKENS = (10**10, 10**11)
@@ -320,4 +322,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

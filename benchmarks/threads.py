@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from folio.errors import one_line_errors
 from folio.gpt.model import GPT, ModelParams
 from folio.inference import threads
 from folio.inference.generation import generate
@@ -74,4 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
