@@ -61,6 +61,8 @@ def run(
     folder = project / UNFINISHED / key
     with group.main_holds(lock_for_training(folder)):
         with group.agreeing():
+            if group.is_main:
+                print(messages.corpus(data), flush=True)
             trainer = Trainer(model_params, train_params, data, where, precision, initial, group)
         trainer.resume(folder)
         with start_run(trainer, runtime, folder, root) as (record, logger):

@@ -9,20 +9,26 @@ from folio.training.outputs import parameters_written
 from folio.training.trainer import Trainer
 
 
+def corpus(data: TokenData) -> str:
+    """Printed first, because a large model takes minutes to create."""
+    name = data.meta["corpus"]
+    line = f"{name}: {len(data.train):,} training tokens, {len(data.val):,} validation tokens"
+    return f"{line}\n{_segmentations(data)}" if data.segmented else line
+
+
 def introduction(trainer: Trainer) -> str:
-    """The data, machine and model, printed before the first step."""
-    p, data = trainer.params, trainer.data
-    counts = parameter_counts(trainer.model)
-    width = max(map(len, counts))
+    """The machine and the model, or the step to resume from, printed before the first step."""
+    p = trainer.params
     lines = [
-        f"{data.meta['corpus']}: {len(data.train):,} training tokens,"
-        f" {len(data.val):,} validation tokens",
-        *([_segmentations(data)] if data.segmented else []),
         f"on {trainer.machine} in {trainer.precision};"
         f" {trainer.tokens_per_step:,} tokens per step, at most {p.steps:,} steps",
-        "parameters",
-        *(f"  {part:<{width}} {count:>12,}" for part, count in counts.items()),
     ]
+    if trainer.steps_done:
+        lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
+        return "\n".join(lines)
+    counts = parameter_counts(trainer.model)
+    width = max(map(len, counts))
+    lines += ["parameters", *(f"  {part:<{width}} {count:>13,}" for part, count in counts.items())]
     if trainer.vocabulary.rows < len(trainer.vocabulary.row):
         written = parameters_written(trainer.model, trainer.vocabulary)
         lines.append(
@@ -31,8 +37,6 @@ def introduction(trainer: Trainer) -> str:
         )
     if trainer.pretrained:
         lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
-    if trainer.steps_done:
-        lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
     return "\n".join(lines)
 
 

@@ -84,3 +84,14 @@ def test_train_saves_after_evaluations_as_far_as_that_takes_a_tenth_of_the_time(
     (runtime,) = params.load(overfitted / "params.yaml", runtime=RuntimeParams)
     train.train(trainer, runtime, tmp_path, NoLogger())
     assert saved == steps
+
+
+def test_corpus_is_printed_before_the_model_is_created(overfitted, monkeypatch, capsys):
+    def create(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "Trainer", create)
+    with pytest.raises(InterruptedError):
+        run_stages(overfitted, "train")
+    [line] = capsys.readouterr().out.splitlines()
+    assert " training tokens, " in line and line.endswith(" validation tokens")
