@@ -27,11 +27,13 @@ def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
         largest = max(float((one[name] - other[name]).abs().max()) for name in one)
         yield f"weights differ by up to {largest:.2e}"
     columns = ("step", "train_loss", "learning_rate", "grad_norm", "val_loss")
-    one, other = ([tuple(map(r.get, columns)) for r in read_history(p)] for p in (expected, folder))
-    if one != other:
-        different = sum(a != b for a, b in zip(one, other, strict=False))
-        yield f"history has {len(other)} rows, not {len(one)}; {different} of them differ"
-    one, other = (
+    rows, others = (
+        [tuple(map(r.get, columns)) for r in read_history(p)] for p in (expected, folder)
+    )
+    if rows != others:
+        different = sum(a != b for a, b in zip(rows, others, strict=False))
+        yield f"history has {len(others)} rows, not {len(rows)}; {different} of them differ"
+    names, found = (
         {
             str(f.relative_to(p))
             for pattern in ("models/**/*", ".checkpoints/*/*")
@@ -39,8 +41,8 @@ def compare_outs(expected: Path, folder: Path) -> Iterator[str]:
         }
         for p in (expected, folder)
     )
-    if one != other:
-        yield f"leftover or missing files: {sorted(one ^ other)}"
+    if names != found:
+        yield f"leftover or missing files: {sorted(names ^ found)}"
 
 
 def read_weights(model: Path) -> dict[str, torch.Tensor]:
@@ -122,5 +124,6 @@ def files_in(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def list_runs(client: mlflow.MlflowClient) -> list[Run]:
-    experiment = client.get_experiment_by_name("folio").experiment_id
-    return client.search_runs([experiment], run_view_type=ViewType.ALL)
+    experiment = client.get_experiment_by_name("folio")
+    assert experiment, "there is no experiment in the store"
+    return client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -38,7 +39,7 @@ def build_model(block_size: int, where: torch.device) -> GPT:
     model = GPT(ModelParams(**sizes, dropout=0.0), VOCAB_SIZE).to(where).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
+            p.add_(0.1 * torch.randn_like(p))
     return model
 
 
@@ -52,7 +53,8 @@ def with_folio(model: GPT) -> Generate:
 def with_transformers(model: GPT, where: torch.device) -> Generate:
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder) / "gpt2")
-        theirs = GPT2LMHeadModel.from_pretrained(Path(folder) / "gpt2").to(where)
+        theirs: Any = GPT2LMHeadModel.from_pretrained(Path(folder) / "gpt2")
+    theirs.to(where)
 
     def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         ids = theirs.generate(
@@ -100,7 +102,8 @@ def compare(
     """Print a row. Exit if the ids differ by more than rounding can explain."""
     ours = with_folio(model)
     ours(prompts, 8), other(prompts, 8)
-    seconds, ids = {ours: [], other: []}, {}
+    seconds: dict[Generate, list[float]] = {ours: [], other: []}
+    ids: dict[Generate, list[list[int]]] = {}
     for _ in range(rounds):
         for contender in (ours, other):
             started = time.perf_counter()

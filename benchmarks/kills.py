@@ -53,7 +53,9 @@ def kills(bench: Bench) -> list[Row]:
         bench.options.kills,
     )
     tried: Counter[str] = Counter()
-    groups, problems, queue = 0, [], []
+    problems: list[str] = []
+    queue: list[str] = []
+    groups = 0
     end = time.monotonic() + 60 * bench.options.minutes
     for attempt in range(2 * number):
         remaining = number - tried.total()

@@ -49,10 +49,10 @@ def main() -> None:
             found[name].append((seconds, row["step"], row["val_loss"], ended, bool(reached)))
     print(f"{'':16}reached   seconds   at step   val loss   last step, seconds")
     for name, results in found.items():
-        *columns, reached = zip(*results, strict=True)
+        *columns, in_time = zip(*results, strict=True)
         seconds, step, loss, ended = map(median, columns)
         times = f"{seconds:10.1f}{step:10,.0f}{loss:11.4f}{ended:15.1f}"
-        print(f"{name:<16}{sum(reached)} of {len(results)}{times}")
+        print(f"{name:<16}{sum(in_time)} of {len(results)}{times}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def kill_ranks(command: Command, folder: Path, options: argparse.Namespace) -> l
 
     One kill in four comes while the processes start, the others after some steps.
     """
-    rng, ranks, last = random.Random(options.seed), [], 0
+    rng, last = random.Random(options.seed), 0
+    ranks: list[int] = []
     old: set[psutil.Process] = set()
     while len(ranks) < options.kills and command.process.poll() is None:
         time.sleep(0.05)

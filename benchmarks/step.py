@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,11 @@ class Work:
         return UNIQUE_TOKENS + 1 if tie else tokenizer.VOCAB_SIZE
 
 
-def build_folio(work: Work, tie: bool = False, **options: bool) -> Callable[[], object]:
+Step = Callable[[], object]
+Build = Callable[[Work], Step]
+
+
+def build_folio(work: Work, tie: bool = False, **options: bool) -> Step:
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
@@ -85,7 +90,7 @@ def plain_step(
     model: torch.nn.Module,
     loss_of: Callable[..., torch.Tensor],
     optimizer: torch.optim.Optimizer,
-) -> Callable[[], object]:
+) -> Step:
     """A plain training step, as in nanoGPT's train.py."""
     x, y = work.batch()
     half = work.precision != "fp32"
@@ -107,8 +112,9 @@ def build_nanogpt(
     work: Work,
     clone: Path,
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
-) -> Callable[[], object]:
+) -> Step:
     spec = importlib.util.spec_from_file_location("nanogpt", clone / "model.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     p = work.size
@@ -116,20 +122,21 @@ def build_nanogpt(
     kind = work.where.type
     with contextlib.redirect_stdout(io.StringIO()):
         config = module.GPTConfig(block_size=p.block_size, vocab_size=50304, dropout=0.0, **sizes)
-        model = module.GPT(config).to(work.where)
+        model: Any = module.GPT(config).to(work.where)
         optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, kind)
     model = torch.compile(model) if kind == "cuda" else model
     return plain_step(work, wrap(model), lambda model, x, y: model(x, y)[1], optimizer)
 
 
-def build_transformers(work: Work) -> Callable[[], object]:
+def build_transformers(work: Work) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     p = work.size
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"n_layer": p.n_layer, "n_head": p.n_head, "n_embd": p.n_embd}
+    dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes: Any = {"n_layer": p.n_layer, "n_head": p.n_head, "n_embd": p.n_embd}
     config = GPT2Config(n_positions=p.block_size, use_cache=False, **sizes, **dropout)
-    model = GPT2LMHeadModel(config).to(work.where)
+    model: Any = GPT2LMHeadModel(config)
+    model.to(work.where)
     fused = work.where.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=fused
@@ -139,9 +146,7 @@ def build_transformers(work: Work) -> Callable[[], object]:
     return plain_step(work, model, lambda model, x, y: model(x, labels=x).loss, optimizer)
 
 
-def run_contender(
-    build: Callable[[Work], Callable[[], object]], work: Work, steps: int, pipe: Connection
-) -> None:
+def run_contender(build: Build, work: Work, steps: int, pipe: Connection) -> None:
     """Run in a contender's process: whenever True is received, run some steps and send their
     ms/step; at the end, send the peak memory in GB."""
     torch.manual_seed(0)
@@ -160,13 +165,12 @@ def run_contender(
 
 
 def measure_in_turn(
-    contenders: dict[str, Callable[[Work], Callable[[], object]]],
-    work: Work,
-    rounds: int,
-    steps: int,
+    contenders: dict[str, Build], work: Work, rounds: int, steps: int
 ) -> dict[str, tuple[float, float]]:
     """The median ms/step and the peak memory in GB of each contender, after a warm-up round."""
-    context, pipes, times = multiprocessing.get_context("spawn"), {}, {}
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    times: dict[str, list[float]] = {}
     for name, build in contenders.items():
         pipes[name], end = context.Pipe()
         context.Process(target=run_contender, args=(build, work, steps, end), daemon=True).start()
@@ -211,9 +215,9 @@ def main() -> None:
     if options.nanogpt and not (options.nanogpt / "model.py").exists():
         parser.error(f"--nanogpt: {options.nanogpt} is not a clone of nanoGPT: it has no model.py")
     work, title = read_options(options)
-    contenders = (
-        {"nanoGPT": partial(build_nanogpt, clone=options.nanogpt)} if options.nanogpt else {}
-    )
+    contenders: dict[str, Build] = {}
+    if options.nanogpt:
+        contenders["nanoGPT"] = partial(build_nanogpt, clone=options.nanogpt)
     contenders |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
         contenders["Folio, compiled"] = partial(build_folio, compiled=True)
