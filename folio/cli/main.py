@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
@@ -25,6 +26,7 @@ from folio.cli import (
 )
 from folio.errors import UserError, one_line_errors
 
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of all errors in the arguments
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that could not be decoded
 
 app = typer.Typer(
@@ -57,7 +59,19 @@ def main() -> None:
         for word in sys.argv[1:]:
             if _SURROGATE.search(word):
                 raise UserError(f"the argument {word!a} is not valid {sys.getfilesystemencoding()}")
-        app(sys.argv[1:] or ["--help"])
+        try:
+            words = sys.argv[1:] or ["--help"]
+            status = app(words, prog_name=app.info.name, standalone_mode=False)
+        except _USAGE_ERROR as error:
+            raise UserError(_describe(error)) from None
+    sys.exit(status)
+
+
+def _describe(error: Any) -> str:
+    """Typer's usage error in one line, with the command that prints the right usage."""
+    problem = error.format_message().partition(", unable to parse")[0].rstrip(".")
+    command = error.ctx.command_path if error.ctx else app.info.name
+    return f"{problem.replace('Input should be', 'it must be')}: `{command} --help` shows the usage"
 
 
 @contextlib.contextmanager

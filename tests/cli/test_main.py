@@ -58,3 +58,24 @@ def test_argument_that_is_not_text_is_a_one_line_error(monkeypatch, capsys, word
 def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)), main._mlflow_errors_as_user_errors():
         raise error
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("trial rates x", "Invalid value for 'number': it must be a valid integer: `{} trial"),
+        ("trial rates", "Missing argument 'number': `{} trial"),
+        ("gc --older-than=-1", "'--older-than': it must be greater than or equal to 0: `{} gc"),
+        ("gc --nope", "No such option: --nope"),
+        ("promote a b", "Got unexpected extra argument(s) (b): `{} promote"),
+        ("nope", "No such command 'nope': `{}"),
+    ],
+)
+def test_wrong_arguments_are_a_one_line_error(monkeypatch, capsys, words, line):
+    monkeypatch.setattr(sys, "argv", ["folio", *words.split()])
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert line.format("python -m folio") in error and error.count("\n") == 1
+    assert error.startswith("folio: ") and error.endswith(" --help` shows the usage\n")
