@@ -46,12 +46,18 @@ def count_processes(requested: int | str, device_type: str, most: int) -> int:
     return int(requested)
 
 
-def run(module: str, count: int, device_type: str, progress: Callable[[], object]) -> None:
+def run(
+    module: str,
+    count: int,
+    device_type: str,
+    progress: Callable[[], object],
+    largest_number: Callable[[int], int],
+) -> None:
     """Run `python -m module` in `count` processes. Exits with their status unless it is 0.
 
     progress: returns a value that changes whenever the work has got further. A process that is
     killed again and again without progress is left out in the end, for example if its GPU is
-    defective.
+    defective. largest_number: how many processes, up to a number, can then share the work.
     """
     _set_environment(count, device_type)
     devices = _visible_gpus() if device_type == "cuda" else [str(n) for n in range(count)]
@@ -59,8 +65,8 @@ def run(module: str, count: int, device_type: str, progress: Callable[[], object
     with signals.passed_on() as passed_on:
         while True:
             if device_type == "cuda":
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-            exit_codes = _run_once(module, len(devices), passed_on)
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:count])
+            exit_codes = _run_once(module, count, passed_on)
             if not exit_codes:
                 return
             rank, code = exit_codes[0]
@@ -72,11 +78,13 @@ def run(module: str, count: int, device_type: str, progress: Callable[[], object
             killed = f"was killed by {signals.name(-code)}" if code < 0 else "lost a connection"
             line = f"process {rank} {killed}"
             if failures[rank] < _MOST_FAILURES:
-                report(f"{line}: starting all {len(devices)} again from the last checkpoint")
+                report(f"{line}: starting all {count} again from the last checkpoint")
             elif len(devices) > 1:
                 del devices[rank]
-                failures = Counter()
-                report(f"{line} {_MOST_FAILURES} times: continuing without it")
+                failures, left = Counter(), min(count, len(devices))
+                count = largest_number(left)
+                fewer = f", on {count} only: {left} cannot share a step" if count < left else ""
+                report(f"{line} {_MOST_FAILURES} times: continuing without it{fewer}")
             else:
                 report(f"{line} {_MOST_FAILURES} times; run the same command again to resume")
                 sys.exit(1)

@@ -15,9 +15,8 @@ from folio.tokens import token_files
 from folio.tracking import context
 from folio.tracking.logger import NoLogger, RunLogger
 from folio.tracking.system_metrics import SystemMetrics
-from folio.training import messages, outputs, pretrained
+from folio.training import messages, micro_batches, outputs, pretrained
 from folio.training.key import train_key
-from folio.training.micro_batches import useful_processes
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
 from folio.training.timing import CheckpointPacing, Throughput
@@ -28,10 +27,14 @@ def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
     kind = device.resolve_device(runtime.device).type
-    most = 1 if train.parallel == "none" else useful_processes(train, model.block_size)
+    most = micro_batches.useful_processes(train, model.block_size)
     if (count := launch.count_processes(runtime.processes, kind, most)) > 1:
         unfinished = project_root() / UNFINISHED
-        launch.run("stages.train", count, kind, lambda: sorted(unfinished.glob("*/step-*")))
+        launch.run(
+            *("stages.train", count, kind),
+            progress=lambda: sorted(unfinished.glob("*/step-*")),
+            largest_number=lambda most: micro_batches.largest_number(train, most),
+        )
     else:
         run(model, train, runtime, Path.cwd(), project_root())
     inputs.check()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from folio.errors import UserError
+
 RANDOM = "random"  # init_from: no folder, but random weights
 
 
@@ -52,3 +54,31 @@ class TrainParams:
                 "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"
                 " separate row for each token"
             )
+
+    @property
+    def windows(self) -> int:
+        """Windows of a step, in all processes together."""
+        return self.batch_size * self.accumulation
+
+    def check_processes(self, count: int) -> None:
+        """Raise UserError if so many processes cannot train together.
+
+        Each must have at least one window for each of its micro-batches.
+        """
+        if count > 1 and self.parallel == "none":
+            raise UserError(
+                f"train.parallel is none, but {count} processes were requested: set it to auto, ddp"
+                " or fsdp, or start one"
+            )
+        if self.windows // count < micro_batches_each(self.windows, self.batch_size, count):
+            raise UserError(
+                f"{count} processes cannot share the {self.windows} windows of a step"
+                f" (train.batch_size x train.accumulation): make train.accumulation a multiple of"
+                f" {count}, or start fewer processes"
+            )
+
+
+def micro_batches_each(windows: int, batch_size: int, processes: int) -> int:
+    """The number of micro-batches of each process in a step."""
+    largest_share = -(-windows // processes)
+    return -(-largest_share // batch_size)

@@ -50,8 +50,8 @@ class Trainer:
         size = data.meta["vocabulary"]
         self.params, self.data, self.device, self.precision = params, data, where, precision
         self.pretrained, self.group = pretrained, group
-        windows = params.batch_size * params.accumulation
-        self._micro_batches = micro_batches(windows, params.batch_size, group)
+        params.check_processes(group.count)
+        self._micro_batches = micro_batches(params.windows, params.batch_size, group)
         self.vocabulary = (
             vocabulary.tied_vocabulary(data.trained_counts)
             if params.tie_unseen_tokens
@@ -68,7 +68,7 @@ class Trainer:
             *(self.weights, self.optimizer, params.grad_clip),
             compiled=self._wants_compile(),
             exact=params.deterministic,
-            windows=windows,
+            windows=params.windows,
             input_noise=params.input_noise,
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.params.batch_size * self.params.accumulation * self.model.params.block_size
+        return self.params.windows * self.model.params.block_size
 
     @property
     def finished(self) -> bool:
@@ -111,7 +111,7 @@ class Trainer:
 
     def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This process's micro-batches (x, y), [B, T], of update number `step`, from 0."""
-        first = step * self.params.batch_size * self.params.accumulation
+        first = step * self.params.windows
         return [self._batches.windows(first + at, count) for at, count in self._micro_batches]
 
     def learning_rate(self, step: int) -> float:

@@ -14,7 +14,6 @@ from torch import nn
 
 from folio.device import DTYPES, can_compile
 from folio.distributed import Group
-from folio.errors import UserError
 from folio.gpt.model import GPT
 from folio.training.params import TrainParams
 
@@ -146,11 +145,6 @@ def place(model: GPT, precision: str, p: TrainParams, group: Group) -> Weights:
     """Place the weights as train.parallel requests. All processes must pass the same weights."""
     if group.count == 1:
         return Weights(model, precision)
-    if p.parallel == "none":
-        raise UserError(
-            f"train.parallel is none, but {group.count} processes were started: set it to auto, ddp"
-            " or fsdp, or start one"
-        )
     if p.parallel == "fsdp" or (p.parallel == "auto" and _needs_shards(model)):
         from folio.training.sharded_weights import ShardedWeights
 

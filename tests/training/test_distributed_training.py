@@ -253,16 +253,18 @@ def test_micro_batches_of_one_process_are_those_of_params():
     assert micro_batches(24, 8, Group()) == [(0, 8), (8, 8), (16, 8)]
 
 
-@pytest.mark.parametrize("windows, batch_size, count", [(2, 8, 4), (3, 1, 2)])
-def test_micro_batches_reject_more_processes_than_can_share_a_step(windows, batch_size, count):
+@pytest.mark.parametrize("windows, batch_size, count", [(2, 2, 4), (3, 1, 2)])
+def test_params_reject_more_processes_than_can_share_a_step(windows, batch_size, count):
+    p = replace(TRAIN, batch_size=batch_size, accumulation=windows // batch_size)
     with pytest.raises(UserError, match=f"{count} processes cannot share the {windows} windows"):
-        micro_batches(windows, batch_size, Pretended(0, count))
+        p.check_processes(count)
 
 
 def test_useful_processes_have_enough_tokens_each():
     assert useful_processes(replace(TRAIN, batch_size=8, accumulation=1), 64) == 1
     assert useful_processes(replace(TRAIN, batch_size=64, accumulation=4), 1024) == 64
     assert useful_processes(replace(TRAIN, batch_size=1, accumulation=9), 8192) == 9
+    assert useful_processes(replace(TRAIN, batch_size=64, parallel="none"), 1024) == 1
 
 
 def test_srun_of_several_tasks_is_joined(monkeypatch):

@@ -1,0 +1,54 @@
+"""The launcher of several processes, with a program that does not train."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from folio import launch
+from folio.errors import LAUNCHER
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Let `python -m program` run the code that is passed. Returns the number of processes of each
+    start."""
+
+    def write(code):
+        (tmp_path / "program.py").write_text(f"{_COMMON}\n{code}\n")
+        return lambda: [int(line) for line in (tmp_path / "starts").read_text().split()]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name in (LAUNCHER, "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    return write
+
+
+_COMMON = """
+import os, signal, sys, time
+rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if rank == 0:
+    print(count, file=open("starts", "a"))
+"""
+_KILLED = "if rank == 2: os.kill(os.getpid(), 9)\nif count == 3: time.sleep(60)"
+_LEFT_OUT = "folio: process 2 was killed by SIGKILL 6 times: continuing without it"
+
+
+@pytest.mark.parametrize(
+    ("usable", "last", "reason"), [(2, 2, ""), (1, 1, ", on 1 only: 2 cannot share a step")]
+)
+def test_process_that_is_killed_again_and_again_is_left_out(program, capsys, usable, last, reason):
+    starts = program(_KILLED)
+    launch.run("program", 3, "cpu", lambda: 0, largest_number=lambda most: min(most, usable))
+    assert starts() == [3] * 6 + [last]
+    assert capsys.readouterr().err.splitlines()[-1] == _LEFT_OUT + reason
+
+
+def test_unused_gpu_replaces_that_of_a_process_that_is_left_out(program, monkeypatch):
+    code = "gpus = os.environ['CUDA_VISIBLE_DEVICES']\nprint(gpus, file=open('gpus', 'a'))"
+    starts = program(f"{code}\nif gpus == '4,5' and rank == 1: os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    launch.run("program", 2, "cuda", lambda: 0, largest_number=lambda most: most)
+    assert starts() == [2] * 7
+    assert set(Path("gpus").read_text().split()) == {"4,5", "4,6"}
