@@ -8,7 +8,9 @@ import contextlib
 import datetime
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from folio.progress import Track
 
 T = TypeVar("T")
 _FOREVER = datetime.timedelta(days=365)
+_SECONDS_BEFORE_REPORT = 5.0  # of waiting for other processes to start
 
 
 class Group:
@@ -157,21 +160,36 @@ ONE_PROCESS = Group()
 def join(device_type: str) -> Group:
     """Join the processes that torchrun or srun has started with this one, if any.
 
-    device_type: cuda, or cpu. Collective. Raises UserError if they cannot be reached.
+    device_type: cuda, or cpu. Collective. If they do not come within a few seconds, reports who is
+    awaited. Raises UserError if they cannot be reached.
     """
     found = _from_torchrun() or _from_srun()
     if not found or found[1] == 1:
         return Group()
     rank, count, local_rank = found
     os.environ["RANK"] = str(rank)  # srun has not set it
-    try:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    awaited = "process 0" if rank else _others(rank, count)
+
+    def meet() -> Group:
+        nonlocal awaited
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         store, _, _ = next(dist.rendezvous("env://", rank, count))
+        awaited = _others(rank, count)
         store = dist.PrefixStore(_attempt(count), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-        group = Group(rank, count, local_rank)
+        return Group(rank, count, local_rank)
+
+    meeting = _started(meet)  # it blocks in C code, where Python does not handle signals
+    try:
+        if not wait([meeting], _SECONDS_BEFORE_REPORT).done:
+            errors.report(f"waiting for {awaited} at {address}")
+        group = meeting.result()
+    except signals.Stopped:
+        if errors.LAUNCHER in os.environ:  # it reports the stop, once
+            signals.end_process()
+        raise
     except (RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         problem = str(error).splitlines()[0]
         raise UserError(
             f"process {rank} of {count} cannot reach the others at {address} ({problem}): check"
@@ -180,6 +198,24 @@ def join(device_type: str) -> Group:
         ) from None
     signals.exit_even_if_blocked(errors.report)
     return group
+
+
+def _others(rank: int, count: int) -> str:
+    return f"process {1 - rank}" if count == 2 else f"the other {count - 1} processes"
+
+
+def _started(work: Callable[[], T]) -> Future[T]:
+    """Start the work in a thread that does not keep the program from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _attempt(count: int) -> str:

@@ -133,7 +133,7 @@ def _exit(code: int, stop: int) -> None:
     """Exit with the status of a process that has failed, or was stopped by a signal."""
     if code < 0:  # it was still starting, so it has not reported anything
         report(f"stopped by {signals.name(stop)}; run the same command again to continue")
-    sys.exit(code if code > 0 else 128 - code)
+    sys.exit(code if code > 0 else 128 + stop)
 
 
 def _set_environment(count: int, device_type: str) -> None:

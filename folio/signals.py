@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -141,17 +142,23 @@ class PassedOn:
     def __init__(self) -> None:
         self.number = 0  # the signal of the latest request; 0: there was none
         self._requests = 0
+        self._first = 0.0  # the time of the first one, by time.monotonic
         self._sent: dict[int, int] = {}  # by process: the number of requests sent
 
     def add(self, number: int) -> None:
         self.number = number
+        self._first = self._first or time.monotonic()
         self._requests += 1
 
     def to(self, processes: Iterable[psutil.Process]) -> None:
-        """Send the processes those requests that they have not been sent yet."""
+        """Send the processes those requests that they have not been sent yet. After the grace
+        period and two seconds more, kill them."""
+        overdue = self.number and time.monotonic() > self._first + GRACE_PERIOD + 2.0
         for process in processes:
-            for _ in range(self._sent.get(process.pid, 0), self._requests):
-                with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if overdue:
+                    process.kill()
+                for _ in range(self._sent.get(process.pid, 0), self._requests):
                     process.send_signal(self.number)
             self._sent[process.pid] = self._requests
 
@@ -206,6 +213,14 @@ def exit_even_if_blocked(report: Callable[[str], None]) -> None:
         _exit_now(report)
 
     threading.Thread(target=wait, name="watchdog", daemon=True).start()
+
+
+def end_process() -> NoReturn:
+    """End as if the signal that requested the stop was not handled: the parent process sees which
+    one it was, and reports it."""
+    signal.signal(requested(), signal.SIG_DFL)
+    os.kill(os.getpid(), requested())
+    os._exit(_status)  # the signal is blocked, which the parent process may do
 
 
 def is_deferred() -> bool:

@@ -1,11 +1,15 @@
 """Training on several processes: the same losses, weights and checkpoints as on one."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +46,13 @@ def server():
 @pytest.fixture
 def spawn(server):
     def run(count, *words, expected=0):
-        """Run a command of this file in `count` processes. Returns their output."""
+        """Run a command of this file in `count` processes. Returns their output.
+
+        expected: the exit status of all, or of each."""
         print(json.dumps([count, *map(str, words)]), file=server.stdin, flush=True)
         statuses, outputs = json.loads(server.stdout.readline())
-        assert statuses == [expected] * count, "\n".join(outputs)
+        wanted = expected if isinstance(expected, list) else [expected] * count
+        assert statuses == wanted, "\n".join(outputs)
         return outputs
 
     return run
@@ -75,7 +82,8 @@ def fork(rank, log, words):
     os.dup2(log.fileno(), 2)
     status = 1
     try:
-        {"train": train, "fail": fail, "stop": stop}[words[0]](*words[1:])
+        commands = {"train": train, "fail": fail, "stop": stop, "meet": meet, "hold": hold}
+        commands[words[0]](*words[1:])
         status = 0
     except SystemExit as exit:
         status = exit.code
@@ -231,6 +239,57 @@ def stop():
                 raise
             if group.rank == 2 and step == 20:
                 os.kill(os.getpid(), 15)
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "awaited"),
+    [(0, 2, "process 1"), (0, 3, "the other 2 processes"), (1, 3, "process 0")],
+)
+def test_process_that_waits_for_others_says_so_and_stops_at_once(spawn, rank, count, awaited):
+    [output] = spawn(1, "meet", rank, count, expected=143)
+    waiting, stopped = [line for line in output.splitlines() if line.startswith("folio")]
+    assert f": waiting for {awaited} at 127.0.0.1:" in waiting
+    assert stopped.endswith(": stopped by SIGTERM; run the same command again to continue")
+
+
+def meet(rank, count):
+    """Wait for processes that do not exist, until SIGTERM."""
+    from folio import distributed
+    from folio.errors import one_line_errors
+
+    distributed._SECONDS_BEFORE_REPORT = 0.2
+    os.environ.update({"RANK": rank, "WORLD_SIZE": count})
+    threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with one_line_errors():
+        begin = time.monotonic()
+        try:
+            join("cpu")
+        finally:
+            assert time.monotonic() - begin < 3
+
+
+def test_process_that_waits_for_a_lock_of_the_main_one_stops_after_the_grace_period(spawn):
+    outputs = spawn(2, "hold", expected=[0, 143])
+    assert "(process 1): stopped by SIGTERM" in outputs[1]
+
+
+def hold():
+    """Stop process 1 while process 0 waits for its lock."""
+    from folio.errors import one_line_errors
+
+    @contextlib.contextmanager
+    def lock():
+        time.sleep(2.5)
+        os._exit(0)
+        yield
+
+    signals.GRACE_PERIOD = 0.5
+    with one_line_errors():
+        group = join("cpu")
+        if group.rank == 1:
+            threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        with group.main_holds(lock()):
+            pass
 
 
 class Pretended(Group):
