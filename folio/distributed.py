@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -168,6 +169,8 @@ def join(device_type: str) -> Group:
         return Group()
     rank, count, local_rank = found
     os.environ["RANK"] = str(rank)  # srun has not set it
+    _number("MASTER_PORT", 1, least=1, most=65_535)
+    check_interface()
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     awaited = "process 0" if rank else _others(rank, count)
 
@@ -237,8 +240,9 @@ def _from_torchrun() -> tuple[int, int, int] | None:
     """Rank, number of processes and local rank from the environment, if torchrun has set it."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    rank = _number("RANK")
-    return rank, _number("WORLD_SIZE"), _number("LOCAL_RANK", rank)
+    count = _number("WORLD_SIZE", least=1)
+    rank = _number("RANK", most=count - 1)
+    return rank, count, _number("LOCAL_RANK", rank)
 
 
 def _from_srun() -> tuple[int, int, int] | None:
@@ -260,17 +264,31 @@ def _from_srun() -> tuple[int, int, int] | None:
             ) from None
     job, step = _number("SLURM_JOB_ID"), _number("SLURM_STEP_ID")
     os.environ.setdefault("MASTER_PORT", str(20_000 + (100 * job + step) % 20_000))
-    tasks, local_rank = _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_LOCALID")
-    return _number("SLURM_PROCID"), tasks, local_rank
+    tasks, local_rank = _number("SLURM_STEP_NUM_TASKS", least=1), _number("SLURM_LOCALID")
+    return _number("SLURM_PROCID", most=tasks - 1), tasks, local_rank
 
 
 def _is_task_of_srun() -> bool:
-    return _number("SLURM_STEP_NUM_TASKS", 1) > 1
+    return _number("SLURM_STEP_NUM_TASKS", 1, least=1) > 1
 
 
-def _number(name: str, default: int | None = None) -> int:
+def _number(name: str, default: int | None = None, least: int = 0, most: int | None = None) -> int:
+    """The environment variable as a number. Raises UserError if it is none in the range."""
     text = os.environ.get(name, default)
-    try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise UserError(f"the environment variable {name} is {text!r}, not a number") from None
+    with contextlib.suppress(TypeError, ValueError):
+        number = int(text)  # type: ignore[arg-type]
+        if least <= number and (most is None or number <= most):
+            return number
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise UserError(f"the environment variable {name} is {text!r}, not a number {allowed}")
+
+
+def check_interface() -> None:
+    """Raise UserError if gloo shall use a network interface that this machine does not have."""
+    requested = os.environ.get("GLOO_SOCKET_IFNAME")
+    known = psutil.net_if_addrs()
+    if requested and not known.keys() >= set(filter(None, requested.split(","))):
+        raise UserError(
+            f"the environment variable GLOO_SOCKET_IFNAME is {requested!r}, but the network"
+            f" interfaces of this machine are {', '.join(known)}: set it to one of them"
+        )

@@ -147,7 +147,7 @@ def report(line: str) -> None:
     """Print a line on stderr, prefixed with "folio", with the stage that DVC is running, if any,
     and with the number of this process, if it is not the main one of several."""
     words = ["folio", os.environ.get("DVC_STAGE", "")]
-    if (rank := os.environ.get("RANK", "0")) != "0":
+    if (rank := os.environ.get("RANK", "")).isdecimal() and int(rank):
         words.append(f"(process {rank})")
     if not _silent:
         print(f"{' '.join(filter(None, words))}: {line}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from folio import signals
-from folio.distributed import is_started_by_launcher
+from folio.distributed import check_interface, is_started_by_launcher
 from folio.errors import LAUNCHER, LOST_CONNECTION, UserError, report
 
 _MOST_FAILURES = 6  # of the same process without any progress; then it is left out
@@ -140,6 +140,7 @@ def _set_environment(count: int, device_type: str) -> None:
     """Set what the processes inherit, unless the user has set it."""
     os.environ[LAUNCHER] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+    check_interface()
     if device_type == "cpu":  # as many threads as cores, in all processes together
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
 

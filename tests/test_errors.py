@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from folio.errors import UserError, one_line_errors
+from folio.errors import UserError, one_line_errors, report
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,15 @@ def test_one_line_errors_names_the_stage_that_dvc_runs(capsys, monkeypatch):
     with pytest.raises(SystemExit), one_line_errors():
         raise UserError("no")
     assert capsys.readouterr().err == "folio train: no\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "name"), [("0", ""), ("3", " (process 3)"), ("", ""), ("x", ""), ("-1", "")]
+)
+def test_report_names_the_process_if_it_is_not_the_main_one(capsys, monkeypatch, rank, name):
+    monkeypatch.setenv("RANK", rank)
+    report("no")
+    assert capsys.readouterr().err == f"folio{name}: no\n"
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,43 @@ def test_srun_without_scontrol_needs_an_address(monkeypatch):
         join("cpu")
 
 
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+TASKS = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("others", "name", "value", "allowed"),
+    [
+        (TWO, "RANK", "5", "from 0 to 1"),
+        (TWO, "RANK", "-1", "from 0 to 1"),
+        (TWO, "RANK", "", "from 0 to 1"),
+        (TWO, "WORLD_SIZE", "0", "of at least 1"),
+        (TWO, "WORLD_SIZE", "-2", "of at least 1"),
+        (TWO, "WORLD_SIZE", "x", "of at least 1"),
+        (TWO, "LOCAL_RANK", "-1", "of at least 0"),
+        (TWO, "MASTER_PORT", "65536", "from 1 to 65535"),
+        (TASKS | {"SLURM_LOCALID": "0", "MASTER_ADDR": "x"}, "SLURM_PROCID", "2", "from 0 to 1"),
+        ({}, "SLURM_STEP_NUM_TASKS", "-2", "of at least 1"),
+    ],
+)
+def test_environment_with_an_impossible_number_is_rejected(
+    monkeypatch, others, name, value, allowed
+):
+    for each in TWO:
+        monkeypatch.delenv(each, raising=False)
+    for each, its in (others | {name: value}).items():
+        monkeypatch.setenv(each, its)
+    with pytest.raises(UserError, match=f"variable {name} is '{value}', not a number {allowed}"):
+        join("cpu")
+
+
+def test_missing_network_interface_is_named_with_those_that_exist(monkeypatch):
+    for name, value in (TWO | {"GLOO_SOCKET_IFNAME": "none0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME is 'none0', but .* are .*lo"):
+        join("cpu")
+
+
 def test_join_reports_an_unreachable_main_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
