@@ -38,12 +38,22 @@ def count_processes(requested: int | str, device_type: str, most: int) -> int:
     gpus = torch.cuda.device_count() if device_type == "cuda" else 0
     if requested == "auto":
         return max(1, min(gpus, most))
-    if device_type != "cpu" and int(requested) > max(1, gpus):
-        raise UserError(
-            f"runtime.processes: {requested} processes need as many GPUs, but this machine has"
-            f" {max(1, gpus)}: set it to auto, or runtime.device to cpu"
-        )
+    if device_type != "cpu":
+        check_gpus(int(requested), max(1, gpus))
     return int(requested)
+
+
+def check_gpus(processes: int, gpus: int | None = None) -> None:
+    """Raise UserError if there are GPUs, but not one for each process.
+
+    gpus: their number; by default, that of this machine.
+    """
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if 0 < gpus < processes:
+        raise UserError(
+            f"runtime.processes: {processes} processes need as many GPUs, but this machine has"
+            f" {gpus}: set it to auto, or runtime.device to cpu"
+        )
 
 
 def run(

@@ -30,4 +30,9 @@ def check(tree: dict[Any, Any], source: str) -> dict[str, Any]:
         raise UserError(
             f"{source}: evaluate.stride {stride} is longer than model.block_size {context}"
         )
+    if (processes := loaded["runtime"].processes) != "auto":
+        try:
+            loaded["train"].check_processes(processes)
+        except UserError as error:
+            raise UserError(f"{source}: runtime.processes: {error}") from None
     return loaded

@@ -28,6 +28,11 @@ def _check() -> None:
         corpus.check_exists(text, Path())
     if not _may_be_pulled(init_from.FOLDER / pretrained):
         init_from.check_exists(pretrained, Path())
+    runtime = loaded["runtime"]
+    if runtime.processes not in ("auto", 1) and runtime.device != "cpu":
+        from folio import launch  # importing PyTorch takes two seconds
+
+        launch.check_gpus(runtime.processes)
 
 
 def _way_back() -> str:

@@ -25,7 +25,8 @@ def program(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     for name in (LAUNCHER, "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE"):
-        monkeypatch.setenv(name, os.environ.get(name, "1"))
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return write
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import commit, run, run_stages, set_params, succeed
 
@@ -109,6 +110,28 @@ def test_check_finds_a_missing_corpus_or_pretrained_folder(make_project, setting
     with pytest.raises(UserError) as error:
         run_stages(folder, "check")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"processes": 3}, "3 processes cannot share the 4 windows of a step"),
+        ({"processes": 2, "device": "cuda"}, "2 processes need as many GPUs, but this machine has"),
+    ],
+)
+def test_check_finds_more_processes_than_can_train(make_project, monkeypatch, settings, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    named = {f"runtime.{name}": value for name, value in settings.items()}
+    folder = make_project({"train.batch_size": 1, "train.accumulation": 4} | named, store=False)
+    with pytest.raises(UserError, match=words) as error:
+        run_stages(folder, "check")
+    assert "runtime.processes: " in str(error.value)
+
+
+def test_check_accepts_more_processes_than_gpus_if_there_is_none(make_project, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # prepare may run on such a machine
+    folder = make_project({"runtime.processes": 2, "runtime.device": "cuda"}, store=False)
+    run_stages(folder, "check")
 
 
 @pytest.mark.parametrize("name", ["raw", "pretrained"])

@@ -93,6 +93,8 @@ def test_invalid_result_is_rejected():
         overrides.check(TREE, {"train.seeds": 1}, "here")
     with pytest.raises(UserError, match=r"^here: evaluate\.stride 32 is longer than"):
         overrides.check(TREE, {"model.block_size": 16}, "here")
+    with pytest.raises(UserError, match=r"^here: runtime\.processes: train\.parallel is none"):
+        overrides.check(TREE, {"train.parallel": "none", "runtime.processes": 2}, "here")
 
 
 @pytest.mark.parametrize(
