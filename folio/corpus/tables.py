@@ -42,28 +42,32 @@ def read_rows(
         row = sum(group.num_rows for group in groups[:start])
         for number in range(start, end):
             share = groups[number].total_byte_size / total * file.size
-            for batch in _checked(
-                file,
-                table.iter_batches(_ROWS, [number], columns=[column], use_threads=False),
-            ):
-                try:
-                    texts = batch.column(0).to_pylist()
-                except UnicodeDecodeError:
-                    raise UserError(
-                        f"{file.name} has text that is not valid UTF-8 in rows {row + 1:,} to"
-                        f" {row + batch.num_rows:,}: convert it to UTF-8"
-                    ) from None
+            batches = table.iter_batches(_ROWS, [number], columns=[column], use_threads=False)
+            for texts in _texts(file, batches, row):
                 for text in texts:
                     row += 1
                     yield text or "", row
-                consumed(share * batch.num_rows / groups[number].num_rows)
+                consumed(share * len(texts) / groups[number].num_rows)
 
 
-def _checked(file: TextFile, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the batches. Raises UserError if the file is damaged."""
+def _texts(
+    file: TextFile, batches: Iterator[pa.RecordBatch], row: int
+) -> Iterator[list[str | None]]:
+    """Yield the texts of each batch. Raises UserError if the file is damaged.
+
+    row: the number of rows before the first batch.
+    """
+    rows = ""
     try:
-        yield from batches
-    except (pa.ArrowException, OSError) as error:
+        for batch in batches:
+            rows = f"rows {row + 1:,} to {row + batch.num_rows:,}"
+            row += batch.num_rows
+            yield batch.column(0).to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file.name} has text that is not valid UTF-8 in {rows}: convert it to UTF-8"
+        ) from None
+    except Exception as error:  # pyarrow's errors have many types
         raise damaged(file, error) from None
 
 
@@ -73,10 +77,15 @@ def _opened_table(file: TextFile, column: str) -> Iterator[pq.ParquetFile]:
         try:
             table = pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
             schema = table.schema_arrow
-        except (pa.ArrowException, OSError) as error:
+            names = schema.names
+        except Exception as error:  # pyarrow's errors have many types
             raise damaged(file, error) from None
-        if column not in schema.names:
-            raise UserError(f"{file.name} {no_column(column, schema.names)}")
+        if column not in names:
+            raise UserError(f"{file.name} {no_column(column, names)}")
+        if (count := names.count(column)) > 1:
+            raise UserError(
+                f"{file.name} has {count} columns {column!r}: rename or remove all but one of them"
+            )
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not any(

@@ -164,6 +164,29 @@ def test_parquet_without_the_text_is_named(corpus_folder):
         assert f"a.parquet has {kind} in '{column}', not text: set prepare.text_column" in line
 
 
+def test_parquet_with_several_columns_of_that_name_is_named(corpus_folder):
+    rows = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(rows, corpus_folder.path / "a.parquet")
+    line = error_of(documents_of, corpus_folder, "a.parquet")
+    assert line.endswith("a.parquet has 2 columns 'text': rename or remove all but one of them")
+
+
+@pytest.mark.parametrize("error", [KeyError("text"), OverflowError("7"), pa.ArrowInvalid("x")])
+def test_any_error_of_pyarrow_means_that_the_file_is_damaged(corpus_folder, monkeypatch, error):
+    corpus_folder.write("a.parquet", ["a"])
+
+    def fail(*_, **__):
+        raise error
+
+    def fail_later(*_, **__):
+        yield from fail()
+
+    for name, function in {"__init__": fail, "iter_batches": fail_later}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(pq.ParquetFile, name, function)
+            assert "a.parquet is damaged (" in error_of(documents_of, corpus_folder, "a.parquet")
+
+
 @pytest.mark.parametrize("damage", ["empty", "truncated", "changed"])
 def test_damaged_parquet_is_named(corpus_folder, damage):
     path = corpus_folder.write("a.parquet", ["a longer text " * 50] * 9)
