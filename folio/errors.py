@@ -110,7 +110,8 @@ def disk_hint(error: OSError) -> str | None:
 
     Disk errors include a full or read-only disk, and a file where a folder should be.
     """
-    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    name = error.filename if error.filename2 is None else error.filename2  # of a copy: where to
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
     if path and error.errno in (errno.ENOTDIR, errno.EEXIST):
         for place in reversed([path, *path.parents]):
             if place.exists() and not place.is_dir():

@@ -12,21 +12,34 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to an OSError in this block that names none, as of a write to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; when the block ends, rename it to `path`.
 
     The content is flushed to disk before the rename, so a reader, or a run after a power failure,
     sees either the old file or the complete new one. If the block raises (full disk, Ctrl-C), the
-    temporary file is removed and the old file remains. Creates the parent folder if necessary.
-    The temporary name has the same suffix, for writers that derive the format from it.
+    temporary file is removed and the old file remains. An OSError in it names a file. Creates the
+    parent folder if necessary. The temporary name has the same suffix, for writers that derive the
+    format from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # it no longer exists after a successful rename
 

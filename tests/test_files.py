@@ -1,11 +1,21 @@
 """Atomic file writes, and safe reads."""
 
+import errno
 import hashlib
+import shutil
 
+import numpy as np
 import pytest
+import torch
 from conftest import NOT_FILES, replace_by
 
 from folio import files
+from folio.errors import disk_hint
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+from folio.tokens import token_files, tokenizer
+from folio.training import checkpoint
+from folio.training.checkpoint import Checkpoint
 
 
 def contents(folder):
@@ -27,6 +37,45 @@ def test_replacing_leaves_only_the_old_file_if_it_is_interrupted(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"file.txt": b"old"}
+
+
+def write_model(folder):
+    size = ModelParams(n_layer=1, n_head=1, n_embd=64, block_size=8, dropout=0.0)
+    huggingface.save(GPT(size, 100), folder)
+
+
+def write_tokens(folder):
+    facts = dict.fromkeys(token_files.FACTS, 9_000) | {"vocabulary": tokenizer.VOCAB_SIZE}
+    ids = {part: [np.zeros(9_000, np.uint16)] for part in token_files.PARTS}
+    token_files.write(folder, facts, np.zeros(tokenizer.VOCAB_SIZE), ids)
+
+
+WRITERS = {
+    "a text": lambda folder: files.write_text(folder / "a.txt", "x" * 9_000),
+    "a checkpoint": lambda folder: checkpoint.save(
+        folder, Checkpoint(7, {"model.w": torch.zeros(9_000)}, {})
+    ),
+    "a model": write_model,
+    "token files": write_tokens,
+    "the tokenizer": lambda folder: tokenizer.save(folder, 8),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_disk_is_an_error_that_names_the_place(small_disk, writer):
+    folder = small_disk.folder / "a folder"
+    WRITERS[writer](folder)  # so that all folders and libraries are there
+    shutil.rmtree(folder)
+    folder.mkdir()
+    small_disk.fill()
+    with pytest.raises(OSError, match="No space left on device") as error:
+        WRITERS[writer](folder)
+    assert f"while writing {folder}" in disk_hint(error.value)
+
+
+def test_error_of_a_copy_names_the_target():
+    error = OSError(errno.ENOSPC, "No space left on device", "source", None, "target")
+    assert "while writing target: free some space" in disk_hint(error)
 
 
 def test_remove_folder_accepts_a_missing_folder(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from folio.errors import UserError
+from folio.files import naming
 from folio.gpt import model_files, safetensors_files, weight_files
 from folio.gpt.model import GPT, ModelParams
 from folio.gpt.model_files import MissingModelError, ModelFiles
@@ -80,12 +81,13 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         stored = ((name, _stored(name, tensor, row)) for name, tensor in weights)
-        safetensors_files.write(temporary, shapes, stored)
-        config = _config(model.params, shapes[_EMBEDDING][0])
-        generation = _GENERATION | {"max_length": model.params.block_size}
-        for name, content in (("config.json", config), ("generation_config.json", generation)):
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-        tokenizer.save(temporary, model.params.block_size)
+        with naming(folder):
+            safetensors_files.write(temporary, shapes, stored)
+            config = _config(model.params, shapes[_EMBEDDING][0])
+            generation = _GENERATION | {"max_length": model.params.block_size}
+            for name, content in (("config.json", config), ("generation_config.json", generation)):
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+            tokenizer.save(temporary, model.params.block_size)
         if folder.exists():
             previous = folder.with_name(f".{folder.name}.previous")
             shutil.rmtree(previous, ignore_errors=True)

@@ -84,6 +84,7 @@ def write(
                 *(token_meta.segmented_names(segmentations.count) if segmentations else []),
             ]
         }
+        stack.enter_context(files.naming(folder))
         dtype = dtype_of(meta["vocabulary"])
         for part in token_meta.PARTS:
             shards = [paths[name] for name in token_meta.names(part, meta)]

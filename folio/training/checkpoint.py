@@ -66,7 +66,7 @@ def save(
         parts = {name: whole[name] for name in checkpoint.rows}
         whole = {name: tensor for name, tensor in whole.items() if name not in parts}
     try:
-        with group.agreeing():
+        with files.naming(place), group.agreeing():
             if group.is_main:
                 for leftover in folder.glob("step-*.tmp"):  # from a process that was killed
                     shutil.rmtree(leftover)
@@ -74,9 +74,9 @@ def save(
         if mesh:
             from folio.training import sharded_checkpoint  # importing it takes a second
 
-            with group.agreeing():
+            with files.naming(place), group.agreeing():
                 sharded_checkpoint.save(temporary / _SHARDS, parts, checkpoint.rows, mesh)
-        with group.agreeing():
+        with files.naming(place), group.agreeing():
             if group.is_main:
                 _write_state(temporary, whole, checkpoint)
                 _finish(temporary, place)

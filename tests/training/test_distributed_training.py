@@ -200,6 +200,12 @@ def test_sharded_checkpoint_has_no_pickle_and_detects_damage(run, spawn, tmp_pat
     assert "UserError: every checkpoint in" in output
 
 
+def test_sharded_checkpoint_on_a_full_disk_names_the_place(spawn, small_disk):
+    small_disk.fill()
+    output = "".join(spawn(2, "train", small_disk.folder / "run", "fsdp", "fp32", 1, expected=1))
+    assert f"No space left on device: '{small_disk.folder}/run/step-00000001'" in output
+
+
 def test_error_in_one_process_ends_all_and_is_reported_once(spawn):
     outputs = spawn(3, "fail", expected=1)
     assert ["disk full" in output for output in outputs] == [False, True, False]
