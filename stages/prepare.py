@@ -9,7 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from folio import files, inputs, plots, progress
-from folio.corpus import assembly, corpus, overlap, processes, repeated, segments, tasks, work
+from folio.corpus import (
+    assembly,
+    corpus,
+    folder,
+    overlap,
+    processes,
+    repeated,
+    segments,
+    tasks,
+    work,
+)
 from folio.corpus import plots as corpus_plots
 from folio.corpus.assembly import Encoded
 from folio.corpus.corpus import Corpus
@@ -38,9 +48,9 @@ def run(
     source = corpus.find(params.corpus, root)
     same = repeated.find(source)
     plan = segments.Plan(source, params.text_column, tasks.divide(source, params.text_column))
-    with work.opened(project, source, params.text_column) as folder:
-        processes.encode(plan, folder, hide_progress)
-        encoded = assembly.assemble(plan, segments.find(folder), params.validation_fraction)
+    with work.opened(project, source, params.text_column) as place:
+        processes.encode(plan, place, hide_progress)
+        encoded = assembly.assemble(plan, segments.find(place), params.validation_fraction)
         if corpus.find(params.corpus, root) != source:
             raise UserError(f"{source.name} changed while it was being read: run the command again")
         statistics = encoded.statistics
@@ -134,6 +144,11 @@ def _remarks(
 ) -> Iterator[str]:
     """Yield a line on what is left out, and warnings about content that may be unintended."""
     statistics = encoded.statistics
+    if source.files and not source.is_folder and folder.is_data(source.name):
+        yield (
+            f"Warning: {source.name} was read as running text: if it contains documents, convert it"
+            " to .jsonl or .parquet"
+        )
     if source.left_out:
         yield f"Left out: {_first(source.left_out)}"
     if encoded.without_text:

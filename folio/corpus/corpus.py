@@ -86,6 +86,11 @@ def _describe(path: Path, root: Path) -> TextFile:
         raise unreadable(display_name, "Too many levels of symbolic links") from None
     except OSError as error:
         raise unreadable(display_name, error.strerror) from None
+    if folder.is_packed(path.name):
+        raise UserError(
+            f"{display_name}: decompress it; only .txt and .jsonl files may be compressed, as .gz"
+            " or .zst"
+        )
     kind, compression = folder.kind_of(path.name) or ("txt", "")
     if kind == "parquet" and compression:
         raise UserError(
@@ -155,10 +160,10 @@ def _find_texts(path: Path, root: Path) -> tuple[list[Path], list[str]]:
         name = _display_path(Path(error.filename), root)
         raise unreadable(name, error.strerror) from None
     if not texts:
-        but = f" except {printable(left_out[0])}, which is left out" if left_out else ""
+        but = f" ({printable(left_out[0])} is left out)" if left_out else ""
         raise UserError(
-            f"{name} contains no .txt, .jsonl or .parquet file{but}: add one, or choose another"
-            " prepare.corpus"
+            f"{name} contains no .txt, .jsonl or .parquet file to be read{but}: add one, or choose"
+            " another prepare.corpus"
         )
     return texts, left_out
 

@@ -37,6 +37,7 @@ def test_named_corpus_can_be_added_as_a_loader(monkeypatch, tmp_path):
     [
         *(("a.txt", "txt", ""), ("a.TXT.GZ", "txt", "gz"), ("a.jsonl.zst", "jsonl", "zst")),
         *(("a.parquet", "parquet", ""), ("notes.md", "txt", ""), ("gz", "txt", "")),
+        *(("a.ndjson.gz", "jsonl", "gz"), ("a.csv", "txt", "")),
     ],
 )
 def test_suffix_says_how_a_file_is_read(raw, tmp_path, name, kind, compression):
@@ -50,6 +51,13 @@ def test_suffix_says_how_a_file_is_read(raw, tmp_path, name, kind, compression):
 def test_compressed_parquet_is_rejected(raw, tmp_path):
     (raw / "a.parquet.gz").write_text("x")
     assert "data/raw/a.parquet.gz: decompress it" in error_of("data/raw", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt.xz", "a.jsonl.BZ2", "a.txt.zip", "a.csv.gz", "a.tar.gz"])
+def test_file_that_is_compressed_in_another_way_is_rejected(raw, tmp_path, name):
+    (raw / name).write_text("x")
+    line = error_of(f"data/raw/{name}", tmp_path)
+    assert f"data/raw/{name}: decompress it; only .txt and .jsonl files may be compressed" in line
 
 
 def test_folder_is_read_in_the_order_of_the_paths(raw, tmp_path):
@@ -161,7 +169,7 @@ def test_folder_without_texts_is_rejected(raw, tmp_path):
     (raw / "folder").mkdir()
     (raw / "folder" / "readme.md").write_text("text")
     line = error_of("data/raw/folder", tmp_path)
-    assert "data/raw/folder contains no .txt, .jsonl or .parquet file:" in line
+    assert "data/raw/folder contains no .txt, .jsonl or .parquet file to be read:" in line
 
 
 def test_folder_lists_its_files_and_what_is_left_out(raw, tmp_path):
@@ -178,7 +186,7 @@ def test_folder_with_nothing_but_leftovers_is_rejected(raw, tmp_path):
     (raw / "set" / ".ipynb_checkpoints").mkdir(parents=True)
     (raw / "set" / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("text")
     line = error_of("data/raw/set", tmp_path)
-    assert "file except .ipynb_checkpoints/a-checkpoint.txt, which is left out" in line
+    assert "to be read (.ipynb_checkpoints/a-checkpoint.txt is left out)" in line
     for name in (
         "data/raw/set/.ipynb_checkpoints",
         "data/raw/set/.ipynb_checkpoints/a-checkpoint.txt",

@@ -69,6 +69,12 @@ def test_all_other_txt_files_are_found_in_the_order_of_their_paths(tmp_path):
     assert left_out == sorted(LEFT_BEHIND)
 
 
+def test_data_of_other_forms_is_left_out(tmp_path):
+    unread = ["a.JSON", "a.csv", "a.csv.gz", "a.jsonl.bz2", "a.tar.gz", "deep/a.txt.xz", "a.zip"]
+    write(tmp_path, "a.txt", "a.ndjson", ".a.csv", "README.md", "LICENSE", "a.png", *unread)
+    assert found(tmp_path) == (["a.ndjson", "a.txt"], sorted(unread))
+
+
 def test_hidden_folder_itself_may_be_the_corpus(tmp_path):
     write(tmp_path / ".hidden", "a.txt")
     assert found(tmp_path / ".hidden") == (["a.txt"], [])

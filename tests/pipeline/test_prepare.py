@@ -190,6 +190,13 @@ def test_report_names_what_is_left_out_of_a_folder(root, capsys):
     assert "Warning" not in report
 
 
+def test_report_warns_about_a_table_that_was_read_as_running_text(root, capsys):
+    (root / "data/raw/mine.csv").write_text(letters(0))
+    run(settings(corpus="data/raw/mine.csv"), root)
+    report = capsys.readouterr().out
+    assert "\nWarning: data/raw/mine.csv was read as running text: if it contains" in report
+
+
 def test_report_warns_about_files_with_the_same_text(root, capsys):
     texts = {"a.txt": letters(0), "b.txt": letters(100), "z/b copy.txt": letters(100)}
     report = report_of_folder(root, capsys, texts)
