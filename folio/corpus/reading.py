@@ -125,9 +125,11 @@ def _text_of(line: bytes, column: str) -> str:
     if column not in found:
         raise _NoTextError(tables.no_column(column, list(found)))
     text = found[column]
-    if text is not None and not isinstance(text, str):
+    if text is None or text != text:  # pandas has NaN for a missing text, and so has its JSON
+        text = ""
+    if not isinstance(text, str):
         raise _NoTextError(f"has no text in {column!r}: set prepare.text_column to a key with text")
-    return _without_surrogates(text or "")
+    return _without_surrogates(text)
 
 
 def _not_json(error: Exception) -> str:

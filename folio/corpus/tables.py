@@ -90,7 +90,12 @@ def _opened_table(file: TextFile, column: str) -> Iterator[pq.ParquetFile]:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not any(
             test(kind)
-            for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+            for test in (
+                pa.types.is_string,
+                pa.types.is_large_string,
+                pa.types.is_string_view,
+                pa.types.is_null,  # pandas' type of a column without any text
+            )
         ):
             raise UserError(
                 f"{file.name} has {kind} in {column!r}, not text: set prepare.text_column to a"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,6 +116,13 @@ def test_every_line_belongs_to_the_range_where_it_begins(corpus_folder):
         assert [document.text for part in parts for document in part] == texts
 
 
+def test_missing_text_of_pandas_is_an_empty_document(corpus_folder):
+    corpus_folder.write("a.jsonl", b'{"text": NaN}\n{"text": "a"}\n')
+    assert documents_of(corpus_folder, "a.jsonl") == ["", "a"]
+    pandas.DataFrame({"text": [None, None]}).to_parquet(corpus_folder.path / "a.parquet")
+    assert documents_of(corpus_folder, "a.parquet") == ["", ""]
+
+
 def test_text_column_may_have_another_name_and_type(corpus_folder):
     table = {"body": pa.array(["a", "b", "a"]).dictionary_encode(), "large": ["x", "y", "z"]}
     table["large"] = pa.array(table["large"], pa.large_string())
@@ -135,6 +143,7 @@ def test_text_column_may_have_another_name_and_type(corpus_folder):
         (b'"text"', "is not a JSON object: each line must be one"),
         (b'{"body": "a", "id": 1}', "has no 'text', but 'body', 'id': set prepare.text_column"),
         (b"{}", "has no 'text', but nothing"),
+        (b'{"text": Infinity}', "has no text in 'text': set prepare.text_column"),
         (b'{"text": 7}', "has no text in 'text': set prepare.text_column"),
     ],
 )
