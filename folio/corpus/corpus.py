@@ -141,13 +141,14 @@ def _display_path(path: Path, root: Path) -> str:
     return printable((RAW / inside).as_posix())
 
 
-def printable(name: str) -> str:
-    """Return a file name as one printable line of limited length.
+def printable(name: str, most: int = 300) -> str:
+    """Return a file name as one printable line.
 
-    Line breaks, terminal control codes and undecodable bytes are escaped. A very long name is
-    shortened in the middle.
+    Line breaks, terminal control codes and undecodable bytes are escaped. A name of more than
+    `most` characters is shortened in the middle.
     """
-    name = name if len(name) <= 300 else f"{name[:150]}...{name[-147:]}"
+    half = most // 2
+    name = name if len(name) <= most else f"{name[:half]}...{name[3 - half :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 

@@ -125,10 +125,12 @@ def _text_of(line: bytes, column: str) -> str:
     if column not in found:
         raise _NoTextError(tables.no_column(column, list(found)))
     text = found[column]
-    if text is None or text != text:  # pandas has NaN for a missing text, and so has its JSON
+    if text is None or text != text:  # NaN: json.dump of a text that pandas misses
         text = ""
     if not isinstance(text, str):
-        raise _NoTextError(f"has no text in {column!r}: set prepare.text_column to a key with text")
+        raise _NoTextError(
+            f"has no text in {tables.quoted(column)}: set prepare.text_column to a key with text"
+        )
     return _without_surrogates(text)
 
 

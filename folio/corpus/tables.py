@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from folio.corpus.corpus import TextFile
+from folio.corpus.corpus import TextFile, printable
 from folio.corpus.opening import Consumed, damaged, opened
 from folio.errors import UserError
 
 _ROWS = 500  # to read at once
 _BUFFER = 1 << 20  # bytes
+_MOST = 60  # characters of a name or a type in a message
 
 
 def row_groups(file: TextFile, column: str) -> list[int]:
@@ -84,7 +85,8 @@ def _opened_table(file: TextFile, column: str) -> Iterator[pq.ParquetFile]:
             raise UserError(f"{file.name} {no_column(column, names)}")
         if (count := names.count(column)) > 1:
             raise UserError(
-                f"{file.name} has {count} columns {column!r}: rename or remove all but one of them"
+                f"{file.name} has {count} columns {quoted(column)}: rename or remove all but one of"
+                " them"
             )
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -98,13 +100,20 @@ def _opened_table(file: TextFile, column: str) -> Iterator[pq.ParquetFile]:
             )
         ):
             raise UserError(
-                f"{file.name} has {kind} in {column!r}, not text: set prepare.text_column to a"
-                " column with text"
+                f"{file.name} has {printable(str(kind), _MOST)} in {quoted(column)}, not text: set"
+                " prepare.text_column to a column with text"
             )
         yield table
 
 
 def no_column(column: str, names: list[str]) -> str:
     """The problem that there is no such column, or key, but these, and what to do."""
-    shown = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"has no {column!r}, but {shown or 'nothing'}: set prepare.text_column to one of them"
+    shown = ", ".join(map(quoted, names[:8])) + (", ..." if len(names) > 8 else "")
+    return (
+        f"has no {quoted(column)}, but {shown or 'nothing'}: set prepare.text_column to one of them"
+    )
+
+
+def quoted(column: str) -> str:
+    """The name of a column, or key, for a message."""
+    return printable(repr(column), _MOST)

@@ -157,6 +157,18 @@ def test_line_without_text_is_named_with_its_number(corpus_folder, line, problem
         list(read_documents(file, len(good), file.size, "text"))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_long_names_and_types_of_columns_are_shortened(corpus_folder, name):
+    row = {f"{n}{'x' * 5_000}": {"a" * 5_000: 1} for n in range(20)}
+    if name == "a.jsonl":
+        corpus_folder.write(name, json.dumps(row).encode())
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), corpus_folder.path / name)
+    for column in ("text", "0" + "x" * 5_000, "y" * 5_000):
+        line = error_of(documents_of, corpus_folder, name, column)
+        assert len(line) < 800 and "..." in line
+
+
 def test_lone_surrogates_in_json_are_replaced(corpus_folder):
     corpus_folder.write("a.jsonl", b'{"text": "a\\ud800b \\ud83d\\ude42"}\n')
     assert documents_of(corpus_folder, "a.jsonl") == ["a\ufffdb \U0001f642"]
