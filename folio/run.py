@@ -8,12 +8,13 @@ be written to any MLflow store later (folio/tracking/sync.py).
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,16 @@ def now_ms() -> int:
 
 def new_id() -> str:
     return uuid.uuid4().hex
+
+
+def kept(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """The validation loss in nats/token of the weights that a run has kept, and their step, from
+    its summary metrics; infinity and 0 if there are none.
+
+    Runs from before train.keep have the best evaluation only, whose weights they have kept.
+    """
+    name = "kept" if "kept_val_loss" in metrics else "best"
+    return metrics.get(f"{name}_val_loss", math.inf), metrics.get(f"{name}_step", 0)
 
 
 def write_record(record: Record, path: Path) -> None:

@@ -55,7 +55,7 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     training = trained.record
     track = progress.tracker(runtime.hide_progress)
     losses = token_losses(model, data.val, track=track, description="1 of 4: validation loss")
-    metrics = compute_metrics(model, data, losses, p.stride, track)
+    metrics = compute_metrics(model, data, losses, p, track)
     out = root / EVALUATION
     files.write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     files.write_text(out / "samples.md", samples_page(model, p, track))

@@ -1,4 +1,4 @@
-"""The train stage: trains on the token files and writes the best weights to models/gpt2."""
+"""The train stage: trains on the token files and writes the weights to models/gpt2."""
 
 import contextlib
 from collections.abc import Iterator
@@ -74,8 +74,7 @@ def run(
                 inputs.check()  # before MLflow has a finished run; the checkpoint is kept
                 outputs.write(trainer, record, root)
             if group.is_main:
-                if initial:
-                    print(messages.fine_tuning_result(trainer))
+                print(messages.result(trainer))
                 logger.finish(read_training(root))
 
 

@@ -224,6 +224,16 @@ def test_section_checks_several_fields_together(write):
     assert problem_of(write(steps="13")) == "train.steps: 13 is unlucky"
 
 
+def test_keep_last_contradicts_patience(tmp_path):
+    (tmp_path / "params.yaml").write_text(SHIPPED.read_text().replace("keep: best", "keep: last"))
+    with pytest.raises(UserError) as error:
+        params.load(tmp_path / "params.yaml", train=TrainParams)
+    assert str(error.value).endswith(
+        "train.patience: must be empty with keep: last, which keeps the weights of the last step of"
+        " the schedule"
+    )
+
+
 def test_error_message_lists_all_problems(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(

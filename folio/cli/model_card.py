@@ -1,6 +1,7 @@
 """The model card of an exported model: what it is, how good it is, and how it was trained."""
 
 import json
+import math
 from datetime import UTC, datetime
 
 import torch
@@ -12,6 +13,7 @@ from folio.gpt.weight_files import INDEX, WEIGHTS
 from folio.inference.evaluation import code_block, plain_line
 from folio.inference.generation import generate
 from folio.inference.params import PARAMS
+from folio.run import kept
 from folio.tokens import tokenizer
 from folio.tracking.origin import Origin
 
@@ -22,7 +24,6 @@ _METRICS = {
     "evaluate/val_bits_per_byte": ("bits_per_byte", "validation loss, bits/byte"),
     "evaluate/val_perplexity": ("perplexity", "validation perplexity per token"),
 }
-_WITHOUT_EVALUATION = {"best_val_loss": ("loss", "validation loss, nats/token")}
 
 
 def write(model: GPT, origin: Origin | None, name: str, digest: str, sharded: bool = False) -> str:
@@ -66,9 +67,11 @@ def _metadata(origin: Origin | None, name: str) -> ModelCardData:
 
 def _found(origin: Origin | None) -> list[tuple[str, str, float]]:
     """The metric on the Hub, the name and the value of each validation metric of a run."""
-    metrics = origin.metrics if origin else {}
-    table = _METRICS if "evaluate/val_loss" in metrics else _WITHOUT_EVALUATION
-    return [(*table[key], round(metrics[key], 4)) for key in table if key in metrics]
+    metrics = dict(origin.metrics) if origin else {}
+    if "evaluate/val_loss" not in metrics:
+        loss, _ = kept(metrics)
+        metrics = {"evaluate/val_loss": loss} if math.isfinite(loss) else {}
+    return [(*_METRICS[key], round(metrics[key], 4)) for key in _METRICS if key in metrics]
 
 
 def _results(origin: Origin | None) -> list[EvalResult]:
@@ -146,13 +149,21 @@ def _evaluation(origin: Origin | None) -> str:
     text = f"Measured on {corpus_of(origin).validation}, which the model was not trained on"
     tokens = origin.params.get("data.val_tokens") if origin else None
     text += f" ({int(tokens):,} tokens)" if tokens else ""
-    text += ". The weights with the lowest loss on this text were kept."
+    text += f". {_selection(origin)}"
     if not _is_from_scratch(origin):
         text += " Whether the initial weights had been trained on it is not recorded."
     train_loss = origin.metrics.get("evaluate/train_loss") if origin else None
     if train_loss is not None:
-        text += f" The loss on as many tokens of the training text is {train_loss:.4f} nats/token."
+        count = origin.metrics.get("evaluate/train_tokens") if origin else None
+        on = f"{count:,.0f}" if count else "as many"
+        text += f" The loss on {on} tokens of the training text is {train_loss:.4f} nats/token."
     return f"| metric | value |\n|---|---|\n{rows}\n\n{text}"
+
+
+def _selection(origin: Origin | None) -> str:
+    if origin and origin.params.get("train.keep") == "last":
+        return "The weights are those of the last step, not selected by their loss on this text."
+    return "The weights with the lowest loss on this text were kept."
 
 
 def _training(origin: Origin | None, digest: str, sharded: bool) -> str:

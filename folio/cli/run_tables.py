@@ -1,5 +1,6 @@
 """Tables of MLflow runs for the terminal."""
 
+import math
 import time
 
 from rich import box
@@ -9,10 +10,11 @@ from rich.text import Text
 from folio.tracking.queries import EVALUATE, TrackedRun
 
 _METRICS = {  # metric: (title, format)
-    "best_val_loss": ("validation loss", "{:.4f}"),
+    "kept_val_loss": ("validation loss", "{:.4f}"),
     "evaluate/val_loss_sliding": ("... sliding window", "{:.4f}"),
     "last_train_loss": ("training loss", "{:.4f}"),
-    "best_step": ("best step", "{:,.0f}"),
+    "best_val_loss": ("best evaluation", "{:.4f}"),
+    "best_step": ("... at step", "{:,.0f}"),
     "steps": ("steps", "{:,.0f}"),
     "parameters": ("parameters", "{:,.0f}"),
     "median_tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -28,7 +30,7 @@ _COLUMN = 16  # the least width of a run's column: that of the time when it star
 def row_per_run(runs: list[TrackedRun], width: int) -> Table:
     """A table with a row per run, for a terminal with this width in characters."""
     differing = _differing_params(runs)
-    metrics = ["best_val_loss", "last_train_loss", "steps"]
+    metrics = ["kept_val_loss", "last_train_loss", "steps"]
     titles = ["validation\nloss", "training\nloss", "steps"]
     if width >= _WIDE:
         metrics, titles = [*metrics, "median_tokens_per_second"], [*titles, "tokens/s"]
@@ -108,7 +110,8 @@ def _name(run: TrackedRun) -> str:
 
 def _metric(run: TrackedRun, metric: str) -> str:
     _, form = _METRICS[metric]
-    return form.format(run.metrics[metric]) if metric in run.metrics else "-"
+    value = run.loss if metric == "kept_val_loss" else run.metrics.get(metric, math.inf)
+    return form.format(value) if math.isfinite(value) else "-"
 
 
 def _duration(run: TrackedRun) -> str:

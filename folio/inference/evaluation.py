@@ -26,18 +26,23 @@ _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 
 
 def compute_metrics(
-    model: GPT, data: TokenData, losses: np.ndarray, stride: int, track: Track = untracked
+    model: GPT,
+    data: TokenData,
+    losses: np.ndarray,
+    p: EvaluateParams,
+    track: Track = untracked,
 ) -> dict[str, float]:
     """The metrics of a model, by name; losses are in nats/token unless the name says otherwise.
 
     losses [N - 1] are the token_losses of the N tokens in data.val, in windows that do not overlap.
     The losses per character and per byte are divided by the length of the whole validation text,
-    including its first token, which has no loss. train_loss covers the last N training tokens.
+    including its first token, which has no loss. train_loss is measured on the last train_tokens
+    tokens of the training text: N of them, or all if p.whole_training_text is set.
     """
     total, mean = float(losses.sum()), float(losses.sum()) / len(losses)
-    sliding = token_losses(model, data.val, stride, track, "2 of 4: sliding window")
-    end_of_train = data.train[-len(data.val) :]
-    train = token_losses(model, end_of_train, track=track, description="3 of 4: training loss")
+    sliding = token_losses(model, data.val, p.stride, track, "2 of 4: sliding window")
+    trained = data.train if p.whole_training_text else data.train[-len(data.val) :]
+    train = token_losses(model, trained, track=track, description="3 of 4: training loss")
     return {
         "val_loss": mean,
         "val_loss_per_character": total / data.meta["val_characters"],
@@ -45,6 +50,7 @@ def compute_metrics(
         "val_perplexity": math.exp(min(mean, 700)),
         "val_loss_sliding": float(sliding.mean()),
         "train_loss": float(train.mean()),
+        "train_tokens": len(trained),
     }
 
 
@@ -105,6 +111,6 @@ def format_report(m: dict[str, float]) -> str:
         f" ({m['val_loss_per_character']:.4f} nats/character,"
         f" {m['val_bits_per_byte']:.4f} bits/byte, perplexity {m['val_perplexity']:.1f}),"
         f" {m['val_loss_sliding']:.4f} with a sliding window\n"
-        f"training loss {m['train_loss']:.4f} on the same number of tokens,"
+        f"training loss {m['train_loss']:.4f} on {m['train_tokens']:,} tokens of the training text,"
         f" a gap of {m['val_loss'] - m['train_loss']:.4f}"
     )

@@ -11,6 +11,7 @@ PARAMS = {"tokens": 100, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "seed": 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateParams:
     stride: Annotated[int, ">= 1"]  # step of the sliding window in tokens; at most model.block_size
+    whole_training_text: bool  # train_loss: of all training tokens, or of as many as in validation
     prompts: list[str]  # the texts that samples start with
     temperatures: Annotated[list[float], ">= 0"]  # one sample per prompt and temperature; 0: greedy
     sample_tokens: Annotated[int, ">= 1"]  # tokens per sample, without the prompt

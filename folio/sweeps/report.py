@@ -1,12 +1,13 @@
 """The report of a sweep, based on MLflow's data: a table, a plot, and each param's importance."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from folio import files
 from folio.errors import UserError
-from folio.run import RECORD, TRAINING, parse_record, project_root
+from folio.run import RECORD, TRAINING, kept, parse_record, project_root
 from folio.sweeps import importance, markdown, parallel_coordinates
 from folio.sweeps.plan import Plan
 from folio.sweeps.space import SEED, Trial, format_trial, format_value
@@ -20,7 +21,7 @@ from folio.tracking.store import STORE_ERRORS, Store, explain
 class TrialResult:
     experiment: str
     trial: Trial  # the params that the sweep varies
-    loss: float  # the best validation loss in nats/token
+    loss: float  # the validation loss of the model in nats/token
     step: int  # the step of that loss
     seconds: float  # the duration of the MLflow run
     run: str  # the name of the MLflow run
@@ -61,12 +62,12 @@ def find_results(plan: Plan, store: Store) -> list[TrialResult]:
     for experiment, commit in plan.finished().items():
         content = cache.read(cache.outs(commit).get(path.as_posix(), ""))
         run = runs.get(parse_record(content, path).id) if content else None
-        if run and run.ended and "best_val_loss" in run.metrics:
+        if run and run.ended and math.isfinite(run.loss):
             result = TrialResult(
                 experiment=experiment,
                 trial=plan.varied(experiment),
                 loss=run.loss,
-                step=int(run.metrics["best_step"]),
+                step=int(kept(run.metrics)[1]),
                 seconds=(run.ended - run.started) / 1000,
                 run=run.name,
             )

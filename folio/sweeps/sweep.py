@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from folio import signals
 from folio.errors import UserError
-from folio.run import TRAINING, unfinished_steps
+from folio.run import TRAINING, kept, unfinished_steps
 from folio.sweeps import queue
 from folio.sweeps.plan import Plan, read_plan
 from folio.sweeps.space import format_trial
@@ -197,6 +198,5 @@ class _Progress:
 def _result(cache: DvcCache, commit: str) -> str:
     content = cache.read(cache.outs(commit).get(f"{TRAINING}/metrics.json", "")) or b"{}"
     metrics = json.loads(content)
-    if "best_val_loss" not in metrics:
-        return "finished"
-    return f"validation loss {metrics['best_val_loss']:.4f} at step {metrics['best_step']:,}"
+    loss, step = kept(metrics)
+    return f"validation loss {loss:.4f} at step {step:,.0f}" if loss < math.inf else "finished"

@@ -1,6 +1,5 @@
 """Queries for the runs in an MLflow store."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
 from folio.errors import UserError
-from folio.run import Record
+from folio.run import Record, kept
 from folio.tracking.store import SYNC, Store, all_pages
 
 # Tags of a training run: the MD5 of its history file once it has finished, the folio_id of the
@@ -39,8 +38,8 @@ class TrackedRun:
 
     @property
     def loss(self) -> float:
-        """The best validation loss in nats/token; infinity if the run has none."""
-        return self.metrics.get("best_val_loss", math.inf)
+        """The validation loss of the run's model in nats/token; infinity if it has none."""
+        return kept(self.metrics)[0]
 
 
 def tracked_run(run: MlflowRun) -> TrackedRun:

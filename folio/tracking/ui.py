@@ -15,6 +15,7 @@ TAG = f"mlflow.sharedViewState.{KEY}"
 
 _COLUMNS = (
     "metrics.`best_val_loss`",
+    "metrics.`kept_val_loss`",
     "metrics.`last_train_loss`",
     "metrics.`best_step`",
     "metrics.`median_tokens_per_second`",
@@ -54,7 +55,8 @@ def tags() -> dict[str, str]:
         "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
         "mlflow.note.content": (
             "Each run is one trained variant. Compare best_val_loss (validation loss, nats/token)"
-            " only between runs with the same held_out_digest."
+            " only between runs with the same held_out_digest. kept_val_loss is the loss of"
+            " the run's model, which is not that of its best evaluation if train.keep is last."
         ),
         TAG: json.dumps(_layout(), separators=(",", ":")),
     }

@@ -12,18 +12,10 @@ from mlflow.entities import Run as MlflowRun
 from folio import files, signals
 from folio.errors import UserError
 from folio.gpt import weight_files
-from folio.run import MODEL, RECORD, Record, Run, now_ms
+from folio.run import MODEL, RECORD, Record, Run, kept, now_ms
 from folio.tracking import logged_models, queries
 from folio.tracking.artifacts import Artifacts
-from folio.tracking.queries import (
-    EVALUATE,
-    EVALUATION_ID,
-    HISTORY_MD5,
-    find,
-    latest_steps,
-    run_id,
-    status_of,
-)
+from folio.tracking.queries import EVALUATE, EVALUATION_ID, HISTORY_MD5, find, run_id, status_of
 from folio.tracking.store import Store
 
 _MAX_BATCH = 1000  # metrics in one call of log_batch
@@ -179,7 +171,7 @@ class RunWriter:
         If the process was killed, or the project was copied during training, the store may contain
         points that this process did not send.
         """
-        id, latest = found.info.run_id, latest_steps(found)
+        id, latest = found.info.run_id, queries.latest_steps(found)
         points = _points(history[self._rows.get(id, 0) :])
         keys = {point.key for point in points if point.step <= latest.get(point.key, -1)}
         steps = {key: {p.step for p in self._client.get_metric_history(id, key)} for key in keys}
@@ -286,13 +278,15 @@ def _description(run: Run) -> dict[str, str]:
     p, summary = run.record.params, run.summary
     if not {"best_val_loss", "best_step", "steps", "last_train_loss", "parameters"} <= set(summary):
         return {}
+    (loss, step), best_step = kept(summary), summary["best_step"]
+    best = f"; best evaluation {summary['best_val_loss']:.4f} at step {best_step:,.0f}"
     text = (
-        f"**Validation loss {summary['best_val_loss']:.4f}** nats/token, at step"
-        f" {summary['best_step']:,.0f} of {summary['steps']:,.0f}; final training loss"
+        f"**Validation loss {loss:.4f}** nats/token, at step {step:,.0f} of {summary['steps']:,.0f}"
+        f"{best if step != best_step else ''}; final training loss"
         f" {summary['last_train_loss']:.4f}. {p.get('model.n_layer')} layers,"
         f" {p.get('model.n_head')} heads, width {p.get('model.n_embd')}, context"
-        f" {p.get('model.block_size')}, {summary['parameters'] / 1e6:.1f} M parameters, trained on"
-        f" {p.get('data.corpus')}."
+        f" {p.get('model.block_size')}, {summary['parameters'] / 1e6:.1f} M parameters,"
+        f" trained on {p.get('data.corpus')}."
     )
     if experiment := run.record.tags.get("dvc_experiment"):
         text += f" `dvc exp apply {experiment}` restores its files."

@@ -1,4 +1,4 @@
-"""Early stopping: keeps the best weights so far, and stops when they no longer improve."""
+"""Early stopping: remembers the best evaluation so far, and stops when there is no better one."""
 
 import math
 from typing import Any
@@ -9,9 +9,12 @@ import torch
 class EarlyStopping:
     """Keeps the weights with the lowest validation loss in memory, on the model's device."""
 
-    def __init__(self, patience: int | None):
-        """patience: stop after this many evaluations without improvement; None: never stop."""
-        self.patience = patience
+    def __init__(self, patience: int | None, keep_weights: bool = True):
+        """patience: stop after this many evaluations without improvement; None: never stop.
+
+        keep_weights: if false, only the loss and the step of the best evaluation are kept.
+        """
+        self.patience, self.keep_weights = patience, keep_weights
         self.best_loss, self.best_step = math.inf, 0  # nats/token
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evals_since_best = 0
@@ -24,7 +27,8 @@ class EarlyStopping:
         """Record the validation loss of the weights after `step` updates."""
         if loss < self.best_loss:
             self.best_loss, self.best_step, self.evals_since_best = loss, step, 0
-            self.best_weights = {name: weight.clone() for name, weight in weights.items()}
+            if self.keep_weights:
+                self.best_weights = {name: weight.clone() for name, weight in weights.items()}
         else:
             self.evals_since_best += 1
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from folio.gpt.model import parameter_counts
+from folio.run import kept
 from folio.tokens.token_files import TokenData
 from folio.training.init_from import FOLDER
-from folio.training.outputs import parameters_written
+from folio.training.outputs import metrics, parameters_written
 from folio.training.trainer import Trainer
 
 
@@ -35,6 +36,11 @@ def introduction(trainer: Trainer) -> str:
             f"  ({trainer.vocabulary.rows:,} embedding rows are trained; with one for each of the"
             f" {len(trainer.vocabulary.row):,} tokens, models/gpt2 has {written:,} parameters)"
         )
+    if count := p.overfit_batches:
+        lines.append(
+            f"over and over on the windows of the first {count:,} steps"
+            f" ({trainer.tokens_per_epoch:,} tokens)"
+        )
     if trainer.pretrained:
         lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
     return "\n".join(lines)
@@ -47,28 +53,29 @@ def _segmentations(data: TokenData) -> str:
     )
 
 
-def evaluation(trainer: Trainer, metrics: dict[str, Any]) -> str:
+def evaluation(trainer: Trainer, row: dict[str, Any]) -> str:
     """A one-line summary of an evaluation."""
     mark = "  best so far" if trainer.early_stopping.best_step == trainer.steps_done else ""
-    train_loss = metrics.get("train_loss")
+    train_loss = row.get("train_loss")
     training = f"training loss {train_loss:.3f}" if train_loss is not None else "before training   "
-    return (
-        f"step {trainer.steps_done:>6,}  {training}"
-        f"  validation loss {metrics['val_loss']:.3f}{mark}"
-    )
+    return f"step {trainer.steps_done:>6,}  {training}  validation loss {row['val_loss']:.3f}{mark}"
 
 
-def fine_tuning_result(trainer: Trainer) -> str:
-    """Compare the best validation loss with that of the existing weights before training."""
-    name, before = trainer.params.init_from, trainer.history.rows[0]["val_loss"]
-    best = trainer.early_stopping
-    if best.best_step == 0:
+def result(trainer: Trainer) -> str:
+    """Which weights were kept, and their validation loss; of a fine-tuned model, also that before
+    training."""
+    found = metrics(trainer)
+    loss, step = kept(found)
+    text = f"models/gpt2 has the weights of step {step:,}: validation loss {loss:.3f}"
+    if trainer.pretrained and step == 0:
         return (
-            f"no evaluation was better than {before:.3f}, the validation loss of {name} before"
-            " training, so models/gpt2 contains that model unchanged; try a lower"
-            " train.learning_rate"
+            f"no evaluation was better than {loss:.3f}, the validation loss of"
+            f" {trainer.params.init_from} before training, so models/gpt2 contains that model"
+            " unchanged; try a lower train.learning_rate"
         )
-    return (
-        f"validation loss {before:.3f} before training,"
-        f" {best.best_loss:.3f} at step {best.best_step:,}"
-    )
+    if trainer.pretrained:
+        text += f", {trainer.history.rows[0]['val_loss']:.3f} before training"
+    if step != found["best_step"]:
+        text += f"; the best evaluation was {found['best_val_loss']:.3f} at step"
+        text += f" {found['best_step']:,}"
+    return text

@@ -53,16 +53,17 @@ def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str
 
 
 def write(trainer: Trainer, record: Record | None, root: Path) -> None:
-    """Write the best weights to root/models/gpt2, and everything else to root/models/training.
+    """Write the weights that train.keep selects to root/models/gpt2, and everything else to
+    root/models/training.
 
     Collective; the main process writes, and the others have no record.
     """
-    best = trainer.weights.full(trainer.early_stopping.best_weights)
+    kept = trainer.weights.full(trainer.kept_weights)
     if not record:
-        for _ in best:
+        for _ in kept:
             pass  # takes part in gathering each tensor
         return
-    huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row, weights=best)
+    huggingface.save(trainer.model, root / "models/gpt2", trainer.vocabulary.row, weights=kept)
     out, rows = root / TRAINING, trainer.history.rows
     ids = {"folio_id": record.id, "train_key": record.tags["train_key"]}
     texts = {
@@ -80,18 +81,21 @@ def write(trainer: Trainer, record: Record | None, root: Path) -> None:
 
 
 def metrics(trainer: Trainer) -> dict[str, float]:
-    """The summary metrics of the training run."""
-    rows = trainer.history.rows
+    """The summary metrics of the training run. kept_...: of the weights in models/gpt2."""
+    rows, best = trainer.history.rows, trainer.early_stopping
     evaluations = [row for row in rows if "val_loss" in row]
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     tokens = trainer.steps_done * trainer.tokens_per_step
+    last_loss = evaluations[-1]["val_loss"]
     return {
-        "best_val_loss": trainer.early_stopping.best_loss,
-        "best_step": trainer.early_stopping.best_step,
-        "last_val_loss": evaluations[-1]["val_loss"],
+        "kept_val_loss": best.best_loss if best.keep_weights else last_loss,
+        "kept_step": best.best_step if best.keep_weights else trainer.steps_done,
+        "best_val_loss": best.best_loss,
+        "best_step": best.best_step,
+        "last_val_loss": last_loss,
         "last_train_loss": evaluations[-1]["train_loss"],
         "steps": trainer.steps_done,
-        "epochs": tokens / len(trainer.data.train),
+        "epochs": tokens / trainer.tokens_per_epoch,
         "median_tokens_per_second": median(speeds or [0.0]),
         "parameters": parameters_written(trainer.model, trainer.vocabulary),
     } | ({"initial_val_loss": rows[0]["val_loss"]} if trainer.pretrained else {})

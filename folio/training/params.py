@@ -36,6 +36,8 @@ class TrainParams:
     grad_clip: Annotated[float, "> 0"]  # maximum gradient norm
     eval_interval: Annotated[int, ">= 1"]  # steps between evaluations on the validation text
     patience: Annotated[int | None, ">= 1"]  # evaluations without improvement; null: never
+    keep: Literal["best", "last"]  # the weights for models/gpt2: best evaluation, or last step
+    overfit_batches: Annotated[int | None, ">= 1"]  # only the first N steps' windows; null: all
 
     def __post_init__(self):
         if self.warmup_steps >= self.steps:
@@ -53,6 +55,11 @@ class TrainParams:
             raise ValueError(
                 "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"
                 " separate row for each token"
+            )
+        if self.keep == "last" and self.patience is not None:
+            raise ValueError(
+                "patience: must be empty with keep: last, which keeps the weights of the last step"
+                " of the schedule"
             )
 
     @property

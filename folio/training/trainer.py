@@ -78,7 +78,7 @@ class Trainer:
         self._val = self.vocabulary.rows_of(data.val)
         self.steps_done = 0  # optimizer updates
         self.history = History()
-        self.early_stopping = EarlyStopping(params.patience)
+        self.early_stopping = EarlyStopping(params.patience, keep_weights=params.keep == "best")
 
     @property
     def model(self) -> GPT:
@@ -87,6 +87,18 @@ class Trainer:
     @property
     def tokens_per_step(self) -> int:
         return self.params.windows * self.model.params.block_size
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """The number of training tokens that each epoch goes through."""
+        used = self.params.overfit_batches or math.inf
+        return int(min(used * self.tokens_per_step, len(self.data.train)))
+
+    @property
+    def kept_weights(self) -> dict[str, torch.Tensor]:
+        """The weights for models/gpt2, by name; of sharded ones, the part in this process."""
+        best = self.early_stopping
+        return best.best_weights if best.keep_weights else self.weights.state()
 
     @property
     def finished(self) -> bool:
@@ -111,6 +123,8 @@ class Trainer:
 
     def batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """This process's micro-batches (x, y), [B, T], of update number `step`, from 0."""
+        if self.params.overfit_batches:
+            step %= self.params.overfit_batches
         first = step * self.params.windows
         return [self._batches.windows(first + at, count) for at, count in self._micro_batches]
 
@@ -205,7 +219,8 @@ class Trainer:
         self.steps_done = found.step
         self.history.restore(state["history"], found.step, folder)
         best_step = state["early_stopping"]["best_step"]
-        weights = found.part("best" if best_step != found.step else "model")
+        is_apart = best_step != found.step or not self.early_stopping.keep_weights
+        weights = found.part("best" if is_apart else "model")
         self.early_stopping.load_state_dict(state["early_stopping"], weights)
         if state["machine"] != self._machine and self.group.is_main:
             print(

@@ -111,6 +111,14 @@ def test_model_that_was_not_evaluated_has_the_loss_of_its_training(card):
     assert (result.metric_type, result.metric_value) == ("loss", 4.5)
 
 
+def test_card_tells_how_the_weights_were_selected(card):
+    assert "The weights with the lowest loss on this text were kept." in card(ORIGIN).content
+    metrics = {"kept_val_loss": 4.75, "best_val_loss": 4.5}
+    last = card(changed({"train.keep": "last"}, metrics=metrics))
+    assert "those of the last step, not selected by their loss on this text" in last.content
+    assert [result.metric_value for result in last.data.eval_results] == [4.75]
+
+
 def test_card_of_a_text_of_ones_own_claims_no_license_and_keeps_its_path_to_itself(card):
     found = card(changed({"data.corpus": "data/raw/letters-to-anna.txt"}))
     data = found.data.to_dict()

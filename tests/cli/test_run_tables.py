@@ -57,6 +57,15 @@ def test_column_per_run_shows_losses_and_only_the_params_that_differ():
     assert not [row for row in rows if "train.steps" in row]
 
 
+def test_tables_show_the_loss_of_the_model_and_that_of_the_best_evaluation():
+    metrics = {"kept_val_loss": 11.0, "best_val_loss": 8.5, "best_step": 30.0}
+    last = dataclasses.replace(RUNS[0], metrics=metrics)
+    rows = lines(*column_per_run([last, RUNS[1]], 120))
+    assert ["validation", "loss", "11.0000", "4.2500"] in rows
+    assert ["best", "evaluation", "8.5000", "4.2500"] in rows
+    assert last.loss == 11.0 and "11.0000" in text(row_per_run([last], 120), width=120)
+
+
 def test_params_of_evaluations_are_compared_among_evaluated_runs():
     evaluated = [
         dataclasses.replace(RUNS[0], params=RUNS[0].params | {"evaluate.stride": stride})

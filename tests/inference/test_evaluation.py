@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, ROWS
+from conftest import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
@@ -30,6 +30,7 @@ set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # for its c
 
 PARAMS = EvaluateParams(
     stride=4,
+    whole_training_text=False,
     prompts=["The sea", "\n"],
     temperatures=[0.0, 0.7],
     sample_tokens=5,
@@ -57,7 +58,7 @@ def writer():
 def test_metrics_are_derived_from_the_losses(model):
     tokens = data()
     losses = token_losses(model, tokens.val)
-    metrics = compute_metrics(model, tokens, losses, 4)
+    metrics = compute_metrics(model, tokens, losses, PARAMS)
     assert metrics["val_loss"] == pytest.approx(losses.mean())
     assert metrics["val_loss_per_character"] == pytest.approx(losses.sum() / 170)
     assert metrics["val_bits_per_byte"] == pytest.approx(losses.sum() / math.log(2) / 180)
@@ -67,19 +68,29 @@ def test_metrics_are_derived_from_the_losses(model):
     assert metrics["val_loss_sliding"] != pytest.approx(metrics["val_loss"])
     end_of_train = token_losses(model, tokens.train[-50:]).mean()
     assert metrics["train_loss"] == pytest.approx(end_of_train)
+    assert metrics["train_tokens"] == 50
+
+
+def test_training_loss_can_cover_the_whole_training_text(model):
+    tokens = data()
+    whole = replace(PARAMS, whole_training_text=True)
+    metrics = compute_metrics(model, tokens, token_losses(model, tokens.val), whole)
+    assert metrics["train_loss"] == pytest.approx(token_losses(model, tokens.train).mean())
+    assert metrics["train_tokens"] == 200
+    assert " on 200 tokens of the training text" in format_report(metrics)
 
 
 def test_perplexity_of_a_huge_loss_is_finite(model):
-    metrics = compute_metrics(model, data(), np.full(49, 1e6), CONTEXT)
+    metrics = compute_metrics(model, data(), np.full(49, 1e6), PARAMS)
     assert math.isfinite(metrics["val_perplexity"])
 
 
 def test_report_shows_every_metric(model):
     tokens = data()
-    metrics = compute_metrics(model, tokens, token_losses(model, tokens.val), 4)
+    metrics = compute_metrics(model, tokens, token_losses(model, tokens.val), PARAMS)
     report = format_report(metrics)
     for name, value in metrics.items():
-        digits = 1 if name == "val_perplexity" else 4
+        digits = {"val_perplexity": 1, "train_tokens": 0}.get(name, 4)
         assert f" {value:.{digits}f}" in report.replace("(", " "), name
 
 

@@ -61,7 +61,7 @@ def send_copy(store: Store, project: Path, loss: float, **tags: str) -> str:
     record = dataclasses.replace(
         trained.record, id=new_id(), name=f"loss {loss}", tags=trained.record.tags | tags
     )
-    summary = trained.summary | {"best_val_loss": loss}
+    summary = trained.summary | {"kept_val_loss": loss}
     RunWriter(store).send(dataclasses.replace(trained, record=record, summary=summary), "FINISHED")
     return queries.run_id(store, record.id)
 

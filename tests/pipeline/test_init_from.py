@@ -152,7 +152,7 @@ def test_history_starts_with_loss_before_training(trained):
     assert [line.split(",")[0] for line in drawn] == ["step", "0", "2", "4", "6"]
     assert "starting from data/pretrained/theirs" in said
     before, best = f"{first['val_loss']:.3f}", f"{metrics['best_val_loss']:.3f}"
-    assert f"validation loss {before} before training, {best} at step 6" in said
+    assert f"of step 6: validation loss {best}, {before} before training" in said
 
 
 def test_mlflow_has_loss_before_training_and_hash_of_weights(trained):

@@ -84,7 +84,7 @@ def test_model_logged_by_an_earlier_version_can_still_be_used(project, tmp_path,
         (old / name).unlink()
     trained, store = read_training(folder), Store(None)
     record = dataclasses.replace(trained.record, id=new_id(), name="earlier version")
-    summary = trained.summary | {"best_val_loss": 0.1}
+    summary = trained.summary | {"kept_val_loss": 0.1}
     run = dataclasses.replace(trained, record=record, summary=summary, model=old)
     RunWriter(store).send(run, "FINISHED")
     [model] = logged_models.find_all(store, find_run(store, record.id).id)

@@ -154,7 +154,7 @@ def ranking(folder: Path, metric: str) -> list[tuple[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("metric", ["best_val_loss", "evaluate/val_loss"])
+@pytest.mark.parametrize("metric", ["kept_val_loss", "evaluate/val_loss"])
 def test_mlflow_ranks_the_models_by_loss_and_they_have_the_names_of_their_runs(repo, metric):
     trained = [run for run in content(store(repo)).values() if run.name != "evaluate"]
     expected = sorted((run.points[metric][-1][2], run.name) for run in trained)

@@ -10,9 +10,12 @@ import torch
 from conftest import run_stages
 
 from folio import params
+from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
+from folio.gpt.validation import token_losses
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files
+from folio.training import messages, outputs
 from folio.training.params import TrainParams
 from folio.training.trainer import Trainer
 from stages import train
@@ -47,8 +50,27 @@ def test_train_stops_when_patience_is_exhausted(overfitted):
 
 
 def test_train_writes_the_best_weights(overfitted):
-    best = read(overfitted, "training/metrics.json")["best_val_loss"]
+    metrics = read(overfitted, "training/metrics.json")
+    best = metrics["best_val_loss"]
     assert read(overfitted, "evaluation/metrics.json")["val_loss"] == pytest.approx(best, abs=1e-5)
+    assert (metrics["kept_val_loss"], metrics["kept_step"]) == (best, metrics["best_step"])
+
+
+def test_train_writes_the_last_weights_if_keep_is_last(overfitted, tmp_path):
+    trainer = make_trainer(overfitted, steps=60, patience=None, keep="last")
+    (runtime,) = params.load(overfitted / "params.yaml", runtime=RuntimeParams)
+    train.train(trainer, runtime, tmp_path, NoLogger())
+    record = outputs.start_record(trainer, tmp_path, tmp_path, {})
+    outputs.write(trainer, record, tmp_path)
+    metrics = read(tmp_path, "training/metrics.json")
+    assert metrics["kept_step"] == metrics["steps"] == 60 > metrics["best_step"]
+    assert metrics["kept_val_loss"] == metrics["last_val_loss"] > metrics["best_val_loss"]
+    written = huggingface.load(tmp_path / "models/gpt2", torch.device("cpu"))
+    loss = token_losses(written, trainer.data.val).mean()
+    assert loss == pytest.approx(metrics["kept_val_loss"], abs=1e-5)
+    said = messages.result(trainer)
+    assert f"step 60: validation loss {metrics['kept_val_loss']:.3f}; the best" in said
+    assert said.endswith(f"{metrics['best_val_loss']:.3f} at step {metrics['best_step']}")
 
 
 def test_history_has_a_row_per_log_point_from_which_the_loss_curve_is_drawn(overfitted):

@@ -25,6 +25,7 @@ from folio.errors import UserError
 from folio.training.micro_batches import micro_batches, useful_processes
 
 PARAMS = {"batch_size": 4, "accumulation": 3, "gradient_checkpointing": False}
+PARAMS |= {"overfit_batches": 4}  # of 6 steps
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,13 @@ def test_early_stopping_keeps_the_best_weights():
     assert stopping.best_weights["weight"].item() == 1.0
 
 
+def test_early_stopping_can_do_without_the_weights():
+    model, stopping = torch.nn.Linear(1, 1), EarlyStopping(patience=None, keep_weights=False)
+    for step, loss in enumerate([5.0, 4.0, 4.5]):
+        stopping.update(loss, step, model.state_dict())
+    assert (stopping.best_loss, stopping.best_step, stopping.best_weights) == (4.0, 1, {})
+
+
 def test_early_stopping_triggers_after_patience_evaluations():
     model, stopping = torch.nn.Linear(1, 1), EarlyStopping(patience=2)
     triggered = []

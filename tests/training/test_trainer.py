@@ -14,7 +14,7 @@ from folio.errors import UserError
 from folio.gpt.model import ModelParams
 from folio.run import HISTORY, read_history, write_history
 from folio.tokens.token_files import TokenData
-from folio.training import optimizer_state, optimizers
+from folio.training import checkpoint, optimizer_state, optimizers
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
 from folio.training.trainer import Trainer
@@ -117,6 +117,40 @@ def test_trainer_resumes_best_weights(tmp_path):
             assert torch.equal(weight, resumed.early_stopping.best_weights[name]), name
         advance(trainer, 2)
         trainer.early_stopping.update(6.0, 3, trainer.weights.state())
+
+
+def test_trainer_that_keeps_the_last_weights_saves_no_others(tmp_path):
+    settings = replace(TRAIN, keep="last", patience=None)
+    trainer = make_trainer(train=settings)
+    advance(trainer, 1)
+    trainer.early_stopping.update(5.0, 1, trainer.weights.state())
+    for saved_at in (1, 3):  # right after the best evaluation, and later
+        trainer.save(tmp_path)
+        found = checkpoint.load_latest(tmp_path, ONE_PROCESS, None)
+        assert not [name for name in found.tensors if name.startswith("best")]
+        resumed = make_trainer(train=settings)
+        resumed.resume(tmp_path)
+        assert resumed.steps_done == saved_at
+        assert resumed.early_stopping.best_weights == {}
+        assert resumed.early_stopping.state_dict() == trainer.early_stopping.state_dict()
+        advance(trainer, 2)
+        advance(resumed, 2)
+        for name, weight in trainer.model.state_dict().items():
+            assert torch.equal(weight, resumed.kept_weights[name]), name
+
+
+def test_batches_repeat_the_windows_of_the_first_steps_if_overfit_batches_is_set():
+    usual, overfitting = make_trainer(), make_trainer(train=replace(TRAIN, overfit_batches=2))
+
+    def windows(trainer, step):
+        return torch.cat([torch.cat(pair, 1) for pair in trainer.batches(step)])
+
+    assert len(windows(usual, 0)) == TRAIN.batch_size * TRAIN.accumulation
+    assert not torch.equal(windows(usual, 0), windows(usual, 2))
+    for step in range(6):
+        assert torch.equal(windows(overfitting, step), windows(usual, step % 2))
+    assert overfitting.tokens_per_epoch == 2 * overfitting.tokens_per_step
+    assert usual.tokens_per_epoch == 600  # all training tokens
 
 
 def test_trainer_does_not_resume_without_a_checkpoint(tmp_path):
