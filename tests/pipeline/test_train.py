@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import run_stages
 
+from benchmarks import check_entry
 from folio import params
 from folio.gpt import huggingface
 from folio.gpt.model import ModelParams
 from folio.gpt.validation import token_losses
 from folio.runtime import RuntimeParams
-from folio.tokens import token_files
+from folio.tokens import token_files, tokenizer
 from folio.training import messages, outputs
 from folio.training.params import TrainParams
 from folio.training.trainer import Trainer
@@ -71,6 +72,15 @@ def test_train_writes_the_last_weights_if_keep_is_last(overfitted, tmp_path):
     said = messages.result(trainer)
     assert f"step 60: validation loss {metrics['kept_val_loss']:.3f}; the best" in said
     assert said.endswith(f"{metrics['best_val_loss']:.3f} at step {metrics['best_step']}")
+
+
+def test_checker_from_outside_agrees_with_evaluate(overfitted, tmp_path):
+    text, metrics = tmp_path / "text.txt", read(overfitted, "evaluation/metrics.json")
+    text.write_text(tokenizer.decode(token_files.read(overfitted / "data/prepared").val))
+    *_, separate, sliding = check_entry.check(overfitted / "models/gpt2", text, 8, True).split("\n")
+    assert float(separate.split()[-2]) == pytest.approx(metrics["val_loss"], abs=6e-5)
+    assert float(separate.split()[-1]) == pytest.approx(metrics["val_loss_per_character"], abs=6e-5)
+    assert float(sliding.split()[-2]) == pytest.approx(metrics["val_loss_sliding"], abs=6e-5)
 
 
 def test_history_has_a_row_per_log_point_from_which_the_loss_curve_is_drawn(overfitted):
