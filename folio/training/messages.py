@@ -37,8 +37,9 @@ def introduction(trainer: Trainer) -> str:
             f" {len(trainer.vocabulary.row):,} tokens, models/gpt2 has {written:,} parameters)"
         )
     if count := p.overfit_batches:
+        steps = "step" if count == 1 else f"{count:,} steps"
         lines.append(
-            f"over and over on the windows of the first {count:,} steps"
+            f"only on the windows of the first {steps}, over and over"
             f" ({trainer.tokens_per_epoch:,} tokens)"
         )
     if trainer.pretrained:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, VERSES, run
 
 DOCS = [page.relative_to(ROOT) for page in sorted(ROOT.glob("docs/*.md"))]
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *DOCS]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("LEADERBOARD.md"), *DOCS]
 BLOCK = re.compile(
     r"^(?:<!-- not run:(?P<reason>.*?)-->\n)?```(?P<language>sh|python)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

@@ -1,0 +1,113 @@
+"""Shows how the variants that memorise their training text do so, from MLflow's data.
+
+    python -m benchmarks.memorize
+
+Prints the training and validation loss by step of the newest finished run of each of the variants
+one-batch, memorize and memorize-124m, beside the write-up's, and draws both curves into
+docs/memorize.png. `make variant NAME=one-batch` trains one. The training losses by step are means
+since the row before, with dropout; the one of the whole text is that of evaluate.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from folio import plots
+from folio.errors import UserError, one_line_errors
+from folio.sweeps import variants
+from folio.tracking import queries
+from folio.tracking.queries import TrackedRun
+from folio.tracking.store import Store
+
+NAMES = ("one-batch", "memorize", "memorize-124m")
+PICTURE = Path("docs/memorize.png")
+UNIFORM = math.log(50_257)
+CLAIM = 0.1
+ROWS = 12  # of a table, at most
+ROW = "{:>8} {:>14} {:>16}"
+
+History = list[dict[str, Any]]
+
+
+def find(name: str, runs: list[TrackedRun]) -> TrackedRun | None:
+    """The newest finished run with the params of a variant."""
+    settings = variants.read(name).items()
+    wanted = {k: str(value) for k, value in settings if k.startswith(("model.", "train."))}
+    for run in runs:
+        if run.status == "FINISHED" and wanted.items() <= run.params.items():
+            return run
+    return None
+
+
+def table(name: str, run: TrackedRun, rows: History) -> str:
+    """Both losses at some of the evaluations, the best and the last among them."""
+    evaluations = [row for row in rows if "val_loss" in row and "train_loss" in row]
+    every = math.ceil(len(evaluations) / ROWS)
+    best = min(evaluations, key=lambda row: row["val_loss"])
+    shown = [*evaluations[::-every][::-1]]
+    shown = sorted([*shown, *([] if best in shown else [best])], key=lambda row: row["step"])
+    lines = [
+        f"{name}: {run.metrics['parameters'] / 1e6:.1f} M parameters, {run.tags['device']},"
+        f" {(run.ended - run.started) / 1000:.0f} s"
+        if run.ended
+        else "",
+        ROW.format("step", "training loss", "validation loss"),
+    ]
+    lines += [
+        ROW.format(f"{row['step']:,}", f"{row['train_loss']:.4f}", f"{row['val_loss']:.3f}")
+        + ("  best" if row is best else "")
+        for row in shown
+    ]
+    if "evaluate/train_loss" in run.metrics:
+        measured = run.metrics["evaluate/train_loss"]
+        lines.append(
+            f"evaluate: {measured:.4f} on {run.metrics['evaluate/train_tokens']:,.0f} tokens of the"
+            f" training text, {run.metrics['evaluate/val_loss']:.4f} on the validation text"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, History], path: Path) -> None:
+    """Draw the curves of each run side by side."""
+    figure, axes = plots.new_figure(len(found), (4.5 * len(found) + 1, 4))
+    for ax, (name, rows) in zip(axes, found.items(), strict=True):
+        for key, color, label in (
+            ("val_loss", plots.ORANGE, "validation"),
+            ("train_loss", plots.BLUE, "training"),
+        ):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            ax.plot(*zip(*points, strict=True), color=color, lw=1.5, label=label)
+        ax.axhline(UNIFORM, color=plots.GREY, lw=0.8, ls="--", label="uniform guess, 10.8")
+        ax.axhline(CLAIM, color=plots.GREY, lw=0.8, ls=":", label="0.1")
+        ax.set(title=name, xlabel="step", yscale="log")
+    axes[0].set_ylabel("loss (nats/token)")
+    axes[0].legend(frameon=False)
+    plots.save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stores", nargs="+", default=[None], help="addresses of MLflow stores")
+    stores = [Store.existing(uri) for uri in parser.parse_args().stores]
+    runs = {run.id: (run, store) for store in stores for run in queries.list_runs(store)}
+    found: dict[str, History] = {}
+    for name in NAMES:
+        run = find(name, [run for run, _ in runs.values()])
+        if run is None:
+            print(f"{name}: no finished run in MLflow: make variant NAME={name}\n")
+            continue
+        found[name] = queries.loss_history(runs[run.id][1], run.id)
+        print(table(name, run, found[name]), end="\n\n")
+    if not found:
+        raise UserError("MLflow has a run of none of these variants")
+    print(
+        f"the write-up's log: training loss 0.0007, validation loss 11; {UNIFORM:.1f} is ln 50,257"
+    )
+    draw(found, PICTURE)
+    print(f"drawn: {PICTURE}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
