@@ -23,7 +23,6 @@ from folio.tracking.store import Store
 NAMES = ("one-batch", "memorize", "memorize-124m")
 PICTURE = Path("docs/memorize.png")
 UNIFORM = math.log(50_257)
-CLAIM = 0.1
 ROWS = 12  # of a table, at most
 ROW = "{:>8} {:>14} {:>16}"
 
@@ -45,13 +44,12 @@ def table(name: str, run: TrackedRun, rows: History) -> str:
     evaluations = [row for row in rows if "val_loss" in row and "train_loss" in row]
     every = math.ceil(len(evaluations) / ROWS)
     best = min(evaluations, key=lambda row: row["val_loss"])
-    shown = [*evaluations[::-every][::-1]]
+    shown = evaluations[::-every]  # the last one included
     shown = sorted([*shown, *([] if best in shown else [best])], key=lambda row: row["step"])
+    seconds = ((run.ended or run.started) - run.started) / 1000
     lines = [
         f"{name}: {run.metrics['parameters'] / 1e6:.1f} M parameters, {run.tags['device']},"
-        f" {(run.ended - run.started) / 1000:.0f} s"
-        if run.ended
-        else "",
+        f" {seconds:.0f} s",
         ROW.format("step", "training loss", "validation loss"),
     ]
     lines += [
@@ -69,20 +67,21 @@ def table(name: str, run: TrackedRun, rows: History) -> str:
 
 
 def draw(found: dict[str, History], path: Path) -> None:
-    """Draw the curves of each run side by side."""
+    """Draw both curves of each run, side by side, with their last values."""
     figure, axes = plots.new_figure(len(found), (4.5 * len(found) + 1, 4))
+    curves = (("val_loss", plots.ORANGE, "validation"), ("train_loss", plots.BLUE, "training"))
     for ax, (name, rows) in zip(axes, found.items(), strict=True):
-        for key, color, label in (
-            ("val_loss", plots.ORANGE, "validation"),
-            ("train_loss", plots.BLUE, "training"),
-        ):
+        ax.axhline(UNIFORM, color=plots.GREY, lw=0.8, ls="--", label="all tokens equally likely")
+        for key, color, label in curves:
             points = [(row["step"], row[key]) for row in rows if key in row]
             ax.plot(*zip(*points, strict=True), color=color, lw=1.5, label=label)
-        ax.axhline(UNIFORM, color=plots.GREY, lw=0.8, ls="--", label="uniform guess, 10.8")
-        ax.axhline(CLAIM, color=plots.GREY, lw=0.8, ls=":", label="0.1")
-        ax.set(title=name, xlabel="step", yscale="log")
+            last = f"{points[-1][1]:.2g}" if points[-1][1] < 1 else f"{points[-1][1]:.1f}"
+            offset = {"xytext": (0, 6), "textcoords": "offset points", "ha": "right"}
+            ax.annotate(last, points[-1], color=color, fontweight="bold", **offset)
+        top = 1.1 * max(UNIFORM, *(row.get("val_loss", 0.0) for row in rows))
+        ax.set(title=name, xlabel="step", ylim=(0, top))
     axes[0].set_ylabel("loss (nats/token)")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="center right")
     plots.save(figure, path)
 
 

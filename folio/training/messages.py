@@ -22,7 +22,8 @@ def introduction(trainer: Trainer) -> str:
     p = trainer.params
     lines = [
         f"on {trainer.machine} in {trainer.precision};"
-        f" {trainer.tokens_per_step:,} tokens per step, at most {p.steps:,} steps",
+        f" {trainer.tokens_per_step:,} tokens per step,"
+        f" {'at most ' if p.patience else ''}{p.steps:,} steps",
     ]
     if trainer.steps_done:
         lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
