@@ -18,7 +18,7 @@ from folio.errors import UserError, one_line_errors
 from folio.sweeps import variants
 from folio.tracking import queries
 from folio.tracking.queries import TrackedRun
-from folio.tracking.store import Store
+from folio.tracking.store import Store, exists
 
 NAMES = ("one-batch", "memorize", "memorize-124m")
 PICTURE = Path("docs/memorize.png")
@@ -37,6 +37,13 @@ def find(name: str, runs: list[TrackedRun]) -> TrackedRun | None:
         if run.status == "FINISHED" and wanted.items() <= run.params.items():
             return run
     return None
+
+
+def open_store(uri: str | None) -> Store:
+    """An existing store, which may be a copy from another machine. None: the project's."""
+    if not exists(uri):
+        raise UserError(f"there is no MLflow store {uri or 'here'}")
+    return Store(uri, repair=True)
 
 
 def table(name: str, run: TrackedRun, rows: History) -> str:
@@ -88,7 +95,7 @@ def draw(found: dict[str, History], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stores", nargs="+", default=[None], help="addresses of MLflow stores")
-    stores = [Store.existing(uri) for uri in parser.parse_args().stores]
+    stores = [open_store(uri) for uri in parser.parse_args().stores]
     runs = {run.id: (run, store) for store in stores for run in queries.list_runs(store)}
     found: dict[str, History] = {}
     for name in NAMES:
