@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def load(folder: Path) -> transformers.GPT2LMHeadModel:
     """The model in a folder, in fp32. Raises EntryError if it is incomplete or damaged."""
     check_config(folder)
     try:
-        model, info = transformers.GPT2LMHeadModel.from_pretrained(
+        loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -57,6 +58,7 @@ def load(folder: Path) -> transformers.GPT2LMHeadModel:
         )
     except Exception as problem:  # whatever transformers, safetensors and torch can raise
         raise EntryError(f"transformers cannot open {folder}: {line(problem)}") from None
+    model, info = loaded
     # transformers replaces missing weights by random ones; the head shares those of the embedding.
     if missing := sorted(set(info["missing_keys"]) - {"lm_head.weight"}):
         raise EntryError(
