@@ -168,7 +168,7 @@ def compare_speed(
     p = setting.size
     print(
         f"\n{p.n_layer}/{p.n_head}/{p.n_embd}, T={p.block_size}, {setting.windows} windows per GPU"
-        f" and step; medians of {rounds} rounds"
+        f" and step; medians, rounds: {rounds}"
     )
     width = max(map(len, contenders))
     print(f"{'':{width}}  GPUs    ms/step   tokens/s  peak GB  reserved  efficiency")
@@ -185,7 +185,8 @@ def compare_speed(
             print(f"{name}: {problem}", flush=True)
             continue
         for each in speeds.values():
-            share = f"{each.tokens / each.gpus / speeds[1].tokens:12.1%}" if each.gpus > 1 else ""
+            shown = each.gpus > 1 and torch.cuda.is_available()  # on a CPU, processes share cores
+            share = f"{each.tokens / each.gpus / speeds[1].tokens:12.1%}" if shown else ""
             print(f"{name:<{width}}{_cells(each)}{share}", flush=True)
 
 

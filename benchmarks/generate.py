@@ -151,7 +151,7 @@ def main() -> None:
     where, tokens, rounds = device.resolve_device(options.device), options.tokens, options.rounds
     torch.manual_seed(2)
     prompts = torch.randint(VOCAB_SIZE, (max([1, *options.batches]), PROMPT_TOKENS), device=where)
-    print(f"on {device.describe(where)}; tokens/s, medians of {rounds} rounds")
+    print(f"on {device.describe(where)}; tokens/s, medians, rounds: {rounds}")
     print(f"{'Folio, compared with':<34} batch tokens     Folio     other  ratio   same text")
     model = build_model(1_024, where)
     theirs = with_transformers(model, where)

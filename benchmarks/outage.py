@@ -38,9 +38,7 @@ def compare(temporary: Path, options: argparse.Namespace) -> None:
             "a server that hangs": f"http://127.0.0.1:{silent.getsockname()[1]}",
         }
         turns = [[measure(folder, uri) for uri in stores.values()] for _ in range(options.rounds)]
-    print(
-        f"{project.headline(folder)}; medians of {options.rounds} rounds of {options.steps} steps"
-    )
+    print(f"{project.headline(folder)}; medians, rounds of {options.steps} steps: {options.rounds}")
     print("MLflow is                   ms/step  ratio  ms/step with evaluations  ratio  command, s")
     stores_turns = zip(*turns, strict=True)
     medians = [[median(column) for column in zip(*each, strict=True)] for each in stores_turns]

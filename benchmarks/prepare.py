@@ -88,7 +88,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    print(f"medians of {options.rounds} rounds; MiB/s and speedup exclude startup")
+    print(f"medians, rounds: {options.rounds}; MiB/s and speedup exclude startup")
     print("text MiB  cores  total s  total speedup      MiB/s  speedup  peak MiB")
     with tempfile.TemporaryDirectory(prefix="prepare-") as place:
         folder = Path(place)

@@ -114,7 +114,7 @@ def main() -> None:
             on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
             cache = "cached" if options.cached else "not cached"
             print(f"{title}, {on}; {options.tokens:,.0f} tokens, {cache};", end=" ")
-            print(f"medians of {options.rounds} rounds of {options.steps} steps")
+            print(f"medians, rounds of {options.steps} steps: {options.rounds}")
             print("tokens               ms/step   relative   ms in Batches")
             ways = build_ways(tokens, work)
             if options.cached:

@@ -230,7 +230,7 @@ def main() -> None:
     contenders = {name: contenders[name] for name in options.contenders or contenders}
     steps = options.steps or (20 if work.where.type == "cuda" else 3)
     on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
-    print(f"{title}, {on}; medians of {options.rounds} rounds")
+    print(f"{title}, {on}; medians, rounds: {options.rounds}")
     results = measure_in_turn(contenders, work, options.rounds, steps)
     peers = [name for name in results if not name.startswith("Folio")]
     width = max(map(len, results))

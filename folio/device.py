@@ -153,4 +153,5 @@ def describe(device: torch.device) -> str:
     """Return the name of the accelerator, or "cpu" with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'' if threads == 1 else 's'}"

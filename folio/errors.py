@@ -155,7 +155,7 @@ def report(line: str) -> None:
 
 
 def _exit(line: str) -> NoReturn:
-    report(line)
+    report(line.replace("?; ", "? "))  # after "did you mean ...?", where to go back to
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if _silent:
             time.sleep(1)  # launchers stop the others when one ends: first the one that reports

@@ -32,9 +32,11 @@ def test_resolve_device_auto_is_an_available_accelerator_if_there_is_one():
         assert not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
-def test_cpu_is_always_available():
+def test_cpu_is_always_available(monkeypatch):
     assert device.resolve_device("cpu") == CPU
-    assert device.describe(CPU) == f"cpu, {torch.get_num_threads()} threads"
+    for threads, words in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert device.describe(CPU) == f"cpu, {words}"
 
 
 def test_resolve_precision_auto_is_fp32_on_a_cpu():

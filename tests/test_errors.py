@@ -49,6 +49,13 @@ def test_one_line_errors_names_the_stage_that_dvc_runs(capsys, monkeypatch):
     assert capsys.readouterr().err == "folio train: no\n"
 
 
+def test_hint_after_a_question_is_a_sentence_of_its_own(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise UserError("there is no 'thiers'; did you mean theirs?; `git checkout x` restores it")
+    line = capsys.readouterr().err
+    assert "there is no 'thiers'; did you mean theirs? `git checkout x` restores it" in line
+
+
 @pytest.mark.parametrize(
     ("rank", "name"), [("0", ""), ("3", " (process 3)"), ("", ""), ("x", ""), ("-1", "")]
 )

@@ -69,7 +69,8 @@ def sweep(
         return
     if only_plan:
         save_plan(plan)
-        print(f"\nNext: sbatch --array=1-{len(trials)} deploy/slurm/train.sbatch {plan.name}")
+        array = f"1-{len(trials)}" if len(trials) > 1 else "1"
+        print(f"\nNext: sbatch --array={array} deploy/slurm/train.sbatch {plan.name}")
         return
     threads = threads_per_job(jobs, device.resolve_device(runtime.device).type)
     failed = run(plan, jobs, threads)

@@ -12,7 +12,7 @@ MIN_TRIALS = 10
 def section(trials: list[Trial], losses: list[float]) -> str:
     """A table of the params and their importance, or a sentence explaining why there is none."""
     if len(trials) < MIN_TRIALS:
-        return f"Omitted: {len(trials)} trials are too few. At least {MIN_TRIALS} are needed."
+        return f"Omitted: it needs at least {MIN_TRIALS} trials, and {len(trials)} have finished."
     try:
         import optuna
     except ImportError:

@@ -87,7 +87,7 @@ class Plan:
     def overview(self) -> str:
         """A Markdown table with a row per trial."""
         rows = [[name, *map(format_value, self.varied(name).values())] for name in self.trials]
-        header = [f"{len(rows)} trials", *self.varied(next(iter(self.trials)))]
+        header = [f"trials: {len(rows)}", *self.varied(next(iter(self.trials)))]
         fixed = f"\nall trials use {format_trial(self.fixed)}" if self.fixed else ""
         return markdown.table(header, rows) + fixed
 

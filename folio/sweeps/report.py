@@ -79,8 +79,8 @@ def format_report(plan: Plan, results: list[TrialResult]) -> str:
     """The report in Markdown, without the plot."""
     parts = [
         f"# Sweep {plan.name}",
-        f"{len(results)} of {len(plan.trials)} trials, starting from commit {plan.baseline[:7]}."
-        " The lowest validation loss (nats/token) comes first.",
+        f"Finished trials: {len(results)} of {len(plan.trials)}, starting from commit"
+        f" {plan.baseline[:7]}. The lowest validation loss (nats/token) comes first.",
     ]
     if plan.base | plan.fixed:
         parts.append(f"All trials use `{format_trial(plan.base | plan.fixed)}`.")
@@ -90,9 +90,9 @@ def format_report(plan: Plan, results: list[TrialResult]) -> str:
         _result_table(results),
         f"`dvc exp apply {results[0].experiment}` restores the params and the model of the best"
         " trial in the workspace.",
-        "## Variation between seeds",
-        _seed_section(results),
     ]
+    if len(results) > 1:
+        parts += ["## Variation between seeds", _seed_section(results)]
     if len(results[0].trial) > 1:
         text = importance.section(_trials(results), _losses(results))
         parts += ["## Importance of each param", text]
@@ -108,12 +108,17 @@ def _result_table(results: list[TrialResult]) -> str:
             *map(format_value, result.trial.values()),
             f"{result.loss:.4f}",
             f"{result.step:,}",
-            f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s",
+            _duration(result.seconds),
             result.run.removeprefix(f"{result.experiment} "),
         ]
         for result in results
     ]
     return markdown.table(header, rows)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _seed_section(results: list[TrialResult]) -> str:

@@ -48,15 +48,15 @@ class Garbage:
     def describe(self) -> list[str]:
         """A line for each kind of garbage that there is."""
         kinds = {
-            "{} objects in DVC's cache that nothing uses": self.objects,
-            "{} entries of DVC's run cache": self.run_cache,
-            "{} runs and models in MLflow's trash": self.artifacts,
-            "{} folders of artifacts that MLflow does not refer to": self.orphans,
-            "{} checkpoints": self.checkpoints,
-            "{} temporary copies of the project in .dvc/tmp": self.temporary,
+            "objects in DVC's cache that nothing uses": self.objects,
+            "entries of DVC's run cache": self.run_cache,
+            "runs and models in MLflow's trash": self.artifacts,
+            "folders of artifacts that MLflow does not refer to": self.orphans,
+            "checkpoints": self.checkpoints,
+            "temporary copies of the project in .dvc/tmp": self.temporary,
         }
         return [
-            f"{text.format(len(paths))}: {sizes.shown(sum(map(sizes.of, paths)))}"
+            f"{text}: {len(paths)}, {sizes.shown(sum(map(sizes.of, paths)))}"
             for text, paths in kinds.items()
             if paths
         ]

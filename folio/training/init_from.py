@@ -19,6 +19,6 @@ def check_exists(name: str, root: Path) -> None:
         near = difflib.get_close_matches(Path(name).name[:100], names, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"train.init_from: {reprlib.repr(name)} is not a GPT-2 folder in {FOLDER}{hint};"
-            f" put one there (docs/fine-tuning.md) and use its name, or use {RANDOM}"
+            f"train.init_from: {reprlib.repr(name)} is not a GPT-2 folder in {FOLDER}:"
+            f" put one there (docs/fine-tuning.md) and use its name, or use {RANDOM}{hint}"
         )

@@ -283,7 +283,7 @@ def test_undo_restores_a_removed_run(project):
     everything = ("--workspace", "--all-commits", "--all-experiments")
     succeed(project, "dvc", "gc", "--force", *everything)  # what only the run cache refers to
     assert folio(project, "sync").strip() == EVERY_RUN
-    assert "2 entries of DVC's run cache" in folio(project, "gc")
+    assert "entries of DVC's run cache: 2, " in folio(project, "gc")
     succeed(project, "dvc", "exp", "apply", "bad")
     with pytest.raises(UserError, match=r"is not in MLflow's trash"):
         folio(project, "remove", "bad", "--undo")

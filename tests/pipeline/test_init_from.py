@@ -282,13 +282,13 @@ def test_folder_of_another_size_fails_in_one_line_with_what_to_set(project, size
     [
         (
             {"train.init_from": "thiers"},
-            "'thiers' is not a GPT-2 folder in data/pretrained; did you",
+            "'thiers' is not a GPT-2 folder in data/pretrained: put one there (docs/",
         ),
-        ({"train.init_from": "data/pretrained/theirs"}, "did you mean theirs?; put one there"),
-        ({"train.init_from": "../pretrained/theirs"}, "did you mean theirs?; put one there"),
+        ({"train.init_from": "data/pretrained/theirs"}, "or use random; did you mean theirs?"),
+        ({"train.init_from": "../pretrained/theirs"}, "or use random; did you mean theirs?"),
         ({"train.init_from": "/"}, "put one there (docs/fine-tuning.md) and use its name, or"),
         ({"train.init_from": ""}, "'' is not a GPT-2 folder"),
-        ({"train.init_from": "\x1b[31m\0" * 10_000}, "is not a GPT-2 folder in data/pretrained;"),
+        ({"train.init_from": "\x1b[31m\0" * 10_000}, "is not a GPT-2 folder in data/pretrained:"),
         ({"train.init_from": None}, "train.init_from: None is not valid; expected a string"),
         ({"train.tie_unseen_tokens": True}, "train.tie_unseen_tokens: must be false with init"),
     ],

@@ -371,7 +371,9 @@ def test_array_trains_each_trial_of_a_sweep_in_a_clone(cluster, make_trained, tm
         assert run(project, "git", "diff", "HEAD").stdout == ""
         assert not list((project / CLONES).glob("*"))
         assert "already finished" in folio(project, "trial", "seeds", "2")
-    assert "3 of 3 trials" in folio(project, "sweep", "--report", "seeds")  # in a local store
+    assert "Finished trials: 3 of 3" in folio(
+        project, "sweep", "--report", "seeds"
+    )  # in a local store
     succeed(project, "dvc", "exp", "apply", "seeds-02")
     digest = by_name["seeds-02"].data.tags["weights_sha256"]
     assert hashlib.sha256(weights(project)).hexdigest() == digest

@@ -54,7 +54,7 @@ def test_failed_trials_are_named_and_do_not_stop_the_others(swept):
 def test_report_is_made_from_the_runs_in_mlflow(swept):
     folder, done = swept
     text = (folder / "sweeps/mine/report.md").read_text()
-    assert text in done.stdout and "3 of 4 trials, starting from commit" in text
+    assert text in done.stdout and "Finished trials: 3 of 4, starting from commit" in text
     with inside(folder):
         runs = {each.experiment: each for each in list_runs(Store(None))}
     rows = [line.split() for line in text.splitlines() if "| mine-" in " ".join(line.split())]

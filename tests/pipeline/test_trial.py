@@ -27,6 +27,8 @@ def test_plan_is_written_and_the_next_command_printed(project):
     assert (project / "sweeps/seeds/plan.json").exists()
     with pytest.raises(UserError, match="there is another sweep named 'seeds'"):
         folio(project, "sweep", "train.seed=3", "--plan", "--name", "seeds")
+    output = folio(project, "sweep", "train.seed=3", "--plan", "--name", "one")
+    assert output.splitlines()[-1] == "Next: sbatch --array=1 deploy/slurm/train.sbatch one"
 
 
 def test_plan_with_uncommitted_changes_is_refused(project):

@@ -1,5 +1,7 @@
 """The report of a sweep, from results that are made up."""
 
+from dataclasses import replace
+
 import pytest
 
 from folio.sweeps.plan import Plan
@@ -30,12 +32,12 @@ def test_report_shows_the_variation_between_seeds():
     ]
     text = format_report(plan(results), sorted(results, key=lambda each: each.loss))
     assert "| 1x2x16-abcdef |" in text  # the experiment is in the first column
-    assert "6 of 6 trials, starting from commit abcdef0." in text and "1 min 01 s" in text
+    assert "Finished trials: 6 of 6, starting from commit abcdef0." in text and "1 min 01 s" in text
     assert [line.split("|")[2:6] for line in text.splitlines() if "40.0100 |" in line][1] == [
         "     3 ", " 40.0200 ", " 40.0100 ", " 40.0300 ",
     ]  # fmt: skip
     assert "have a standard deviation of 0.0100 (4 degrees of freedom)" in text
-    assert "6 trials are too few" in text
+    assert "it needs at least 10 trials, and 6 have finished" in text
 
 
 def test_report_without_seeds_warns_of_small_differences():
@@ -43,6 +45,17 @@ def test_report_without_seeds_warns_of_small_differences():
     text = format_report(plan(results), results)
     assert "A sweep over `train.seed=1,2,3` shows how much" in text
     assert "Importance" not in text  # of a single param
+
+
+def test_report_of_one_trial_compares_nothing():
+    short = replace(result(1, 5.0, train__steps=10), seconds=18.2)
+    text = format_report(plan([short]), [short])
+    assert (
+        "Variation" not in text
+        and " 18 s |" in text
+        and "0 min" not in text
+        and "Finished trials: 1 of 1, " in text
+    )
 
 
 def test_report_without_results_says_so():

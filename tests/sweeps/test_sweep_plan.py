@@ -82,9 +82,9 @@ def test_overview_shows_what_all_trials_share_once():
         }
     )
     assert shared.overview().splitlines() == [
-        "| 2 trials | model.n_layer |",
-        "| -------: | ------------: |",
-        "|      s-1 |             2 |",
-        "|      s-2 |             3 |",
+        "| trials: 2 | model.n_layer |",
+        "| --------: | ------------: |",
+        "|       s-1 |             2 |",
+        "|       s-2 |             3 |",
         "all trials use train.steps=9",
     ]
