@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -53,8 +52,7 @@ def with_folio(model: GPT) -> Generate:
 def with_transformers(model: GPT, where: torch.device) -> Generate:
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder) / "gpt2")
-        theirs: Any = GPT2LMHeadModel.from_pretrained(Path(folder) / "gpt2")
-    theirs.to(where)
+        theirs = GPT2LMHeadModel.from_pretrained(Path(folder) / "gpt2").to(where)
 
     def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         ids = theirs.generate(

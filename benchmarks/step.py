@@ -132,11 +132,10 @@ def build_transformers(work: Work) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     p = work.size
-    dropout: Any = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes: Any = {"n_layer": p.n_layer, "n_head": p.n_head, "n_embd": p.n_embd}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_layer": p.n_layer, "n_head": p.n_head, "n_embd": p.n_embd}
     config = GPT2Config(n_positions=p.block_size, use_cache=False, **sizes, **dropout)
-    model: Any = GPT2LMHeadModel(config)
-    model.to(work.where)
+    model: Any = GPT2LMHeadModel(config).to(work.where)
     fused = work.where.type == "cuda"
     optimizer = torch.optim.AdamW(
         model.parameters(), RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=fused
