@@ -83,12 +83,13 @@ def draw(found: dict[str, History], path: Path) -> None:
             points = [(row["step"], row[key]) for row in rows if key in row]
             ax.plot(*zip(*points, strict=True), color=color, lw=1.5, label=label)
             last = f"{points[-1][1]:.2g}" if points[-1][1] < 1 else f"{points[-1][1]:.1f}"
-            offset: dict[str, Any] = {
-                "xytext": (0, 6),
-                "textcoords": "offset points",
-                "ha": "right",
-            }
-            ax.annotate(last, points[-1], color=color, fontweight="bold", **offset)
+            ax.annotate(
+                *(last, points[-1], (0, 6 if key == "train_loss" else -14)),
+                textcoords="offset points",
+                ha="right",
+                color=color,
+                fontweight="bold",
+            )
         top = 1.1 * max(UNIFORM, *(row.get("val_loss", 0.0) for row in rows))
         ax.set(title=name, xlabel="step", ylim=(0, top))
     axes[0].set_ylabel("loss (nats/token)")

@@ -1,6 +1,6 @@
 """Where a training step spends its time, and two lower bounds for it on this machine.
 
-    python -m benchmarks.profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
+    python -m benchmarks.step_profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
 
 The lower bounds are the step's arithmetic at the speed of a large matrix product, and the memory
 traffic of weights, gradients and AdamW's moments at the speed of a copy. Both speeds are measured
