@@ -13,7 +13,7 @@ from folio import files
 from folio.errors import disk_hint
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
-from folio.tokens import token_files, tokenizer
+from folio.tokens import token_files, token_meta, tokenizer
 from folio.training import checkpoint
 from folio.training.checkpoint import Checkpoint
 
@@ -45,8 +45,8 @@ def write_model(folder):
 
 
 def write_tokens(folder):
-    facts = dict.fromkeys(token_files.FACTS, 9_000) | {"vocabulary": tokenizer.VOCAB_SIZE}
-    ids = {part: [np.zeros(9_000, np.uint16)] for part in token_files.PARTS}
+    facts = dict.fromkeys(token_meta.FACTS, 9_000) | {"vocabulary": tokenizer.VOCAB_SIZE}
+    ids = {part: [np.zeros(9_000, np.uint16)] for part in token_meta.PARTS}
     token_files.write(folder, facts, np.zeros(tokenizer.VOCAB_SIZE), ids)
 
 

@@ -31,7 +31,14 @@ _TINY = TrainingText(
     prompt="ROMEO:\n",
 )
 _ALL = "Shakespeare's plays: the 28 from which tinyshakespeare has no text, then tinyshakespeare"
+_DEVELOPMENT = "the last tenth of the training text of tinyshakespeare"
 CORPORA = {"tinyshakespeare": _TINY, "shakespeare": replace(_TINY, text=_ALL)}
+CORPORA |= {
+    f"{name}-development": replace(
+        known, text=f"{known.text}, without its validation text", validation=_DEVELOPMENT
+    )
+    for name, known in CORPORA.items()
+}
 OWN = TrainingText(
     text=f"a text that is not included in Folio ({GAP}: what it is, its language and its source)",
     validation="the end of the same text",

@@ -25,6 +25,8 @@ def introduction(trainer: Trainer) -> str:
         f" {trainer.tokens_per_step:,} tokens per step,"
         f" {'at most ' if p.patience else ''}{p.steps:,} steps",
     ]
+    if trainer.pretrained:
+        lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
     if trainer.steps_done:
         lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
         return "\n".join(lines)
@@ -43,8 +45,6 @@ def introduction(trainer: Trainer) -> str:
             f"only on the windows of the first {steps}, over and over"
             f" ({trainer.tokens_per_epoch:,} tokens)"
         )
-    if trainer.pretrained:
-        lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
     return "\n".join(lines)
 
 

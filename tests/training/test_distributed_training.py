@@ -21,7 +21,7 @@ from test_trainer import MODEL, TRAIN, make_trainer
 
 from folio import signals
 from folio.distributed import Group, join
-from folio.errors import UserError
+from folio.errors import LAUNCHER, UserError
 from folio.training.micro_batches import micro_batches, useful_processes
 
 PARAMS = {"batch_size": 4, "accumulation": 3, "gradient_checkpointing": False}
@@ -32,9 +32,10 @@ PARAMS |= {"overfit_batches": 4}  # of 6 steps
 def server():
     """A process that has imported everything, and is forked for each process of a test."""
     path = os.pathsep.join(sys.path)
+    inherited = {name: value for name, value in os.environ.items() if name != LAUNCHER}
     process = subprocess.Popen(
         [sys.executable, __file__],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
