@@ -66,7 +66,7 @@ Step = Callable[[], object]
 Build = Callable[[Work], Step]
 
 
-def build_folio(work: Work, tie: bool = False, **options: bool) -> Step:
+def build_folio(work: Work, tie: bool = False, **options: Any) -> Step:
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)

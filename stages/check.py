@@ -24,10 +24,13 @@ def main() -> None:
 def _check() -> None:
     loaded = sections.check(params.read(params.FILE), str(params.FILE))
     text, pretrained = loaded["prepare"].corpus, loaded["train"].init_from
+    teachers = loaded["train"].distill_from
     if not _may_be_pulled(Path(text)):
         corpus.check_exists(text, Path())
     if not _may_be_pulled(init_from.FOLDER / pretrained):
         init_from.check_exists(pretrained, Path())
+    if not _may_be_pulled(init_from.FOLDER / teachers):
+        init_from.check_teachers_exist(teachers, Path())
     runtime = loaded["runtime"]
     if runtime.processes not in ("auto", 1) and runtime.device != "cpu":
         from folio import launch  # importing PyTorch takes two seconds

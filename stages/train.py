@@ -15,7 +15,7 @@ from folio.tokens import token_files
 from folio.tracking import context
 from folio.tracking.logger import NoLogger, RunLogger
 from folio.tracking.system_metrics import SystemMetrics
-from folio.training import messages, micro_batches, outputs, pretrained
+from folio.training import messages, micro_batches, outputs, pretrained, teachers
 from folio.training.key import train_key
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
@@ -60,13 +60,16 @@ def run(
         token_files.check_length(data.train, "training", model_params.block_size)
         token_files.check_length(data.val, "validation", model_params.block_size)
         initial = pretrained.find(train_params.init_from, root)
-        key = train_key(model_params, train_params, data.digest, initial)
+        found = teachers.find(train_params.distill_from, root)
+        key = train_key(model_params, train_params, data.digest, initial, found)
     folder = project / UNFINISHED / key
     with group.main_holds(lock_for_training(folder)):
         with group.agreeing():
             if group.is_main:
                 print(messages.corpus(data), flush=True)
-            trainer = Trainer(model_params, train_params, data, where, precision, initial, group)
+            trainer = Trainer(
+                *(model_params, train_params, data, where, precision, initial, group, found)
+            )
         trainer.resume(folder)
         with start_run(trainer, runtime, folder, root) as (record, logger):
             train(trainer, runtime, folder, logger)

@@ -114,6 +114,7 @@ class GPT(nn.Module):
         self.params = params
         self.gradient_checkpointing = False
         self.unseen_probability = 0.0  # target probability of the last row in `loss`
+        self.distill_weight = 0.0  # share of the probabilities `soft` in the targets of `loss`
         self._compiled_blocks: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.transformer = Transformer(params, rows)
         log = None if multiplicity is None else torch.as_tensor(multiplicity).float().log()
@@ -176,36 +177,57 @@ class GPT(nn.Module):
         assert self.log_multiplicity is None, "tokens that share a row have no logits of their own"
         return F.linear(self.hidden(x), self.transformer.wte.weight)
 
+    def row_probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """The probabilities of the rows of the embedding after each token of x [B, T]: [B * T, V].
+
+        A row shared by several tokens has the sum of their probabilities.
+        """
+        logits = F.linear(self.hidden(x).flatten(0, 1), self.transformer.wte.weight)
+        if self.log_multiplicity is not None:
+            logits = logits.float() + self.log_multiplicity
+        return logits.softmax(-1).to(self.transformer.wte.weight.dtype)
+
     def loss(
-        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float = 1.0
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        scale: torch.Tensor | float = 1.0,
+        soft: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean cross-entropy of y [B, T] given x [B, T] in nats/token, for training.
 
-        Call `backward` directly on the result: it computes `scale` times the gradient of the loss
-        (see cross_entropy.linear_cross_entropy).
+        soft: probabilities of the rows, [B * T, V], which have the share `distill_weight` in the
+        targets. Call `backward` directly on the result: it computes `scale` times the gradient of
+        the loss (see cross_entropy.linear_cross_entropy).
         """
         hidden, weight, bias = self.hidden(x), self.transformer.wte.weight, self.log_multiplicity
         hidden, y = hidden.flatten(0, 1), y.flatten()
         loss = cross_entropy.linear_cross_entropy(hidden, weight, bias, y, scale)
-        if bias is None:
-            return loss
-        loss = loss + bias[y].mean()
-        if self.unseen_probability:
-            loss = loss + self.unseen_probability * self._smoothing(hidden, y, scale)
+        loss = loss if bias is None else loss + bias[y].mean()
+        share = 0.0 if soft is None else self.distill_weight
+        if soft is not None:
+            loss = loss + share * self._smoothing(hidden, y, soft @ weight, scale)
+        if bias is not None and self.unseen_probability:
+            share = (1 - share) * self.unseen_probability
+            loss = loss + share * self._smoothing(hidden, y, weight[-1], scale)
         return loss
 
     def _smoothing(
-        self, hidden: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float
+        self,
+        hidden: torch.Tensor,
+        y: torch.Tensor,
+        towards: torch.Tensor,
+        scale: torch.Tensor | float,
     ) -> torch.Tensor:
-        """What the loss increases by if the target is an unseen token instead of y.
+        """What the loss increases by if the targets are other tokens than y.
 
-        hidden [N, C], y [N]. It is the difference of the two logits, so label smoothing (Szegedy et
-        al. 2016, section 7) towards one row needs no other logits. Its gradient is multiplied by
-        `scale`, as that of the loss.
+        hidden [N, C], y [N]. towards: the mean row of the other tokens, [C] or [N, C]. A
+        cross-entropy depends on its targets only by their mean logit, so label smoothing (Szegedy
+        et al. 2016, section 7) needs no other logits. The gradient is multiplied by `scale`, as
+        that of the loss.
         """
-        weight = self.transformer.wte.weight
-        towards = F.embedding(y, weight).float() - weight[-1].float()
-        difference = (hidden.float() * towards).sum(1).mean()
+        rows = F.embedding(y, self.transformer.wte.weight).float()
+        difference = (hidden.float() * (rows - towards.float())).sum(1).mean()
         scaled = difference * scale
         return (difference - scaled).detach() + scaled
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from folio.gpt.model import ModelParams
 from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
+from folio.training.teachers import TeacherFolders
 
 # The sources that can affect the results of training: the train stage's deps in dvc.yaml. When one
 # of them changes, training starts over, rather than resuming what different code has computed.
@@ -27,13 +28,17 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def train_key(
-    model: ModelParams, train: TrainParams, data_digest: str, pretrained: PretrainedWeights | None
+    model: ModelParams,
+    train: TrainParams,
+    data_digest: str,
+    pretrained: PretrainedWeights | None = None,
+    teachers: TeacherFolders | None = None,
 ) -> str:
-    """The first 16 hex digits of the sha256 of params, data, initial weights and sources.
+    """The first 16 hex digits of the sha256 of params, data, other weights and sources.
 
     Equal keys mean the same training run: the same MLflow run and the same checkpoints.
     """
-    weights = pretrained.sha256 if pretrained else None
+    weights = [each.sha256 if each else None for each in (pretrained, teachers)]
     content = json.dumps(
         [asdict(model), asdict(train), data_digest, weights, _source_hashes()], sort_keys=True
     )

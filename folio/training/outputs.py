@@ -46,7 +46,8 @@ def start_record(trainer: Trainer, folder: Path, root: Path, tags: dict[str, str
         | {"train_key": key, "data_digest": trainer.data.digest}
         | {"held_out_digest": trainer.data.meta["val_sha256"]}
         | {"precision": trainer.precision, "device": trainer.machine}
-        | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {}),
+        | ({"init_sha256": trainer.pretrained.sha256} if trainer.pretrained else {})
+        | ({"teachers_sha256": trainer.teachers.sha256} if trainer.teachers else {}),
     )
     write_record(record, path)  # before MLflow gets it, so that a killed run resumes the same one
     return record

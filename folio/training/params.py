@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from folio.errors import UserError
 
 RANDOM = "random"  # init_from: no folder, but random weights
+NONE = "none"  # distill_from: no folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class TrainParams:
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
     unseen_probability: Annotated[float, ">= 0, < 1"]  # of all these tokens together, as a target
+    distill_from: str  # teachers: none, or a folder of GPT-2 folders in data/pretrained
+    distill_weight: Annotated[float, ">= 0, <= 1"]  # share of the teachers in the targets
     input_noise: Annotated[float, ">= 0, <= 1"]  # share of input tokens replaced at random
     optimizer: Literal["adamw", "muon"]  # muon: Muon for the blocks' matrices, AdamW for the rest
     factored_embedding: bool  # tokens that differ in case or leading space learn together

@@ -56,6 +56,7 @@ class TrainStep:
         exact: bool = True,
         windows: int | None = None,
         input_noise: float = 0.0,
+        teachers: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
         fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
@@ -66,13 +67,14 @@ class TrainStep:
         windows: the number of windows in all processes' micro-batches of a step. None: those of
         this process.
         input_noise: the share of input tokens that are replaced by random ones.
+        teachers: given x, return the probabilities that the targets partly are.
         Raises UserError if the optimizer is capturable but does not work on this device.
         """
         device = weights.device
         _check_capturable(optimizer, device)
         self.weights, self.optimizer = weights, optimizer
         self.device, self.grad_clip, self.windows = device, grad_clip, windows
-        self.input_noise = input_noise
+        self.input_noise, self.teachers = input_noise, teachers
         self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
         self.fp16 = weights.precision == "fp16"
         self.optimizer_skips = _reads_found_inf(optimizer, device)
@@ -127,9 +129,10 @@ class TrainStep:
             divisor = windows / len(x)
             weights.begin(is_last=number == len(batches))
             scale = self.scale / (divisor / weights.gradient_factor)
+            soft = [self.teachers(x)] if self.teachers else []
             if self.input_noise:
                 x = _replace_some(x, self.input_noise)
-            batch_loss = weights.compute_model.loss(x, y, scale)
+            batch_loss = weights.compute_model.loss(x, y, scale, *soft)
             batch_loss.backward()
             loss += batch_loss.detach() / divisor
             weights.collect(is_first=number == 1, is_last=number == len(batches))

@@ -25,6 +25,7 @@ from folio.training.micro_batches import micro_batches
 from folio.training.params import TrainParams
 from folio.training.pretrained import PretrainedWeights
 from folio.training.step import NonFiniteError, StepStats, TrainStep
+from folio.training.teachers import TeacherFolders, Teachers
 
 # If train.compile is auto, the model is compiled when training takes at least this many operations
 # (6 per parameter and token): compiling takes some 20 s and then saves an eighth of each step. An
@@ -44,12 +45,13 @@ class Trainer:
         precision: str,
         pretrained: PretrainedWeights | None,  # None: random weights
         group: Group = ONE_PROCESS,
+        teachers: TeacherFolders | None = None,
     ):
         """All processes of the group must pass the same arguments, except for the device."""
         device.seed(params.seed)
         size = data.meta["vocabulary"]
         self.params, self.data, self.device, self.precision = params, data, where, precision
-        self.pretrained, self.group = pretrained, group
+        self.pretrained, self.group, self.teachers = pretrained, group, teachers
         params.check_processes(group.count)
         self._micro_batches = micro_batches(params.windows, params.batch_size, group)
         self.vocabulary = (
@@ -60,6 +62,7 @@ class Trainer:
         model = GPT(model_params, self.vocabulary.rows, self.vocabulary.multiplicity).to(where)
         model.gradient_checkpointing = params.gradient_checkpointing
         model.unseen_probability = params.unseen_probability
+        model.distill_weight = params.distill_weight
         if pretrained:
             model.load_state_dict(pretrained.weights(model_params, size))
         self.weights = weights.place(model, precision, params, group)
@@ -70,6 +73,7 @@ class Trainer:
             exact=params.deterministic,
             windows=params.windows,
             input_noise=params.input_noise,
+            teachers=self._load_teachers(),
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
         self._batches = Batches(
@@ -79,6 +83,12 @@ class Trainer:
         self.steps_done = 0  # optimizer updates
         self.history = History()
         self.early_stopping = EarlyStopping(params.patience, keep_weights=params.keep == "best")
+
+    def _load_teachers(self) -> Teachers | None:
+        if not self.teachers:
+            return None
+        context = self.model.params.block_size
+        return self.teachers.load(self.vocabulary, context, self.device, self.precision)
 
     @property
     def model(self) -> GPT:

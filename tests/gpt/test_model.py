@@ -147,12 +147,15 @@ def test_loss_is_the_mean_of_the_token_losses_with_a_shared_row_too():
     assert (losses[:, ::4] > math.log(900)).all()  # one of 900 equal tokens has at most 1/900
 
 
-def test_unseen_probability_is_a_share_of_the_target():
+@pytest.mark.parametrize("distilled", [0.0, 0.8])
+def test_targets_are_partly_unseen_tokens_and_what_teachers_predict(distilled):
     m, share = 900, 0.1
     model = shake(gpt(multiplicity=np.array([1] * (ROWS - 1) + [m]))).eval()
     x, y = ids(), ids().flip(0) % (ROWS - 1)
-    model.unseen_probability = share
-    loss = model.loss(x, y, 8.0)
+    soft = torch.rand(y.numel(), ROWS, generator=torch.Generator().manual_seed(3))
+    soft /= soft.sum(1, keepdim=True)
+    model.unseen_probability, model.distill_weight = share, distilled
+    loss = model.loss(x, y, 8.0, *([soft] if distilled else []))
     loss.backward()
     gradients = [p.grad / 8 for p in model.parameters()]
     model.zero_grad()
@@ -161,6 +164,8 @@ def test_unseen_probability_is_a_share_of_the_target():
     logits = model.hidden(x) @ torch.cat([weight, weight[-1:].expand(m - 1, -1)]).T
     targets = torch.full(logits.shape, share / m)
     targets[..., : ROWS - 1] = (1 - share) * torch.nn.functional.one_hot(y, ROWS - 1)
+    each = torch.cat([soft[:, :-1], soft[:, -1:].expand(-1, m) / m], 1)  # token by token
+    targets = (1 - distilled) * targets + distilled * each.view(targets.shape)
     expected = -(targets * logits.log_softmax(-1)).sum(-1).mean()
     expected.backward()
     torch.testing.assert_close(loss, expected)
