@@ -38,7 +38,7 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("folio", "stages", ".dvc/config", ".dvcignore", ".gitignore", "dvc.yaml")
-COPIED += ("data/pretrained/random", "models/.gitkeep")
+COPIED += ("data/pretrained/none", "data/pretrained/random", "models/.gitkeep")
 TINY = {
     "prepare.corpus": "data/raw/verses.txt",
     "model.n_layer": 1,

@@ -103,6 +103,7 @@ def test_no_edit_goes_unnoticed_while_a_stage_exits(repo, tmp_path, stage):
         ({"prepare.corpus": "\0"}, "prepare.corpus: "),
         ({"train.init_from": "mine"}, "'mine' is not a GPT-2 folder in data/pretrained"),
         ({"train.init_from": ""}, "'' is not a GPT-2 folder in data/pretrained"),
+        ({"train.distill_from": "mine"}, "'mine' is not a folder of GPT-2 folders in data/"),
     ],
 )
 def test_check_finds_a_missing_corpus_or_pretrained_folder(make_project, settings, words):
