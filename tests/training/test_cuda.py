@@ -1,19 +1,23 @@
 """What runs only on a GPU: CUDA graphs, the Triton kernel and compiled blocks match plain code."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from test_trainer import OPTIONS, TRAIN
 from torch.nn import functional as F
 
 from folio import device
 from folio.gpt import cross_entropy
 from folio.gpt.model import GPT, ModelParams
 from folio.inference import generation
+from folio.tokens import vocabulary
 from folio.tokens.batches import Batches
 from folio.training import optimizer_state, optimizers
 from folio.training.step import TrainStep
+from folio.training.teachers import Teachers
 from folio.training.weights import Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -29,6 +33,13 @@ def gpt():
 
 
 def steps(model, precision, compiled=False):
+    """compiled: a bool, or "options" for a step with every option of small texts."""
+    if compiled == "options":
+        weights, known = Weights(model, precision), vocabulary.full_vocabulary(ROWS)
+        optimizer = optimizers.build(weights, replace(TRAIN, **OPTIONS), known)
+        teacher = Teachers([Weights(gpt().eval(), precision).compute_model])
+        model.distill_weight = weights.compute_model.distill_weight = 0.5
+        return TrainStep(weights, optimizer, 1.0, input_noise=0.2, teachers=teacher)
     return TrainStep(
         Weights(model, precision),
         optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)),
@@ -80,6 +91,7 @@ def assert_equal(step, other):
 
 
 WAYS = [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True), ("fp32", False)]
+WAYS += [("bf16", "options"), ("fp16", "options"), ("fp32", "options")]
 
 
 @pytest.mark.parametrize(("precision", "compiled"), WAYS)
