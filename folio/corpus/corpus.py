@@ -107,9 +107,11 @@ def _resolve(name: str, root: Path) -> Path:
     except PermissionError as error:
         raise unreadable(printable(name), error.strerror) from None
     except (OSError, ValueError, RuntimeError):  # missing, a null byte, a cycle of links
+        prefix = f"{RAW.as_posix()}/"  # alone, it makes all names similar
         texts = [_display_path(path, root) for path in (root / RAW).rglob("[!.]*")]
-        similar = difflib.get_close_matches(name, [*NAMED, *texts], n=1)
-        hint = f"; did you mean {similar[0]}?" if similar else ""
+        names = {text.removeprefix(prefix): text for text in [*texts, *NAMED]}
+        similar = difflib.get_close_matches(name.removeprefix(prefix), names, n=1)
+        hint = f"; did you mean {names[similar[0]]}?" if similar else ""
         raise UserError(
             f"prepare.corpus: '{printable(name)}' is neither {' nor '.join(NAMED)} "
             f"nor a path under {RAW}{hint}"

@@ -94,6 +94,7 @@ def test_unknown_name_error_suggests_a_similar_name(raw, tmp_path):
     assert "did you mean tinyshakespeare?" in line
     assert "did you mean data/raw/milton.txt?" in error_of("data/raw/miltn.txt", tmp_path)
     assert "did you mean" not in error_of("zzz", tmp_path)
+    assert "did you mean" not in error_of("data/raw/qq", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "..", "outside.txt", "data/raw/../outside.txt"])
