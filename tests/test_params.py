@@ -454,3 +454,11 @@ def test_sections_are_frozen_and_have_no_defaults(cls):
         assert field.kw_only, field.name
         assert field.default is dataclasses.MISSING, field.name
         assert field.default_factory is dataclasses.MISSING, field.name
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"factored_embedding": True}])
+def test_whole_matrices_contradict_fsdp(changes):
+    [train] = params.load(SHIPPED, train=TrainParams)
+    assert dataclasses.replace(train, parallel="ddp", **changes)
+    with pytest.raises(ValueError, match="parallel: must be auto, none or ddp"):
+        dataclasses.replace(train, parallel="fsdp", **changes)

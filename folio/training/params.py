@@ -59,6 +59,11 @@ class TrainParams:
                 "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"
                 " separate row for each token"
             )
+        if self.parallel == "fsdp" and (self.optimizer == "muon" or self.factored_embedding):
+            raise ValueError(
+                "parallel: must be auto, none or ddp with optimizer: muon or factored_embedding,"
+                " which need whole matrices"
+            )
         if self.keep == "last" and self.patience is not None:
             raise ValueError(
                 "patience: must be empty with keep: last, which keeps the weights of the last step"
