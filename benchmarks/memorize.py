@@ -32,9 +32,13 @@ History = list[dict[str, Any]]
 def find(name: str, runs: list[TrackedRun]) -> TrackedRun | None:
     """The newest finished run with the params of a variant."""
     settings = variants.read(name).items()
-    wanted = {k: str(value) for k, value in settings if k.startswith(("model.", "train."))}
+    # MLflow has the params of prepare as facts about the data.
+    # MLflow has the params of prepare as facts about the data. Runs of older versions of Folio do
+    # not have all params, and a model can be evaluated several times.
+    wanted = [(k.replace("prepare.", "data."), str(value)) for k, value in settings]
+    wanted = [(k, value) for k, value in wanted if not k.startswith("evaluate.")]
     for run in runs:
-        if run.status == "FINISHED" and wanted.items() <= run.params.items():
+        if run.status == "FINISHED" and all(run.params.get(k, v) == v for k, v in wanted):
             return run
     return None
 

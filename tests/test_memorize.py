@@ -34,7 +34,8 @@ def run(name: str, status: str = "FINISHED", **changed: str) -> TrackedRun:
 @pytest.mark.parametrize("name", memorize.NAMES)
 def test_run_of_a_variant_is_found_by_its_params(name):
     own = run(name, seed="7")
-    others = [run(name, "FAILED"), run(name, steps="10")]
+    others = [run(name, "FAILED"), run(name, steps="10"), run(name)]
+    others[-1].params["data.corpus"] = "shakespeare"
     others += [run(other) for other in memorize.NAMES if other != name]
     assert memorize.find(name, [*others, own]) is own
     assert memorize.find(name, others) is None
