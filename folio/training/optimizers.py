@@ -32,9 +32,9 @@ def build(weights: Weights, p: TrainParams, vocabulary: Vocabulary) -> torch.opt
     names = [name for name, _ in weights.model.named_parameters()]
     named = dict(zip(names, weights.parameters, strict=True))
     muon = p.optimizer == "muon"
-    matrices = [p for name, p in named.items() if muon and ".h." in name and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    groups = _groups((p for p in weights.parameters if id(p) not in chosen), p.weight_decay)
+    matrices = [w for name, w in named.items() if muon and ".h." in name and w.dim() == 2]
+    chosen = {id(w) for w in matrices}
+    groups = _groups((w for w in weights.parameters if id(w) not in chosen), p.weight_decay)
     if muon:
         options = {"weight_decay": p.muon_weight_decay, "momentum": _MOMENTUM}
         scale = p.muon_learning_rate / p.learning_rate
