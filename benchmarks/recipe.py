@@ -67,7 +67,7 @@ def apply(settings: Settings) -> dict[str, dict[str, Any]]:
 def prepare_corpus(settings: Settings, root: Path) -> Path:
     """Prepare the corpus in `root`, unless it has been. Returns the folder with the tokens."""
     [p] = params.check(apply(settings), "settings", prepare=PrepareParams)
-    folder = root / f"{p.corpus}-{p.segmentations}-{p.bpe_dropout}"
+    folder = root / f"{p.corpus}-{p.training_fraction}-{p.segmentations}-{p.bpe_dropout}"
     if not folder.exists():
         (folder / "data").mkdir(parents=True)
         with contextlib.redirect_stdout(io.StringIO()):

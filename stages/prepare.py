@@ -50,7 +50,10 @@ def run(
     plan = segments.Plan(source, params.text_column, tasks.divide(source, params.text_column))
     with work.opened(project, source, params.text_column) as place:
         processes.encode(plan, place, hide_progress)
-        encoded = assembly.assemble(plan, segments.find(place), params.validation_fraction)
+        encoded = assembly.assemble(
+            *(plan, segments.find(place)),
+            *(params.validation_fraction, params.training_fraction),
+        )
         if corpus.find(params.corpus, root) != source:
             raise UserError(f"{source.name} changed while it was being read: run the command again")
         statistics = encoded.statistics
@@ -60,13 +63,14 @@ def run(
         )
 
     summary = summarize(statistics, params.report_batch_size, params.report_block_size)
+    if params.training_fraction < 1:
+        summary["training_fraction"] = params.training_fraction
     files.write_text(data / "diagnostics.json", json.dumps(summary, indent=2) + "\n")
 
-    counts = statistics.train + statistics.val
-    table = most_common_tokens(counts, tokenizer.decode)
+    table = most_common_tokens(statistics.counts, tokenizer.decode)
     with files.replacing(data / "diagnostics/most_common_tokens.csv") as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
-    figure = corpus_plots.rank_frequency(counts, source.name)
+    figure = corpus_plots.rank_frequency(statistics.counts, source.name)
     plots.save(figure, data / "diagnostics/rank_frequency.png")
     figure = corpus_plots.length_histograms(statistics, source.name)
     plots.save(figure, data / "diagnostics/lengths.png")
@@ -108,7 +112,7 @@ def format_report(
         ("Tokens (GPT-2 BPE)", f"{summary['tokens']:,}", ""),
         ("Unique tokens", f"{summary['unique_tokens']:,}", f"of {summary['vocabulary']:,}"),
         ("Characters per token", f"{summary['characters_per_token']:.2f}", ""),
-        ("Training tokens", f"{summary['train_tokens']:,}", ""),
+        ("Training tokens", f"{summary['train_tokens']:,}", _part(params, summary)),
         *([_segmentations_row(tokens)] if tokens.segmented else []),
         (
             "Validation tokens",
@@ -126,6 +130,13 @@ def format_report(
     remarks = list(_remarks(source, encoded, same, shared))
     heading = f"Corpus: {source.name}"
     return "\n".join([heading, *lines, *remarks, "", "The first 300 characters:", escaped])
+
+
+def _part(params: PrepareParams, summary: dict[str, int | float]) -> str:
+    if params.training_fraction == 1:
+        return ""
+    whole = summary["tokens"] - summary["val_tokens"]
+    return f"the last {100 * params.training_fraction:g} % of {whole:,}"
 
 
 def _segmentations_row(tokens: TokenData) -> tuple[str, str, str]:

@@ -1,5 +1,6 @@
 """Divides the encoded text into training and validation, and adds up what is known about it."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from folio.corpus import encoding, reading
+from folio.corpus import encoding, reading, subset
 from folio.corpus.corpus import NAMED
 from folio.corpus.encoding import Half
 from folio.corpus.segments import Facts, Plan, Segment
@@ -28,7 +29,9 @@ class Encoded:
     first_without_text: str  # the place of the first of them
 
 
-def assemble(plan: Plan, found: list[Segment], validation_fraction: float) -> Encoded:
+def assemble(
+    plan: Plan, found: list[Segment], validation_fraction: float, training_fraction: float = 1.0
+) -> Encoded:
     """Divide the segments of a corpus, which are all of its text.
 
     The last `validation_fraction` of the characters are for validation: exactly so many of a
@@ -36,8 +39,11 @@ def assemble(plan: Plan, found: list[Segment], validation_fraction: float) -> En
     named corpora ignore `validation_fraction`: they are all validated on the last tenth of
     tinyshakespeare, so that their losses are comparable.
 
+    Of the text before that, the last `training_fraction` of the tokens are for training. The
+    text_sha256 in the facts and the number of documents are those of the whole text.
+
     Reads the statistics of all segments, and again the text of the one that is divided. Raises
-    UserError if there is no text for one of the two parts.
+    UserError if no text is left for one of the two parts.
     """
     statistics = CorpusStatistics(tokenizer.VOCAB_SIZE)
     facts = []
@@ -58,6 +64,19 @@ def assemble(plan: Plan, found: list[Segment], validation_fraction: float) -> En
         statistics.train -= found[index].counts()
         statistics.train += half["train"].counts()
         statistics.val += half["val"].counts()
+    sizes = {
+        part: {
+            unit: sum(getattr(each, unit) for each in [*of_part, *half_of(half, part)])
+            for unit in ("tokens", "characters", "bytes")
+        }
+        for part, of_part in parts.items()
+    }
+    read_train = functools.partial(_ids, train, after=half.get("train"))
+    train_ids = read_train()
+    if training_fraction < 1:
+        unused, train_ids = subset.end_of(read_train, statistics.train, training_fraction)
+        statistics.unused, statistics.train = unused, statistics.train - unused
+        sizes["train"] = subset.text_size(statistics.train)
     hashes = [each.text_sha256 for each in facts]
     joined = hashlib.sha256("".join(hashes).encode()).hexdigest()
     missing = [each.first_without_text for each in facts if each.first_without_text]
@@ -68,15 +87,8 @@ def assemble(plan: Plan, found: list[Segment], validation_fraction: float) -> En
             "documents": sum(each.documents for each in facts),
             "text_sha256": hashes[0] if len(hashes) == 1 else joined,
         }
-        | {
-            f"{part}_{unit}": sum(getattr(each, unit) for each in [*of_part, *half_of(half, part)])
-            for part, of_part in parts.items()
-            for unit in ("tokens", "characters", "bytes")
-        },
-        ids={
-            "train": _ids(train, after=half.get("train")),
-            "val": _ids(val, before=half.get("val")),
-        },
+        | {f"{part}_{unit}": size for part, units in sizes.items() for unit, size in units.items()},
+        ids={"train": train_ids, "val": _ids(val, before=half.get("val"))},
         statistics=statistics,
         without_text=sum(each.without_text for each in facts),
         first_without_text=_place(plan, missing[0]) if missing else "",

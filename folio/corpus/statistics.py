@@ -31,6 +31,7 @@ class CorpusStatistics:
         self.end_of_text = 0  # occurrences of <|endoftext|>, which is encoded as plain text
         self.nul_characters = 0
         self.train = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in training
+        self.unused = np.zeros(vocab_size, dtype=np.int64)  # ... before the part that is used
         self.val = np.zeros(vocab_size, dtype=np.int64)  # occurrences of each id in validation
         self._lines = _Lengths(continues)  # in characters
         self._speeches = _Lengths(continues)  # in words
@@ -74,6 +75,11 @@ class CorpusStatistics:
         self._speeches.merge(following._speeches)
 
     @property
+    def counts(self) -> np.ndarray:
+        """How often each id occurs in the whole text, [vocabulary] int64."""
+        return self.unused + self.train + self.val
+
+    @property
     def lines(self) -> Counter[int]:
         """The number of lines of each length in characters, without blank lines."""
         return self._lines.all()
@@ -84,14 +90,14 @@ class CorpusStatistics:
         return self._speeches.all()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything except `train` and `val`."""
+        """Everything except the occurrences of each id."""
         names = ("characters", "start", "end_of_text", "nul_characters")
         found = {name: getattr(self, name) for name in names}
         return found | {"lines": self._lines.to_json(), "speeches": self._speeches.to_json()}
 
     @classmethod
     def from_json(cls, state: dict[str, Any], vocab_size: int) -> "CorpusStatistics":
-        """What to_json returned, with `train` and `val` zero."""
+        """What to_json returned, with no occurrences of any id."""
         made = cls(vocab_size)
         vars(made).update({k: v for k, v in state.items() if k not in ("lines", "speeches")})
         made._lines = _Lengths.from_json(state["lines"])
@@ -159,11 +165,11 @@ def summarize(
     those.
     """
     train_tokens, val_tokens = int(statistics.train.sum()), int(statistics.val.sum())
-    tokens = train_tokens + val_tokens
+    tokens = int(statistics.counts.sum())
     return {
         "characters": statistics.characters,
         "tokens": tokens,
-        "unique_tokens": int(np.count_nonzero(statistics.train + statistics.val)),
+        "unique_tokens": int(np.count_nonzero(statistics.counts)),
         "vocabulary": len(statistics.train),
         "characters_per_token": statistics.characters / tokens,
         "train_tokens": train_tokens,

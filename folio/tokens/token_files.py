@@ -128,11 +128,13 @@ def check_length(tokens: np.ndarray, part: str, block_size: int) -> None:
     part: "training" or "validation". A window has block_size tokens, plus the target of the last.
     """
     if len(tokens) < block_size + 1:
-        share = "larger" if part == "validation" else "smaller"
+        share = (
+            "a larger" if part == "validation" else "a larger prepare.training_fraction, a smaller"
+        )
         raise UserError(
             f"model.block_size is {block_size}, but the {part} part has only {len(tokens)} tokens"
             f" and needs at least {block_size + 1}: use a smaller model.block_size, a longer text,"
-            f" or a {share} prepare.validation_fraction"
+            f" or {share} prepare.validation_fraction"
         )
 
 

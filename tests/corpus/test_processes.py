@@ -128,7 +128,7 @@ with one_line_errors():
     prepare.run(PrepareParams(**{}), Path(), Path())
 """
 SETTINGS = {"corpus": "data/raw/set", "text_column": "text", "validation_fraction": 0.1}
-SETTINGS |= {"segmentations": 0, "bpe_dropout": 0.1}
+SETTINGS |= {"training_fraction": 1.0, "segmentations": 0, "bpe_dropout": 0.1}
 SETTINGS |= {"report_batch_size": 8, "report_block_size": 128}
 
 

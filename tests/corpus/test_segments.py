@@ -1,5 +1,6 @@
 """However a corpus is divided into tasks and segments, its tokens are those of the whole text."""
 
+import contextlib
 import io
 import os
 import random
@@ -28,7 +29,7 @@ def text(chance: random.Random, length: int) -> str:
     return "".join(chance.choices(PIECES, k=chance.randrange(length)))
 
 
-def encode(folder, work, fraction=0.1, lose=lambda segment: False):
+def encode(folder, work, fraction=0.1, lose=lambda segment: False, training=1.0):
     """Encode a corpus, lose some of the segments, and encode these again."""
     found = folder.find()
     plan = segments.Plan(found, "text", tasks.divide(found, "text"))
@@ -38,7 +39,7 @@ def encode(folder, work, fraction=0.1, lose=lambda segment: False):
         if lose(segment):
             segment.path.unlink()
     processes.encode(plan, work, True)
-    return assembly.assemble(plan, segments.find(work), fraction)
+    return assembly.assemble(plan, segments.find(work), fraction, training)
 
 
 def ids_of(encoded):
@@ -98,6 +99,34 @@ def expected_of_documents(documents, fraction):
     )
 
 
+def is_utf8(content):
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode() is not None
+
+
+def check_training_fractions(folder, work, fraction, whole):
+    """The training text is the end of the one without a fraction, from a whole character on."""
+    expected = ids_of(encode(folder, work, fraction))
+    for training in (1e-9, 0.1, 0.37, 0.999):
+        tokens = expected["train"]
+        used = tokens[len(tokens) - int(len(tokens) * training) :]
+        while not is_utf8(tokenizer.decode_bytes(used)):
+            used = used[1:]
+        text = tokenizer.decode_bytes(used[used != END])
+        if not text:
+            with pytest.raises(UserError, match=f"training_fraction {training} leaves none of"):
+                encode(folder, work, fraction, training=training)
+            continue
+        part = encode(folder, work, fraction, training=training)
+        found = ids_of(part)
+        assert np.array_equal(found["train"], used)
+        assert np.array_equal(found["val"], expected["val"])
+        sizes = {"tokens": len(used), "characters": len(text.decode()), "bytes": len(text)}
+        assert part.facts == whole.facts | {f"train_{unit}": n for unit, n in sizes.items()}
+        assert np.array_equal(part.statistics.train, np.bincount(used, minlength=50257))
+        assert np.array_equal(part.statistics.counts, whole.statistics.counts)
+
+
 @pytest.mark.parametrize("kinds", [["txt"], ["txt", "jsonl", "parquet"]], ids=["text", "documents"])
 @pytest.mark.parametrize("seed", range(40))
 def test_tokens_are_those_of_the_whole_text(corpus_folder, tmp_path, monkeypatch, seed, kinds):
@@ -141,6 +170,7 @@ def test_tokens_are_those_of_the_whole_text(corpus_folder, tmp_path, monkeypatch
         assert np.array_equal(
             getattr(encoded.statistics, part), np.bincount(found, minlength=50257)
         )
+    check_training_fractions(corpus_folder, tmp_path / "work", fraction, encoded)
     assert encoded.facts["documents"] == (sum(found.tolist().count(END) for found in ids.values()))
     assert encoded.statistics.lines == counts.lines
     assert encoded.statistics.speeches == counts.speeches

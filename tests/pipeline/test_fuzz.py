@@ -515,6 +515,7 @@ def test_prepare_writes_all_of_its_outs_or_none(name, content, fraction):
             corpus=f"data/raw/set/{name}",
             text_column="text",
             validation_fraction=fraction,
+            training_fraction=1.0,
             segmentations=1,
             bpe_dropout=0.3,
             report_batch_size=8,

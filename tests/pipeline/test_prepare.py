@@ -48,6 +48,7 @@ def settings(**changes):
         "corpus": "tinyshakespeare",
         "text_column": "text",
         "validation_fraction": 0.1,
+        "training_fraction": 1.0,
         "segmentations": 0,
         "bpe_dropout": 0.1,
         "report_batch_size": 8,
@@ -270,6 +271,25 @@ def test_segmentations_are_of_the_training_text_alone(corpus_folder, capsys):
     counts = np.bincount(np.concatenate([found.train, *found.segmented]), minlength=50_257)
     assert np.array_equal(found.trained_counts, counts)
     assert np.array_equal(found.train_counts, plain.train_counts)
+
+
+def test_training_fraction_uses_the_end_of_the_training_text(prepared, tmp_path, capsys):
+    run(settings(training_fraction=0.0625, segmentations=2), tmp_path)
+    report = capsys.readouterr().out
+    whole = token_files.read(prepared[0] / "data/prepared")
+    data = token_files.read(tmp_path / "data/prepared")
+    used = int(301_966 * 0.0625)
+    assert np.array_equal(data.train, whole.train[-used:]) and np.array_equal(data.val, whole.val)
+    assert np.array_equal(data.train_counts, np.bincount(data.train, minlength=50_257))
+    text = tokenizer.decode(data.train)
+    assert [tokenizer.decode(ids) for ids in data.segmented] == [text] * 2
+    assert data.meta["train_characters"] == len(text) and data.meta["train_bytes"] == len(text)
+    summary = json.loads((tmp_path / "data/diagnostics.json").read_text())
+    before = json.loads((prepared[0] / "data/diagnostics.json").read_text())
+    unseen = (data.train_counts[data.val] == 0).mean()
+    changed = {"train_tokens": used, "unseen_val_share": unseen, "training_fraction": 0.0625}
+    assert summary == before | changed
+    assert "  Training tokens             18,872  the last 6.25 % of 301,966\n" in report
 
 
 def test_report_warns_about_nul_characters(root, capsys):
