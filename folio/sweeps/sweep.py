@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,13 +25,16 @@ from folio.tracking.dvc_cache import DvcCache
 _MAX_CHECKS_WITHOUT_WORKERS = 3
 
 
-def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
+def run(
+    plan: Plan, jobs: int, threads: int | None, describe: Callable[[str], str] | None = None
+) -> list[str]:
     """Run every trial that has not finished yet. Returns the experiments that failed.
 
     jobs: the number of trials to run in parallel. threads: CPU threads per trial; None for
-    PyTorch's default. Raises UserError if another sweep has the same name. On a stop request, stops
-    the running trials, which save a checkpoint, and raises Stopped. If the terminal was closed,
-    they continue in the background.
+    PyTorch's default. describe: returns what is printed about an experiment; None for the params
+    that vary. Raises UserError if another sweep has the same name. On a stop request, stops the
+    running trials, which save a checkpoint, and raises Stopped. If the terminal was closed, they
+    continue in the background.
     """
     queue.require_dvc()
     queue.check_folder()
@@ -41,7 +45,7 @@ def run(plan: Plan, jobs: int, threads: int | None) -> list[str]:
             _queue_trials(plan)
             queue.start(jobs, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
             signals.check()
-        return _wait(plan)
+        return _wait(plan, describe or (lambda name: format_trial(plan.varied(name))))
     except signals.Stopped as stopped:
         if stopped.terminal_closed:
             raise signals.Stopped(
@@ -122,7 +126,7 @@ def _queue_trials(plan: Plan) -> None:
     signals.check()
 
 
-def _wait(plan: Plan) -> list[str]:
+def _wait(plan: Plan, describe: Callable[[str], str]) -> list[str]:
     """Wait until all trials have ended, and print a line for each. Returns those that failed."""
     finished, idle_checks, started = plan.finished(), 0, time.monotonic()
     if finished:
@@ -134,7 +138,7 @@ def _wait(plan: Plan) -> list[str]:
     with tqdm(
         total=sum(steps.values()), initial=done, unit="step", smoothing=0, disable=None
     ) as bar:
-        progress = _Progress(plan, set(finished), bar)
+        progress = _Progress(plan, set(finished), bar, describe)
         while True:
             try:
                 status = queue.read()
@@ -156,10 +160,10 @@ def _wait(plan: Plan) -> list[str]:
 class _Progress:
     """The trials that have ended so far. Prints each one as it ends."""
 
-    def __init__(self, plan: Plan, finished: set[str], bar: tqdm):
+    def __init__(self, plan: Plan, finished: set[str], bar: tqdm, describe: Callable[[str], str]):
         self.finished, self.failed = finished, set[str]()
         self._plan, self._steps, self._bar = plan, plan.steps(), bar
-        self._cache = DvcCache(Path.cwd())
+        self._cache, self._describe = DvcCache(Path.cwd()), describe
 
     @property
     def is_complete(self) -> bool:
@@ -192,7 +196,7 @@ class _Progress:
         )
 
     def _print(self, name: str, result: str) -> None:
-        self._bar.write(f"{name}  {format_trial(self._plan.varied(name))}  {result}")
+        self._bar.write(f"{name}  {self._describe(name)}  {result}")
 
 
 def _result(cache: DvcCache, commit: str) -> str:
