@@ -12,11 +12,20 @@ params: also those of other experiments, and of a store that was copied from ano
 """
 
 import argparse
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation_results import ALL_ON, METRICS, Result, curve_table, draw, options_table
+from benchmarks.ablation_results import (
+    ALL_ON,
+    METRICS,
+    Result,
+    curve_table,
+    draw,
+    label,
+    options_table,
+)
 from benchmarks.memorize import open_store
 from folio import device, params, sections
 from folio.errors import UserError, one_line_errors
@@ -91,7 +100,7 @@ def make_trials(values: dict[str, Any], settings: list[Setting]) -> dict[str, Tr
 def describe(setting: Setting) -> str:
     if FRACTION in setting.changes:
         return f"text: {setting.name}"
-    return setting.name if setting.name == ALL_ON else f"without {setting.name}"
+    return label(setting.name)
 
 
 def find(values: dict[str, Any], runs: list[TrackedRun]) -> TrackedRun | None:
@@ -194,10 +203,12 @@ def main() -> None:
     if not options.draw:
         trials = make_trials(values, [each for part in parts.values() for each in part])
         failed = train(trials, options.variant, options.jobs, options.dry_run)
+    if failed:
+        with contextlib.suppress(UserError):  # MLflow may have none of the runs
+            show(parts, values, options.stores)
+        raise UserError(failed[0])
     if not options.dry_run:
         show(parts, values, options.stores)
-    if failed:
-        raise UserError(failed[0])
 
 
 if __name__ == "__main__":

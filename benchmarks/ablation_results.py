@@ -96,7 +96,7 @@ def draw_options(ax: Axes, results: list[Result]) -> None:
             fontsize=9,
             annotation_clip=False,
         )
-    ax.set_yticks(range(len(rows)), [_label(result) for result in rows])
+    ax.set_yticks(range(len(rows)), [label(result.name) for result in rows])
     ax.set_xlim(min(losses) - 0.05 * width, max(losses) + 0.28 * width)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
@@ -142,8 +142,8 @@ def draw_curve(ax: Axes, results: list[Result]) -> None:
     )
 
 
-def _label(result: Result) -> str:
-    return result.name if result.name == ALL_ON else f"without {result.name}"
+def label(name: str) -> str:
+    return name if name == ALL_ON else f"no {name}"
 
 
 def _cells(result: Result) -> list[str]:

@@ -64,7 +64,7 @@ def test_trials_differ_and_set_the_same_params():
     assert len({frozenset(trial) for trial in trials.values()}) == 1
     options = len(ablation.settings_of(VALUES, "options", 1))
     assert len(trials) == SEEDS * (options + 4)  # all of the text: `all on`
-    assert trials["without Muon, seed 2"]["train.optimizer"] == "adamw"
+    assert trials["no Muon, seed 2"]["train.optimizer"] == "adamw"
     assert trials["text: 1/4, seed 1"] == trials["all on, seed 1"] | {FRACTION: 0.25}
 
 
@@ -90,7 +90,7 @@ def test_missing_runs_are_named(capsys):
     assert (result.name, result.loss, whole_text.name) == (first.name, 4.5, "all")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "MLflow has no finished run: all on, seed 1"
-    assert "MLflow has no finished run: without Muon, seed 1, 2" in printed
+    assert "MLflow has no finished run: no Muon, seed 1, 2" in printed
 
 
 def result(name, *losses, tokens=300_000):

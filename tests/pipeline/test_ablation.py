@@ -59,7 +59,7 @@ def test_options_are_compared_by_the_runs_in_mlflow(trained):
     assert first[1].params["train.input_noise"] == "0.3"
     assert second[1].params["train.input_noise"] == "0.0"
     assert second[1].params["train.seed"] == first[1].params["train.seed"] == "1"
-    assert any(line.startswith(f"{second[0]}  without input noise, seed 1  vali") for line in lines)
+    assert any(line.startswith(f"{second[0]}  no input noise, seed 1  vali") for line in lines)
     assert (folder / "docs/ablation.png").stat().st_size > 10_000
 
 
