@@ -19,8 +19,10 @@ _METRICS = {  # metric: (title, format)
     "parameters": ("parameters", "{:,.0f}"),
     "median_tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
-# Prefixes of the params to compare. Those of the evaluation are in the run's tags.
-_PARAMS = ("prepare.", "model.", "train.", "data.corpus", EVALUATE)
+# Prefixes of the params to compare. Those of the evaluation are in the run's tags, and those of
+# prepare among the facts about the data.
+_DATA = ("corpus", "training_fraction", "segmentations", "bpe_dropout")
+_PARAMS = ("model.", "train.", *(f"data.{name}" for name in _DATA), EVALUATE)
 
 
 _WIDE = 110  # characters; in a narrower terminal, the params of a run are below its name

@@ -57,6 +57,15 @@ def test_column_per_run_shows_losses_and_only_the_params_that_differ():
     assert not [row for row in rows if "train.steps" in row]
 
 
+@pytest.mark.parametrize("name", ["corpus", "training_fraction", "segmentations", "bpe_dropout"])
+def test_tables_show_params_of_prepare_that_differ(name):
+    a = RUNS[0]
+    b = dataclasses.replace(a, params=a.params | {f"data.{name}": "24", "data.train_tokens": "5"})
+    assert f"{name}=24" in text(row_per_run([a, b], 120), width=120)
+    rows = lines(*column_per_run([a, b], 120))
+    assert [f"data.{name}", "-", "24"] in rows and "train_tokens" not in str(rows)
+
+
 def test_tables_show_the_loss_of_the_model_and_that_of_the_best_evaluation():
     metrics = {"kept_val_loss": 11.0, "best_val_loss": 8.5, "best_step": 30.0}
     last = dataclasses.replace(RUNS[0], metrics=metrics)
