@@ -34,6 +34,8 @@ def main() -> None:
     options = parser.parse_args()
     overlay = project.tiny(options, eval_interval=20)
     overlay["train"]["parallel"] = options.parallel
+    if options.parallel == "fsdp":  # Muon and factored updates need whole matrices
+        overlay["train"] |= {"optimizer": "adamw", "factored_embedding": False}
     overlay["runtime"] |= {"processes": options.processes, "device": options.device}
     with tempfile.TemporaryDirectory() as top:
         killed, uninterrupted = Path(top, "killed/project"), Path(top, "uninterrupted/project")

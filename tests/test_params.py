@@ -459,6 +459,8 @@ def test_sections_are_frozen_and_have_no_defaults(cls):
 @pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"factored_embedding": True}])
 def test_whole_matrices_contradict_fsdp(changes):
     [train] = params.load(SHIPPED, train=TrainParams)
+    train = dataclasses.replace(train, optimizer="adamw", factored_embedding=False)
     assert dataclasses.replace(train, parallel="ddp", **changes)
+    assert dataclasses.replace(train, parallel="fsdp")
     with pytest.raises(ValueError, match="parallel: must be auto, none or ddp"):
         dataclasses.replace(train, parallel="fsdp", **changes)

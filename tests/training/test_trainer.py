@@ -30,6 +30,8 @@ def settings(section, cls):
 
 
 MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
+# Plain AdamW, which fsdp supports; OPTIONS has the rest.
+TRAIN = replace(TRAIN, optimizer="adamw", factored_embedding=False, unseen_probability=0.0)
 
 
 def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS, segmented=()):
