@@ -41,6 +41,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *ctx.saved_tensors, None, None, None
 
 
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+        ctx.save_for_backward(scale * x.new_ones(()))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        return gradients[0] * ctx.saved_tensors[0], None
+
+
+def scale_gradient(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Return x, with a gradient that is multiplied by `scale`."""
+    return _ScaledGradient.apply(x, scale)
+
+
 def linear_cross_entropy(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -228,8 +228,7 @@ class GPT(nn.Module):
         """
         rows = F.embedding(y, self.transformer.wte.weight).float()
         difference = (hidden.float() * (rows - towards.float())).sum(1).mean()
-        scaled = difference * scale
-        return (difference - scaled).detach() + scaled
+        return cross_entropy.scale_gradient(difference, scale)
 
     def token_losses(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of each token in y [B, T] given x [B, T], in nats. The result is [B, T]."""

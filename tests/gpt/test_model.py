@@ -155,8 +155,10 @@ def test_targets_are_partly_unseen_tokens_and_what_teachers_predict(distilled):
     soft = torch.rand(y.numel(), ROWS, generator=torch.Generator().manual_seed(3))
     soft /= soft.sum(1, keepdim=True)
     model.unseen_probability, model.distill_weight = share, distilled
-    loss = model.loss(x, y, 8.0, *([soft] if distilled else []))
+    teachers = [soft] if distilled else []
+    loss = model.loss(x, y, 8.0, *teachers)
     loss.backward()
+    assert model.loss(x, y, 2.0**40, *teachers) == loss  # fp16's scale does not round it
     gradients = [p.grad / 8 for p in model.parameters()]
     model.zero_grad()
     # All tokens have logits of their own, and the targets are probabilities.
