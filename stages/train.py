@@ -20,7 +20,7 @@ from folio.training.key import train_key
 from folio.training.params import TrainParams
 from folio.training.step import NonFiniteError
 from folio.training.timing import CheckpointPacing, Throughput
-from folio.training.trainer import LOWER_RATE, Trainer
+from folio.training.trainer import Trainer
 
 
 def main() -> None:
@@ -133,7 +133,8 @@ def train(
     except NonFiniteError as problem:
         trainer.save(folder)
         group.silence_others()
-        raise UserError(f"step {trainer.steps_done + 1}: {problem}; {LOWER_RATE}") from None
+        step = trainer.steps_done + 1
+        raise UserError(f"step {step}: {problem}; {trainer.stability_hint}") from None
     except signals.Stopped:
         trainer.save_last_finite(folder)
         logger.send(trainer.history.rows)

@@ -49,11 +49,16 @@ def _is_from_scratch(origin: Origin | None) -> bool:
     return origin is not None and "init_sha256" not in origin.tags
 
 
+def _depends_only_on_text(origin: Origin | None) -> bool:
+    """Whether no other model's weights or predictions took part in the training."""
+    return _is_from_scratch(origin) and origin is not None and "teachers_sha256" not in origin.tags
+
+
 def _metadata(origin: Origin | None, name: str) -> ModelCardData:
     corpus, results = corpus_of(origin), _results(origin)
     return ModelCardData(
         language=corpus.language or None,
-        license=corpus.license if corpus.license and _is_from_scratch(origin) else None,
+        license=corpus.license if corpus.license and _depends_only_on_text(origin) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "folio"],
@@ -193,9 +198,10 @@ def _facts(origin: Origin) -> dict[str, str]:
         facts["text"] = f"{characters:,} characters; {tokens:,} tokens for training"
     if "data.sha256" in params:
         facts["SHA-256 of the text"] = params["data.sha256"]
-    if {"steps", "epochs", "best_step"} <= metrics.keys():
+    kept = metrics.get("kept_step", metrics.get("best_step"))  # older runs kept the best
+    if {"steps", "epochs"} <= metrics.keys() and kept is not None:
         facts["steps"] = f"{metrics['steps']:,.0f} ({metrics['epochs']:.1f} epochs)"
-        facts["steps"] += f"; these weights are from step {metrics['best_step']:,.0f}"
+        facts["steps"] += f"; these weights are from step {kept:,.0f}"
     if {"device", "precision"} <= tags.keys():
         facts["device"] = f"{tags['device']}, {tags['precision']}"
     if "mlflow.source.git.commit" in tags:
@@ -204,6 +210,11 @@ def _facts(origin: Origin) -> dict[str, str]:
         facts["initial weights"] = (
             f"SHA-256 {tags['init_sha256']} ({GAP}: which model this is, here and as base_model in"
             " the metadata)"
+        )
+    if "teachers_sha256" in tags:
+        facts["teachers"] = (
+            f"SHA-256 {tags['teachers_sha256']} ({GAP}: which models' predictions this one was also"
+            " trained on)"
         )
     return facts
 
@@ -223,8 +234,8 @@ def _license(origin: Origin | None) -> str:
     corpus = corpus_of(origin)
     ours = (
         f"The weights are published under the license `{corpus.license}` in the metadata above."
-        if corpus.license and _is_from_scratch(origin)
+        if corpus.license and _depends_only_on_text(origin)
         else f"{GAP}: the license of the weights, here and as `license` in the metadata. It depends"
-        " on the text and on any weights that training started from."
+        " on the text, and on any other model that training started from or learned from."
     )
     return f"{ours}\n\n{corpus.terms}\n\nThe vocabulary is that of OpenAI's GPT-2: see NOTICE."

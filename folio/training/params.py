@@ -22,7 +22,8 @@ class TrainParams:
     parallel: Literal["auto", "none", "ddp", "fsdp"]  # with several processes: see below
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training
-    unseen_probability: Annotated[float, ">= 0, < 1"]  # of all these tokens together, as a target
+    unseen_probability: Annotated[float, ">= 0, < 1"]  # of their shared row, as a target; without
+    # tie_unseen_tokens, there is no such row, and this has no effect
     distill_from: str  # teachers: none, or a folder of GPT-2 folders in data/pretrained
     distill_weight: Annotated[float, ">= 0, <= 1"]  # share of the teachers in the targets
     input_noise: Annotated[float, ">= 0, <= 1"]  # share of input tokens replaced at random
@@ -52,8 +53,6 @@ class TrainParams:
                 f"min_learning_rate: {self.min_learning_rate} is above learning_rate"
                 f" {self.learning_rate}"
             )
-        if self.unseen_probability and not self.tie_unseen_tokens:
-            raise ValueError("unseen_probability: set tie_unseen_tokens to true, or this to 0")
         if self.tie_unseen_tokens and self.init_from != RANDOM:
             raise ValueError(
                 "tie_unseen_tokens: must be false with init_from, because pretrained weights have a"

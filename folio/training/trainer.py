@@ -32,7 +32,6 @@ from folio.training.teachers import TeacherFolders, Teachers
 # H200 computes this many in three minutes.
 _LONG = 6e16
 
-LOWER_RATE = "lower train.learning_rate or train.grad_clip, or set train.precision to fp32"
 
 
 class Trainer:
@@ -111,6 +110,16 @@ class Trainer:
         return best.best_weights if best.keep_weights else self.weights.state()
 
     @property
+    def stability_hint(self) -> str:
+        """What to do if a value is not finite."""
+        if self.params.optimizer == "muon":  # whose updates do not depend on the gradients' size
+            rates = "train.learning_rate or train.muon_learning_rate"
+        else:
+            rates = "train.learning_rate or train.grad_clip"
+        precision = "" if self.precision == "fp32" else ", or set train.precision to fp32"
+        return f"lower {rates}{precision}"
+
+    @property
     def finished(self) -> bool:
         """Whether training is complete, including the last row of the history."""
         return self.history.last_step >= self.params.steps or self.early_stopping.triggered
@@ -171,7 +180,7 @@ class Trainer:
         )
         loss = float(losses.mean())
         if not math.isfinite(loss):
-            hint = LOWER_RATE if self.steps_done else "choose another train.init_from"
+            hint = self.stability_hint if self.steps_done else "choose another train.init_from"
             self.group.silence_others()
             raise UserError(f"step {self.steps_done}: the validation loss is not finite; {hint}")
         return loss

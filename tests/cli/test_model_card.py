@@ -119,6 +119,19 @@ def test_card_tells_how_the_weights_were_selected(card):
     assert [result.metric_value for result in last.data.eval_results] == [4.75]
 
 
+def test_card_names_the_step_of_the_weights(card):
+    assert "these weights are from step 2,700" in card(ORIGIN).content
+    metrics = ORIGIN.metrics | {"kept_step": 3000.0}
+    last = card(changed({"train.keep": "last"}, metrics=metrics))
+    assert "these weights are from step 3,000" in last.content
+
+
+def test_card_of_a_model_with_teachers_leaves_their_names_and_the_license_open(card):
+    found = card(changed(tags=ORIGIN.tags | {"teachers_sha256": "7" * 64}))
+    assert "license" not in found.data.to_dict() and "from scratch" in found.text
+    assert "7" * 64 in found.text and found.text.count("FILL IN") == 2
+
+
 def test_card_of_a_text_of_ones_own_claims_no_license_and_keeps_its_path_to_itself(card):
     found = card(changed({"data.corpus": "data/raw/letters-to-anna.txt"}))
     data = found.data.to_dict()

@@ -231,6 +231,24 @@ def test_row_is_due_at_log_points_and_evaluations_once():
     assert due == [3, 4, 6, 8, 9, 11] and trainer.finished
 
 
+def test_stability_hint_names_the_rates_that_matter():
+    muon = make_trainer(train=replace(TRAIN, optimizer="muon"), precision="bf16").stability_hint
+    assert "muon_learning_rate" in muon and "grad_clip" not in muon and "fp32" in muon
+    plain = make_trainer().stability_hint
+    assert "muon" not in plain and "grad_clip" in plain and "fp32" not in plain
+
+
+def test_unseen_probability_has_no_effect_without_a_shared_row():
+    losses = []
+    for share in (0.0, 0.3):
+        trainer = make_trainer(
+            train=replace(TRAIN, tie_unseen_tokens=False, unseen_probability=share)
+        )
+        advance(trainer, 2)
+        losses.append(metrics(trainer))
+    assert losses[0] == losses[1]
+
+
 def test_read_fails_at_the_last_finite_step():
     trainer = make_trainer()
     advance(trainer, 2)
