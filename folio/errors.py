@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import os
 import re
 import sys
@@ -47,6 +48,9 @@ def one_line_errors() -> Iterator[None]:
     141, as for SIGPIPE, if the reader of the output has exited, and LOST_CONNECTION if another
     process of the same training has. Any other exception is a bug and keeps its traceback.
     """
+    if not gc.isenabled():  # see folio/__init__.py
+        gc.freeze()  # what has been imported is not examined later either
+        gc.enable()
     with output.guarded(report):
         try:
             _check_folder()

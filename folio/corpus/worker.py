@@ -6,6 +6,7 @@ It exits when stdin ends, so it does not outlive the process that started it.
 """
 
 import errno
+import gc
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ _INTERVAL = 0.2  # seconds between reports
 
 
 def main() -> None:
+    gc.enable()  # see folio/__init__.py
     for number in signals.STOPPING:  # the process that started this one decides when to stop
         signal.signal(number, signal.SIG_IGN)
     folder = Path(sys.argv[1])
