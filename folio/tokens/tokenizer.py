@@ -202,9 +202,9 @@ def _encode(text: str, special: Set[str] = frozenset()) -> np.ndarray:
 def _encoding() -> tiktoken.Encoding:
     # encoder.json numbers the tokens in the order of their merges, and these numbers are the ranks
     # that tiktoken needs. Its keys represent each byte by a printable character.
-    byte_of = _bytes_by_character()
+    latin_1 = str.maketrans({key: chr(byte) for key, byte in _bytes_by_character().items()})
     ranks = {
-        bytes(byte_of[character] for character in token): rank
+        token.translate(latin_1).encode("latin-1"): rank
         for token, rank in vocabulary().items()
         if token != END_OF_TEXT
     }
