@@ -19,12 +19,12 @@ from statistics import median
 
 from benchmarks import project
 from benchmarks.project import Command
-from benchmarks.recipe import NoLogger, build
+from benchmarks.recipe import build
 from folio import device
 from folio.errors import one_line_errors
 from folio.run import Record
 from folio.sweeps import variants
-from folio.tracking.logger import RunLogger
+from folio.tracking.logger import NoLogger, RunLogger
 from stages import train as train_stage
 
 

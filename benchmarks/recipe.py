@@ -28,11 +28,10 @@ from folio import device, params
 from folio.corpus.params import PrepareParams
 from folio.errors import one_line_errors
 from folio.gpt.model import ModelParams
-from folio.run import Record
 from folio.runtime import RuntimeParams
 from folio.sweeps import variants
 from folio.tokens import token_files
-from folio.tracking.logger import RunLogger
+from folio.tracking.logger import NoLogger
 from folio.training import pretrained
 from folio.training.params import TrainParams
 from folio.training.trainer import Trainer
@@ -42,16 +41,6 @@ from stages import train as train_stage
 Settings = dict[str, Any]
 PREPARED = Path("data/prepared")
 HEAD = "validation: last      best   at step   training   seconds   variant"
-
-
-class NoLogger(RunLogger):
-    """A logger that logs nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(None, Record(id="", name="", started=0, params={}, tags={}))
-
-    def send(self, history: list[dict[str, Any]]) -> None:
-        pass
 
 
 def apply(settings: Settings) -> dict[str, dict[str, Any]]:

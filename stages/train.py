@@ -109,6 +109,7 @@ def train(
     try:
         with progress_bar(trainer, runtime) as bar, signals.deferred():
             if trainer.pretrained and not trainer.history.rows:
+                logger.start()
                 trainer.log(validate(trainer, bar, {}))  # step 0: the loss before training
             throughput = Throughput(trainer.tokens_per_step, trainer.steps_done)
             while not trainer.finished:
@@ -117,6 +118,7 @@ def train(
                     step = trainer.steps_done
                     trainer.step(trainer.batches(step), trainer.learning_rate(step))
                     bar.update()
+                    logger.start()  # not before the first step, which it would slow down
                 if not trainer.row_is_due(runtime.log_interval):
                     continue
                 metrics = trainer.read()  # the one point where the host waits for the device

@@ -33,6 +33,7 @@ from folio.run import Record, Run
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files
 from folio.tracking import queries
+from folio.tracking.logger import NoLogger
 from folio.tracking.store import Store
 from folio.tracking.writer import RunWriter
 from folio.training import pretrained
@@ -317,11 +318,6 @@ def test_key_changes_with_weights_of_the_folder(project):
 
 
 # --- stopped and resumed
-
-
-class NoLogger:
-    def send(self, history):
-        pass
 
 
 def runtime() -> RuntimeParams:

@@ -110,6 +110,21 @@ def test_logger_sends_a_training_and_marks_it_as_finished(project):
     assert artifacts(local(project)) == ["folder/a.txt", "folder/file/b.txt"]
 
 
+def test_logger_creates_the_run_of_a_training_that_fails_before_its_first_step(project):
+    with pytest.raises(ValueError, match="bad"), RunLogger(None, RECORD):
+        raise ValueError("bad")
+    [run] = runs(local(project))
+    assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "bad")
+
+
+def test_logger_creates_the_run_at_its_start(project):
+    with RunLogger(None, RECORD) as logger:
+        logger.start()
+        logger.start()
+    [run] = runs(local(project))
+    assert run.info.status == "RUNNING"
+
+
 def test_writer_send_is_idempotent(project):
     for _ in range(2):
         writer = RunWriter(Store(None))
@@ -252,6 +267,7 @@ def test_logger_sends_missed_points_with_the_next_call(project, monkeypatch):
 
     monkeypatch.setattr(Store, "__init__", fail_once)
     with RunLogger(None, RECORD) as logger:
+        logger.start()
         assert failed.wait(5)
         logger.send(HISTORY)
     assert points(local(project)) == POINTS

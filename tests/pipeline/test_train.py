@@ -16,6 +16,7 @@ from folio.gpt.model import ModelParams
 from folio.gpt.validation import token_losses
 from folio.runtime import RuntimeParams
 from folio.tokens import token_files, tokenizer
+from folio.tracking.logger import NoLogger
 from folio.training import messages, outputs
 from folio.training.params import TrainParams
 from folio.training.trainer import Trainer
@@ -97,11 +98,6 @@ def make_trainer(folder: Path, **settings) -> Trainer:
     return Trainer(model, replace(loaded, **settings), data, torch.device("cpu"), "fp32", None)
 
 
-class NoLogger:
-    def send(self, history):
-        pass
-
-
 @pytest.mark.parametrize(("seconds", "steps"), [(0.0, [5, 10, 15, 20]), (0.3, [5, 20])])
 def test_train_saves_after_evaluations_as_far_as_that_takes_a_tenth_of_the_time(
     overfitted, tmp_path, seconds, steps
@@ -116,6 +112,18 @@ def test_train_saves_after_evaluations_as_far_as_that_takes_a_tenth_of_the_time(
     (runtime,) = params.load(overfitted / "params.yaml", runtime=RuntimeParams)
     train.train(trainer, runtime, tmp_path, NoLogger())
     assert saved == steps
+
+
+def test_train_starts_the_logger_after_the_first_step(overfitted, tmp_path):
+    trainer, started = make_trainer(overfitted, steps=2, patience=None), []
+
+    class Recorder(NoLogger):
+        def start(self) -> None:
+            started.append(trainer.steps_done)
+
+    (runtime,) = params.load(overfitted / "params.yaml", runtime=RuntimeParams)
+    train.train(trainer, runtime, tmp_path, Recorder())
+    assert started[0] == 1
 
 
 def test_corpus_is_printed_before_the_model_is_created(overfitted, monkeypatch, capsys):
