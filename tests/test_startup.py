@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from folio.gpt import huggingface
+from folio.gpt.model import GPT, ModelParams
+from folio.tokens import tokenizer
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [*(ROOT / "folio").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
 COMMANDS = [path for path in SOURCES if 'if __name__ == "__main__":' in path.read_text()]
@@ -47,3 +51,27 @@ def test_command_enables_the_garbage_collector(path):
     if path.name == "__main__.py":  # it calls this main
         source = (ROOT / "folio/cli/main.py").read_text()
     assert "with one_line_errors()" in source or "gc.enable()" in source
+
+
+def test_sample_imports_only_what_it_needs(tmp_path):
+    size = ModelParams(n_layer=1, n_head=1, n_embd=4, block_size=8, dropout=0.0)
+    huggingface.save(GPT(size, tokenizer.VOCAB_SIZE), tmp_path / "model")
+    done = run(
+        "from folio.cli import main, sample\n"
+        f"sample.sample('a', {str(tmp_path / 'model')!r}, tokens=2)\n"
+        "print('imported', *sys.modules)\n"
+    )
+    imported = done.stdout.partition("\nimported ")[2].split()
+    assert "folio.inference.decoder" in imported, done.stderr
+    unneeded = {"mlflow", "sqlalchemy", "pandas", "matplotlib", "transformers", "dvc", "gradio"}
+    assert not unneeded & {*imported}
+    assert not {"folio.training", "torch._dynamo", "torch._inductor"} & {*imported}
+
+
+def test_train_imports_only_what_it_needs():
+    done = run("import stages.train; print(*sys.modules)")
+    imported = done.stdout.split()
+    assert "folio.tracking.logger" in imported, done.stderr
+    unneeded = {"matplotlib", "transformers", "dvc", "gradio", "optuna", "huggingface_hub", "typer"}
+    assert not unneeded & {*imported}
+    assert not {"torch._dynamo", "torch._inductor"} & {*imported}
