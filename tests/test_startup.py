@@ -74,4 +74,4 @@ def test_train_imports_only_what_it_needs():
     assert "folio.tracking.logger" in imported, done.stderr
     unneeded = {"matplotlib", "transformers", "dvc", "gradio", "optuna", "huggingface_hub", "typer"}
     assert not unneeded & {*imported}
-    assert not {"torch._dynamo", "torch._inductor"} & {*imported}
+    assert not {"folio.tracking.store", "torch._dynamo", "torch._inductor"} & {*imported}

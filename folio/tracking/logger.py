@@ -8,8 +8,6 @@ from typing import Any, Self
 from folio import signals
 from folio.run import Record, Run
 from folio.signals import Stopped
-from folio.tracking import store
-from folio.tracking.writer import RunWriter
 
 
 class NoLogger:
@@ -44,8 +42,8 @@ class RunLogger:
     def start(self) -> None:
         """Create the run in the store, or reopen it; if that has begun before, do nothing.
 
-        The thread then executes much Python code, and the training loop waits for it again and
-        again (the global interpreter lock): a first step takes a second instead of 0.1 s.
+        The thread then imports and executes much Python code, and the training loop waits for it
+        again and again (the global interpreter lock): a first step takes a second instead of 0.1 s.
         """
         if self._thread.ident is None:
             self._thread.start()
@@ -71,6 +69,8 @@ class RunLogger:
             while self._thread.is_alive() and signals.seconds_left() != 0:
                 self._thread.join(0.1)
             if self._failed or self._thread.is_alive():
+                from folio.tracking import store
+
                 print(store.INCOMPLETE, file=sys.stderr)
         if not problem:
             signals.check()
@@ -81,6 +81,9 @@ class RunLogger:
         self.start()
 
     def _work(self) -> None:
+        from folio.tracking import store  # here, because importing SQLAlchemy takes 0.3 s
+        from folio.tracking.writer import RunWriter
+
         writer, closing = None, False
         while not closing:
             self._updated.wait()
