@@ -33,7 +33,6 @@ from folio.training.teachers import TeacherFolders, Teachers
 _LONG = 6e16
 
 
-
 class Trainer:
     def __init__(
         self,
