@@ -1,5 +1,6 @@
 """The messages printed during training."""
 
+from pathlib import Path
 from typing import Any
 
 from folio.gpt.model import parameter_counts
@@ -27,6 +28,8 @@ def introduction(trainer: Trainer) -> str:
     ]
     if trainer.pretrained:
         lines.append(f"starting from {FOLDER / trainer.pretrained.path.name}")
+    if trainer.teachers:
+        lines.append(_teachers(trainer.teachers.paths))
     if trainer.steps_done:
         lines.append(f"resuming from the checkpoint of step {trainer.steps_done:,}")
         return "\n".join(lines)
@@ -46,6 +49,13 @@ def introduction(trainer: Trainer) -> str:
             f" ({trainer.tokens_per_epoch:,} tokens)"
         )
     return "\n".join(lines)
+
+
+def _teachers(paths: list[Path]) -> str:
+    names = ", ".join(path.name for path in paths[:8])
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    count = "1 teacher" if len(paths) == 1 else f"{len(paths)} teachers"
+    return f"{count} from {FOLDER / paths[0].parent.name}: {names}{more}"
 
 
 def _segmentations(data: TokenData) -> str:
