@@ -88,7 +88,8 @@ def running_stage() -> str:
 def _restore_hint() -> str:
     """How to restore the outs that DVC removed before it started this stage, if it did."""
     stage, lock = running_stage(), Path("dvc.lock")
-    if "DVC_ROOT" not in os.environ or stage in ("", "check") or not lock.is_file():
+    checks = ("", "check", "check_pretrained")
+    if "DVC_ROOT" not in os.environ or stage in checks or not lock.is_file():
         return ""
     has_run = f"\n  {stage}:\n" in lock.read_text(encoding="utf-8", errors="replace")
     return "; `dvc checkout` restores its previous results" if has_run else ""

@@ -89,12 +89,15 @@ class Inputs:
 
     def _read_values(self) -> Values:
         """The params of the stage, `section.key` -> value, as they are in the YAML file."""
-        sections = _stage(self._root, self._stage).get("params", [])
+        names = _stage(self._root, self._stage).get("params", [])
         tree = _load(self._root / "params.yaml", strict_yaml.load)
         values: Values = {}
-        for section in sections:
+        for name in names:
+            section, _, key = name.partition(".")
             found = tree.get(section) if isinstance(tree, dict) else None
-            if isinstance(found, dict):
+            if key:
+                values[name] = found.get(key) if isinstance(found, dict) else None
+            elif isinstance(found, dict):
                 values |= {f"{section}.{key}": value for key, value in found.items()}
             else:
                 values[section] = found

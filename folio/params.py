@@ -10,8 +10,10 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,21 @@ def read_value(name: str, text: str, /, **sections: type) -> Any:
         return _convert(_read_text(text), hints[name])
     except (ValueError, OverflowError):
         raise UserError(_describe_mismatch(name, text, hints[name])) from None
+
+
+@contextlib.contextmanager
+def naming_way_back() -> Iterator[None]:
+    """Add to a UserError in this block how to undo `dvc exp run -S`, which leaves its values in
+    params.yaml."""
+    try:
+        yield
+    except UserError as error:
+        files.touch(FILE)
+        in_workspace = Path(os.environ.get("DVC_ROOT", "")).resolve() == Path.cwd()
+        if "DVC_EXP_NAME" not in os.environ or not in_workspace:
+            raise
+        hint = f"`git checkout HEAD -- {FILE}` restores the params of the last commit"
+        raise UserError(f"{error}; {hint}") from None
 
 
 def flatten(**sections: Any) -> dict[str, Any]:

@@ -1,22 +1,18 @@
 """The check stage: checks params.yaml before DVC removes the outs of a stage that depends on it."""
 
-import os
 from pathlib import Path
 
 from folio import files, inputs, params, sections
 from folio.corpus import corpus
-from folio.errors import UserError, one_line_errors
+from folio.errors import one_line_errors
 from folio.training import init_from
 
 OUT = Path("data/params.ok")  # its content never changes, so it does not trigger other stages
 
 
 def main() -> None:
-    try:
+    with params.naming_way_back():
         _check()
-    except UserError as error:
-        files.touch(params.FILE)
-        raise UserError(f"{error}{_way_back()}") from None
     files.write_text(OUT, "every section of params.yaml is valid\n")
     inputs.check()
 
@@ -36,14 +32,6 @@ def _check() -> None:
         from folio import launch  # importing PyTorch takes two seconds
 
         launch.check_gpus(runtime.processes)
-
-
-def _way_back() -> str:
-    """A hint on how to undo `dvc exp run -S`, which leaves its values in params.yaml."""
-    in_workspace = Path(os.environ.get("DVC_ROOT", "")).resolve() == Path.cwd()
-    if "DVC_EXP_NAME" not in os.environ or not in_workspace:
-        return ""
-    return "; `git checkout HEAD -- params.yaml` restores the params of the last commit"
 
 
 def _may_be_pulled(path: Path) -> bool:

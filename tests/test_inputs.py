@@ -57,6 +57,17 @@ def test_large_file_is_not_read_and_counts_as_changed_once_it_is_written(root):
     assert "data/text/a.txt changed while train was running" in message(inputs)
 
 
+def test_single_param_of_a_section_is_an_input(root):
+    (root / "dvc.yaml").write_text(DVC.replace("[model, train]", "[model, train.init_from]"))
+    inputs = Inputs("train", root)
+    set_values(root, model={"n_layer": 1}, train={"seed": 2, "init_from": "mine"})
+    inputs.check()  # train.seed is not listed
+    (root / "data/pretrained/mine/x").write_text("another")
+    assert "data/pretrained/mine/x changed" in message(inputs)
+    set_values(root, model={"n_layer": 1}, train={"seed": 1, "init_from": "other"})
+    assert "train.init_from in params.yaml ('mine' -> 'other')" in message(inputs)
+
+
 def test_unchanged_inputs_pass(root):
     inputs = Inputs("train", root)
     inputs.check()

@@ -121,7 +121,29 @@ def load(folder: Path, device: torch.device | str = "cpu") -> GPT:
     return model_files.read(folder, _load).to(device).eval()
 
 
+def read_sizes(folder: Path) -> tuple[ModelParams, int]:
+    """Return the sizes of the model in a GPT-2 folder, and how many tokens it has.
+
+    Reads config.json and the headers of the weight files. Raises UserError like `load`, except for
+    weights that are NaN or infinite.
+    """
+    model, _ = model_files.read(folder, _describe)
+    return model.params, model.transformer.wte.num_embeddings
+
+
 def _load(files: ModelFiles) -> GPT:
+    model, tensors = _describe(files)
+    state = {}
+    for name in tensors:
+        tensor = tensors[name].read()
+        state[name] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).float().contiguous()
+    model.load_state_dict(state, assign=True)
+    _check_finite(model, files.folder)
+    return model
+
+
+def _describe(files: ModelFiles) -> tuple[GPT, dict[str, StoredTensor]]:
+    """The model without values, on the "meta" device, and its weights, which are not read yet."""
     folder, config = files.folder, _read_config(files)
     tensors = _by_our_names(safetensors_files.stored_tensors(files), folder)
     _check_sizes(tensors, folder, config)
@@ -137,19 +159,13 @@ def _load(files: ModelFiles) -> GPT:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"), _SkipRandomWeights():
         model = GPT(params, config["vocab_size"])
-    state = {}
     for name, parameter in model.named_parameters():
-        transposed = name.endswith(_TRANSPOSED)
-        expected = list(parameter.T.shape if transposed else parameter.shape)
+        expected = list(parameter.T.shape if name.endswith(_TRANSPOSED) else parameter.shape)
         if name not in tensors:
             raise _mismatch(folder, f"{name} is missing")
         if tensors[name].shape != expected:
             raise _mismatch(folder, f"{name} is {shorten(tensors[name].shape)}, not {expected}")
-        tensor = tensors[name].read()
-        state[name] = (tensor.t() if transposed else tensor).float().contiguous()
-    model.load_state_dict(state, assign=True)
-    _check_finite(model, folder)
-    return model
+    return model, tensors
 
 
 def weights_sha256(folder: Path) -> str:

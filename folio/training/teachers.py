@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from folio import files
 from folio.device import DTYPES
 from folio.errors import UserError
 from folio.gpt import huggingface
-from folio.gpt.model import GPT
+from folio.gpt.model import GPT, ModelParams
+from folio.tokens.tokenizer import VOCAB_SIZE
 from folio.tokens.vocabulary import Vocabulary
 from folio.training.init_from import FOLDER, teacher_folders
 from folio.training.params import NONE
@@ -24,7 +26,7 @@ _EMBEDDING = "transformer.wte.weight"
 @dataclass(frozen=True)
 class TeacherFolders:
     paths: list[Path]  # GPT-2 folders
-    sha256: str  # of their weights
+    sha256: str  # of their weights and config.json
 
     def load(
         self, vocabulary: Vocabulary, context: int, where: torch.device, precision: str
@@ -70,32 +72,50 @@ def find(name: str, root: Path) -> TeacherFolders | None:
     return TeacherFolders(paths, _sha256(paths))
 
 
+def check(name: str, root: Path, context: int) -> None:
+    """Raise UserError if `find` or `load` would, as far as can be seen without reading the weights:
+    if a folder is missing or damaged, or if its model does not fit."""
+    for path in teacher_folders(name, root) if name != NONE else []:
+        params, tokens = huggingface.read_sizes(path)
+        _check_sizes(path, params, tokens, VOCAB_SIZE, context)
+
+
+def _check_sizes(path: Path, params: ModelParams, tokens: int, size: int, context: int) -> None:
+    if tokens != size:
+        raise UserError(
+            f"{_name(path)} has {tokens:,} tokens, but the text is encoded with {size:,}"
+        )
+    if params.block_size < context:
+        raise UserError(
+            f"{_name(path)} has a context of {params.block_size} tokens: set model.block_size to at"
+            " most that"
+        )
+
+
+def _name(path: Path) -> Path:
+    return FOLDER / path.parent.name / path.name
+
+
 def _sha256(paths: list[Path]) -> str:
-    hashes = "".join(huggingface.weights_sha256(path) for path in paths)
-    return hashlib.sha256(hashes.encode()).hexdigest()
+    """config.json counts because weights of the same shapes can have another number of heads."""
+    hashes = [(huggingface.weights_sha256(p), files.sha256(p / "config.json")) for p in paths]
+    return hashlib.sha256("".join(map("".join, hashes)).encode()).hexdigest()
 
 
 def _fit(path: Path, vocabulary: Vocabulary, context: int) -> GPT:
     """Load a teacher, with one row for all tokens that share one in the vocabulary."""
-    loaded, where = huggingface.load(path), FOLDER / path.parent.name / path.name
+    loaded = huggingface.load(path)
     weights = loaded.state_dict()
-    tokens, size = len(weights[_EMBEDDING]), len(vocabulary.row)
-    if tokens != size:
-        raise UserError(f"{where} has {tokens:,} tokens, but the text is encoded with {size:,}")
-    if loaded.params.block_size < context:
-        raise UserError(
-            f"{where} has a context of {loaded.params.block_size} tokens: set model.block_size to"
-            " at most that"
-        )
+    _check_sizes(path, loaded.params, len(weights[_EMBEDDING]), len(vocabulary.row), context)
     if vocabulary.multiplicity is not None:
         row = torch.from_numpy(vocabulary.row.astype(np.int64))
         first = torch.from_numpy(np.unique(vocabulary.row, return_index=True)[1])
         reduced = weights[_EMBEDDING][first]
         if not torch.equal(reduced[row], weights[_EMBEDDING]):
             raise UserError(
-                f"{where} was not trained with one embedding row for the tokens that do not occur"
-                " in this text: choose another train.distill_from, or set train.tie_unseen_tokens"
-                " to false"
+                f"{_name(path)} was not trained with one embedding row for the tokens that do not"
+                " occur in this text: choose another train.distill_from, or set"
+                " train.tie_unseen_tokens to false"
             )
         weights[_EMBEDDING] = reduced
     model = GPT(loaded.params, vocabulary.rows, vocabulary.multiplicity)

@@ -420,7 +420,7 @@ def test_dvc_retrains_only_when_the_folder_in_use_changes(project):
     # An experiment in a clone of its own, which has what git and DVC keep and nothing else.
     ran, said = dvc(project, "exp", "run", "--temp", "--name", "tuned")
     assert (
-        ran == ["check", "prepare", "train", "evaluate"]
+        ran == ["check", "check_pretrained", "prepare", "train", "evaluate"]
         and "starting from data/pretrained/theirs" in said
     )
     dvc(project, "exp", "apply", "tuned")
@@ -430,11 +430,11 @@ def test_dvc_retrains_only_when_the_folder_in_use_changes(project):
     assert dvc(project, *dry)[0] == []
     before = (theirs / "model.safetensors").read_bytes()
     write_folder(theirs, seed=2)
-    assert dvc(project, *dry)[0] == ["train"]
+    assert dvc(project, *dry)[0] == ["check_pretrained", "train"]
     (theirs / "model.safetensors").write_bytes(before)
     assert dvc(project, *dry)[0] == []
     set_params(project, {"train.init_from": "another"})
-    assert dvc(project, *dry)[0] == ["check", "train"]
+    assert dvc(project, *dry)[0] == ["check", "check_pretrained", "train"]
     set_params(project, {"train.init_from": "nowhere"})
     refused = run(project, "dvc", *dry)
     assert refused.returncode and "data/pretrained/nowhere" in refused.stderr

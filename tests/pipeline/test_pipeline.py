@@ -217,10 +217,10 @@ COMMENTS = {  # a source file, and the stages that a changed comment in it rerun
     "folio/plots.py": ["prepare", "evaluate"],
     "folio/corpus/statistics.py": ["prepare"],
     "folio/inference/generation.py": ["evaluate"],
-    "folio/gpt/model.py": ["train", "evaluate"],
-    "folio/tokens/batches.py": ["prepare", "train", "evaluate"],
-    "folio/training/step.py": ["train"],
-    "folio/device.py": ["train", "evaluate"],
+    "folio/gpt/model.py": ["check_pretrained", "train", "evaluate"],
+    "folio/tokens/batches.py": ["check_pretrained", "prepare", "train", "evaluate"],
+    "folio/training/step.py": ["check_pretrained", "train"],
+    "folio/device.py": ["check_pretrained", "train", "evaluate"],
 }
 
 

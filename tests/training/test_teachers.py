@@ -1,6 +1,9 @@
 """Knowledge distillation: which teachers are found, what they predict, and a student's training."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from folio.gpt import huggingface
 from folio.gpt.model import GPT
 from folio.tokens import tokenizer, vocabulary
 from folio.tokens.token_files import TokenData
-from folio.training import teachers
+from folio.training import messages, pretrained, teachers
 from folio.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -85,6 +88,97 @@ def test_changed_teachers_are_another_training(root, tmp_path):
     for number in ("1", "2"):
         huggingface.save(GPT(MODEL, SIZE), tmp_path / "data/pretrained/both" / number)
     assert teachers.find("both", tmp_path).sha256 not in ("", before.sha256)
+
+
+def copy(root: Path, folder: Path) -> Path:
+    """A root with a copy of the teachers `both`; return their folder."""
+    return shutil.copytree(root / "data/pretrained/both", folder / "data/pretrained/both")
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_another_number_of_heads_is_another_training(root, tmp_path):
+    folder = copy(root, tmp_path)
+    before = teachers.find("both", tmp_path)
+    edit_config(folder / "2", n_head=1)
+    assert teachers.find("both", tmp_path).sha256 != before.sha256
+    with pytest.raises(UserError, match="changed while it was being read"):
+        before.load(KNOWN, MODEL.block_size, CPU, "fp32")
+
+
+def test_hidden_folders_and_files_are_no_teachers(root, tmp_path):
+    folder = copy(root, tmp_path)
+    shutil.copytree(folder / "1", folder / ".ipynb_checkpoints")
+    (folder / "README.md").touch()
+    assert [path.name for path in teachers.find("both", tmp_path).paths] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("0", None, "both/0 is not a GPT-2 folder, because it has no config.json"),
+        ("3/gpt2", "1", "both/3 is not a GPT-2 folder, because it has no config.json"),
+        ("1/gpt2", "2", "both/1 contains another GPT-2 folder, 'gpt2'"),
+    ],
+)
+def test_subfolder_that_is_no_teacher_is_one_line(root, tmp_path, name, source, words):
+    folder = copy(root, tmp_path)
+    if source:
+        shutil.copytree(folder / source, folder / name)
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(UserError) as error:
+        teachers.find("both", tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+DAMAGE = {
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "truncated": lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes()[:-9]
+    ),
+    "invalid config": lambda f: (f / "config.json").write_text("{"),
+    "another activation": lambda f: edit_config(f, activation_function="relu"),
+    "another size": lambda f: edit_config(f, n_embd=32),
+    "another context": lambda f: huggingface.save(
+        GPT(replace(MODEL, block_size=MODEL.block_size - 1), SIZE), f
+    ),
+    "another vocabulary": lambda f: huggingface.save(GPT(MODEL, 97), f),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_check_finds_what_training_would_with_the_same_words(root, tmp_path, fault):
+    folder = copy(root, tmp_path)
+    DAMAGE[fault](folder / "1")
+    with pytest.raises(UserError) as checked:
+        teachers.check("both", tmp_path, MODEL.block_size)
+    with pytest.raises(UserError) as trained:
+        teachers.find("both", tmp_path).load(KNOWN, MODEL.block_size, CPU, "fp32")
+    assert str(checked.value) == str(trained.value) and "\n" not in str(checked.value)
+    (folder / "1").rename(folder.parent / "one")
+    with pytest.raises(UserError) as checked:
+        pretrained.check("one", tmp_path, MODEL)
+    with pytest.raises(UserError) as trained:
+        pretrained.find("one", tmp_path).weights(MODEL, SIZE)
+    assert str(checked.value) == str(trained.value) and "\n" not in str(checked.value)
+
+
+def test_check_accepts_what_fits(root, tmp_path):
+    shutil.copytree(copy(root, tmp_path) / "1", tmp_path / "data/pretrained/one")
+    for name in ("none", "both"):
+        teachers.check(name, tmp_path, MODEL.block_size)
+    for name in ("random", "one"):
+        pretrained.check(name, tmp_path, MODEL)
+
+
+def test_training_prints_its_teachers(root):
+    assert "\n2 teachers from data/pretrained/both: 1, 2\n" in messages.introduction(
+        make_student(root)
+    )
 
 
 def make_student(root, **options):
