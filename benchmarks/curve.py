@@ -19,6 +19,16 @@ from folio.errors import one_line_errors
 from folio.sweeps import variants
 from folio.training.trainer import Trainer
 
+# What a plain step does not have.
+PLAIN = {
+    "model.dropout": 0.0,
+    "train.unseen_probability": 0.0,
+    "train.distill_from": "none",
+    "train.input_noise": 0.0,
+    "train.optimizer": "adamw",
+    "train.factored_embedding": False,
+}
+
 
 def folio_losses(trainer: Trainer, steps: int) -> list[float]:
     """Train with Folio's step. Returns the loss of each step."""
@@ -68,7 +78,7 @@ def main() -> None:
     parser.add_argument("--compile", default="always", choices=("always", "never"))
     options = parser.parse_args()
     variant = variants.read(options.variant) if options.variant else {}
-    variant |= {"model.dropout": 0.0, "train.precision": "bf16", "train.compile": options.compile}
+    variant |= PLAIN | {"train.precision": "bf16", "train.compile": options.compile}
     curves = {}
     for name in ("Folio", "autocast", "autocast, reversed batches"):
         trainer, _ = build(variant)

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -82,16 +82,19 @@ def train_task(setting: Setting, group: Group, where: torch.device) -> Callable[
         "gradient_checkpointing": setting.checkpointing,
         "deterministic": setting.deterministic,
         "tie_unseen_tokens": False,
+        "unseen_probability": 0.0,
+        "optimizer": "adamw",  # as nanoGPT; Muon and factored updates cannot be sharded
+        "factored_embedding": False,
         "learning_rate": 1e-4,
     }
     ids = np.random.default_rng(0).integers(tokenizer.VOCAB_SIZE, size=2_000_000, dtype=np.uint16)
-    values: dict[str, Any] = {
-        "train": ids,
-        "val": ids[:10_000],
-        "meta": {"vocabulary": tokenizer.VOCAB_SIZE},
-    }
-    values |= {"digest": "", "train_counts": np.bincount(ids, minlength=tokenizer.VOCAB_SIZE)}
-    data = TokenData(**{field.name: values[field.name] for field in fields(TokenData)})
+    data = TokenData(
+        train=ids,
+        val=ids[:10_000],
+        meta={"vocabulary": tokenizer.VOCAB_SIZE},
+        digest="",
+        train_counts=np.bincount(ids, minlength=tokenizer.VOCAB_SIZE),
+    )
     with where:  # random weights are drawn on the GPU
         trainer = Trainer(
             *(setting.size, TrainParams(**tree["train"] | settings), data, where),

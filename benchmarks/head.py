@@ -49,7 +49,8 @@ def time_head(rows: int, width: int) -> dict[str, float]:
 
 
 def build_step(tie: bool) -> Callable[[], object]:
-    trainer, _ = build({"train.tie_unseen_tokens": tie, "runtime.device": "cpu"})
+    settings = {"train.tie_unseen_tokens": tie, "train.unseen_probability": 0.0}
+    trainer, _ = build(settings | {"runtime.device": "cpu"})
     batch = trainer.batches(0)[:1]
     return lambda: trainer.step(batch, 1e-3)
 
