@@ -26,17 +26,16 @@ from benchmarks.ablation_results import (
     label,
     options_table,
 )
-from benchmarks.memorize import open_store
-from folio import device, params, sections
+from benchmarks.tracked import FRACTION, has_params, list_runs, open_stores, resolve
+from folio import device, params
 from folio.errors import UserError, one_line_errors
 from folio.run import project_root
 from folio.runtime import RuntimeParams
 from folio.sweeps import plan, sweep, variants
 from folio.sweeps.space import SEED, Trial
-from folio.tracking import queries, sync
+from folio.tracking import sync
 from folio.tracking.queries import TrackedRun
 
-FRACTION = "prepare.training_fraction"
 FRACTIONS = {"1/16": 0.0625, "1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "all": 1.0}
 # What turns each option off; it is on if the first of these params has another value.
 OPTIONS: dict[str, Trial] = {
@@ -60,16 +59,6 @@ class Setting:
     name: str
     changes: Trial
     seeds: range
-
-
-def resolve(settings: Trial) -> dict[str, Any]:
-    """All params, {"train.steps": 2400, ...}, of params.yaml with some settings applied to it."""
-    tree = params.read(params.FILE)
-    for name, value in settings.items():
-        section, key = name.split(".")
-        if isinstance(tree.get(section), dict):  # otherwise sections.check reports it
-            tree[section][key] = value
-    return params.flatten(**sections.check(tree, str(params.FILE)))
 
 
 def settings_of(values: dict[str, Any], part: str, seeds: int) -> list[Setting]:
@@ -105,18 +94,8 @@ def describe(setting: Setting) -> str:
 
 def find(values: dict[str, Any], runs: list[TrackedRun]) -> TrackedRun | None:
     """The first finished and evaluated run with these params. values: all params."""
-    wanted = {k: str(v) for k, v in values.items() if k.startswith(("model.", "train."))}
-    wanted["data.corpus"] = values["prepare.corpus"]
-    # The neutral values of these are not recorded (stages/prepare.py, folio/training/outputs.py).
-    recorded = {}
-    if values[FRACTION] != 1:
-        recorded["training_fraction"] = values[FRACTION]
-    if values["prepare.segmentations"]:
-        recorded |= {key: values[f"prepare.{key}"] for key in ("segmentations", "bpe_dropout")}
-    optional = ("training_fraction", "segmentations", "bpe_dropout")
     for run in runs:
-        same = all(run.params.get(f"data.{key}") == _text(recorded.get(key)) for key in optional)
-        if same and wanted.items() <= run.params.items() and run.metrics.keys() >= METRICS:
+        if run.metrics.keys() >= METRICS and has_params(run, values):
             return run
     return None
 
@@ -137,10 +116,6 @@ def results_of(
     return results
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def train(trials: dict[str, Trial], variant: str, jobs: int, dry_run: bool) -> list[str]:
     """Train the trials, unless it is a dry run. Returns a message if some failed."""
     base = variants.read(variant)
@@ -158,11 +133,9 @@ def train(trials: dict[str, Trial], variant: str, jobs: int, dry_run: bool) -> l
     return [sweep.failure_message(made, failed)] if failed else []
 
 
-def show(parts: dict[str, list[Setting]], values: dict[str, Any], stores: list[str | None]) -> None:
+def show(parts: dict[str, list[Setting]], values: dict[str, Any], stores: list[str] | None) -> None:
     """Print the tables and draw. Raises UserError if MLflow has nothing to show."""
-    opened = [open_store(uri) for uri in stores]
-    runs = [run for store in opened for run in queries.list_runs(store)]
-    runs.sort(key=lambda run: -run.started)
+    runs = [run for run, _ in list_runs(open_stores(stores))]
     found = {part: results_of(values, settings, runs) for part, settings in parts.items()}
     options, curve = (found.get(part, []) for part in PARTS)
     if options and options[0].name != ALL_ON:
@@ -189,7 +162,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once")
     parser.add_argument("--dry-run", action="store_true", help="only list the trainings")
     parser.add_argument("--draw", action="store_true", help="only print and draw MLflow's data")
-    parser.add_argument("--stores", nargs="+", default=[None], help="addresses of MLflow stores")
+    parser.add_argument("--stores", nargs="+", metavar="URI", help="default: the project's store")
     options = parser.parse_args()
     if min(options.seeds, options.curve_seeds, options.jobs) < 1:
         raise UserError("--seeds, --curve-seeds and --jobs must be at least 1")

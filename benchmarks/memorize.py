@@ -13,12 +13,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tracked
 from folio import plots
 from folio.errors import UserError, one_line_errors
 from folio.sweeps import variants
-from folio.tracking import queries
+from folio.tracking import failures, queries
 from folio.tracking.queries import TrackedRun
-from folio.tracking.store import Store, exists
 
 NAMES = ("one-batch", "memorize", "memorize-124m")
 PICTURE = Path("docs/memorize.png")
@@ -30,24 +30,12 @@ History = list[dict[str, Any]]
 
 
 def find(name: str, runs: list[TrackedRun]) -> TrackedRun | None:
-    """The newest finished run with the params of a variant."""
-    settings = variants.read(name).items()
-    # MLflow has the params of prepare as facts about the data.
-    # MLflow has the params of prepare as facts about the data. Runs of older versions of Folio do
-    # not have all params, and a model can be evaluated several times.
-    wanted = [(k.replace("prepare.", "data."), str(value)) for k, value in settings]
-    wanted = [(k, value) for k, value in wanted if not k.startswith("evaluate.")]
+    """The first finished run with the params of a variant, and any seed."""
+    values = tracked.resolve(variants.read(name))
     for run in runs:
-        if run.status == "FINISHED" and all(run.params.get(k, v) == v for k, v in wanted):
+        if run.status == "FINISHED" and tracked.has_params(run, values, any_seed=True):
             return run
     return None
-
-
-def open_store(uri: str | None) -> Store:
-    """An existing store, which may be a copy from another machine. None: the project's."""
-    if not exists(uri):
-        raise UserError(f"there is no MLflow store {uri or 'here'}")
-    return Store(uri, repair=True)
 
 
 def table(name: str, run: TrackedRun, rows: History) -> str:
@@ -103,16 +91,18 @@ def draw(found: dict[str, History], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stores", nargs="+", default=[None], help="addresses of MLflow stores")
-    stores = [open_store(uri) for uri in parser.parse_args().stores]
-    runs = {run.id: (run, store) for store in stores for run in queries.list_runs(store)}
+    parser.add_argument("--stores", nargs="+", metavar="URI", help="default: the project's store")
+    runs = tracked.list_runs(tracked.open_stores(parser.parse_args().stores))
+    store_of = {run.id: store for run, store in runs}
     found: dict[str, History] = {}
     for name in NAMES:
-        run = find(name, [run for run, _ in runs.values()])
+        run = find(name, [run for run, _ in runs])
         if run is None:
             print(f"{name}: no finished run in MLflow: make variant NAME={name}\n")
             continue
-        found[name] = queries.loss_history(runs[run.id][1], run.id)
+        store = store_of[run.id]
+        with tracked.reading(store.uri, failures.without_password(store.uri)):
+            found[name] = queries.loss_history(store, run.id)
         print(table(name, run, found[name]), end="\n\n")
     if not found:
         raise UserError("MLflow has a run of none of these variants")

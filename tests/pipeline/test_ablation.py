@@ -5,20 +5,27 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, commit, environment, inside
+from conftest import ROOT, commit, environment, inside, set_params
 
 from benchmarks import ablation
 from folio.errors import UserError
 from folio.tracking.queries import list_runs
 from folio.tracking.store import Store
 
+OFF = {
+    "model.dropout": 0.0,
+    "train.optimizer": "adamw",
+    "train.factored_embedding": False,
+    "train.unseen_probability": 0.0,
+    "train.beta2": 0.95,
+}
 WORDS = ("--variant", "small", "--seeds", "1")
 
 
 @pytest.fixture(scope="module")
 def trained(make_project):
     """A project after an ablation of its only option, input noise, and what was printed."""
-    folder = make_project({"model.dropout": 0.0})
+    folder = make_project(OFF)
     (folder / "variants").mkdir()
     (folder / "variants/small.yaml").write_text("train: {input_noise: 0.3}\n")
     commit(folder)
@@ -76,7 +83,7 @@ def test_same_command_trains_nothing_again(trained, capsys):
 def test_runs_in_a_copied_store_are_shown_elsewhere(trained, make_project, tmp_path, capsys):
     folder, printed = trained
     shutil.copy(folder / "mlflow.db", tmp_path)
-    home = make_project({"model.dropout": 0.0})
+    home = make_project(OFF)
     shutil.copytree(folder / "variants", home / "variants")
     with pytest.raises(UserError, match="MLflow has none of these runs: run the command without"):
         show(home, "--draw")
@@ -88,6 +95,9 @@ def test_runs_in_a_copied_store_are_shown_elsewhere(trained, make_project, tmp_p
     [row] = [line for line in shown.splitlines() if line.startswith("|  all | ")]
     assert int(row.split("|")[2].replace(",", "")) > 2_000
     assert (home / "docs/ablation.png").stat().st_size > 10_000
+    set_params(home, {"runtime.tracking_uri": f"sqlite:///{folder}/mlflow.db"})
+    show(home, "--draw")
+    assert capsys.readouterr().out == shown
 
 
 def test_invalid_variant_is_one_line_and_queues_nothing(trained):
