@@ -7,32 +7,34 @@ all of them, best first:
     python -m benchmarks.recipe --variant best-30m --corpus tinyshakespeare-development < lines
 
 Nothing is logged to MLflow and no model is saved. The text is data/prepared (`dvc repro prepare`),
-unless there is a named corpus: then it is prepared as params.yaml and the variant require. The last
-validation loss is that of the last step; one with a sliding window would be lower.
+unless a corpus is given, or the variant or the line sets a param of prepare: then it is prepared as
+params.yaml, the variant and the line require. The last validation loss is that of the last step;
+one with a sliding window would be lower.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from folio import device, params
+from folio import device, params, sections
+from folio.corpus import corpus
 from folio.corpus.params import PrepareParams
-from folio.errors import one_line_errors
+from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 from folio.runtime import RuntimeParams
 from folio.sweeps import variants
 from folio.tokens import token_files
 from folio.tracking.logger import NoLogger
-from folio.training import pretrained
+from folio.training import init_from, pretrained, teachers
 from folio.training.params import TrainParams
 from folio.training.trainer import Trainer
 from stages import prepare
@@ -44,21 +46,71 @@ HEAD = "validation: last      best   at step   training   seconds   variant"
 
 
 def apply(settings: Settings) -> dict[str, dict[str, Any]]:
-    """params.yaml with settings such as {"train.steps": 50} applied to it."""
-    tree = yaml.safe_load(params.FILE.read_text())
+    """params.yaml with settings such as {"train.steps": 50} applied to it, valid or not."""
+    tree = params.read(params.FILE)
     for name, value in settings.items():
-        section, key = name.split(".")
-        tree[section][key] = value
+        section, _, key = name.partition(".")
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section][key] = value
     tree["runtime"] |= {"progress": False, "checkpoint_seconds": 1e9, "system_metrics": False}
     return tree
 
 
-def prepare_corpus(settings: Settings, root: Path) -> Path:
-    """Prepare the corpus in `root`, unless it has been. Returns the folder with the tokens."""
+def read_lines(lines: Iterable[bytes], base: Settings) -> list[Settings]:
+    """The settings in each line. base: those that they are applied to.
+
+    Raises UserError, which names the line, if it is not a JSON object, or if a setting is invalid.
+    """
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            settings = json.loads(line)
+        except (ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise UserError(f'line {number} is not a JSON object such as {{"train.steps": 50}}')
+        with _naming(number):
+            check(base | settings)
+        found.append(settings)
+    if not found:
+        raise UserError('there is no line on stdin: write settings such as {"train.steps": 50}')
+    return found
+
+
+@contextlib.contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Name the line in a UserError of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"line {number}: {str(error).removeprefix('settings: ')}") from None
+
+
+def check(settings: Settings) -> None:
+    """Raise UserError if params.yaml with the settings is invalid, or if it names a folder in
+    data/pretrained or a corpus that does not exist."""
+    tree, root = apply(settings), Path.cwd()
+    prepare, _, train, *_ = params.check(tree, "settings", **sections.SECTIONS)
+    init_from.check_exists(train.init_from, root)
+    init_from.check_teachers_exist(train.distill_from, root)
+    if sets_text(settings):
+        corpus.check_exists(prepare.corpus, root)
+
+
+def sets_text(settings: Settings) -> bool:
+    """Whether the text must be prepared for these settings."""
+    return any(name.startswith("prepare.") for name in settings)
+
+
+def prepare_text(settings: Settings, root: Path) -> Path:
+    """Prepare the text in `root`, unless it has been. Returns the folder with the tokens."""
     [p] = params.check(apply(settings), "settings", prepare=PrepareParams)
-    folder = root / f"{p.corpus}-{p.training_fraction}-{p.segmentations}-{p.bpe_dropout}"
+    folder = root / hashlib.sha256(repr(p).encode()).hexdigest()
     if not folder.exists():
         (folder / "data").mkdir(parents=True)
+        (folder / corpus.RAW).symlink_to(corpus.RAW.resolve())
         with contextlib.redirect_stdout(io.StringIO()):
             prepare.run(p, folder, folder, hide_progress=True)
     return folder / PREPARED
@@ -71,7 +123,11 @@ def build(settings: Settings, tokens: Path = PREPARED) -> tuple[Trainer, Runtime
     where = device.resolve_device(runtime.device)
     precision = device.resolve_precision(train.precision, where)
     initial = pretrained.find(train.init_from, Path.cwd())
-    return Trainer(model, train, token_files.read(tokens), where, precision, initial), runtime
+    found = teachers.find(train.distill_from, Path.cwd())
+    data = token_files.read(tokens)
+    token_files.check_length(data.val, "validation", model.block_size)
+    trainer = Trainer(model, train, data, where, precision, initial, teachers=found)
+    return trainer, runtime
 
 
 def measure(settings: Settings, shown: str, tokens: Path) -> tuple[float, str]:
@@ -92,17 +148,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="variants to train at once")
     parser.add_argument("--variant", help="one of variants/, to which the lines are applied")
-    parser.add_argument("--corpus", help="prepare this named corpus; default: data/prepared")
+    parser.add_argument("--corpus", help="prepare this one; default: data/prepared")
     options = parser.parse_args()
+    if options.jobs < 1:
+        raise UserError("--jobs must be at least 1")
     base = variants.read(options.variant) if options.variant else {}
-    lines = [json.loads(line) for line in sys.stdin if line.strip()]
+    if options.corpus:
+        base["prepare.corpus"] = options.corpus
+    lines = read_lines(sys.stdin.buffer, base)
     with tempfile.TemporaryDirectory() as root:
         tasks = []
         for line in lines:
             settings, tokens = base | line, PREPARED
-            if options.corpus:
-                settings["prepare.corpus"] = options.corpus
-                tokens = prepare_corpus(settings, Path(root))
+            if sets_text(settings):
+                tokens = prepare_text(settings, Path(root))
             shown = " ".join(f"{key.split('.')[1]}={value}" for key, value in line.items())
             tasks.append((settings, shown, tokens))
         print(HEAD, flush=True)
