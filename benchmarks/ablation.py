@@ -127,8 +127,8 @@ def train(trials: dict[str, Trial], variant: str, jobs: int, dry_run: bool) -> l
         print(*(f"{name}  {text}" for name, text in described.items()), sep="\n")
         return []
     (runtime,) = params.load(runtime=RuntimeParams)
-    threads = sweep.threads_per_job(jobs, device.resolve_device(runtime.device).type)
-    failed = sweep.run(made, jobs, threads, described.__getitem__)
+    environment = sweep.job_environment(jobs, device.resolve_device(runtime.device).type)
+    failed = sweep.run(made, jobs, environment, described.__getitem__)
     sync.run(runtime.tracking_uri, project_root())
     return [sweep.failure_message(made, failed)] if failed else []
 

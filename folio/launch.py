@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from folio import signals
+from folio import gpus, signals
 from folio.distributed import check_interface, is_started_by_launcher
 from folio.errors import LAUNCHER, LOST_CONNECTION, UserError, report
 
@@ -70,7 +70,7 @@ def run(
     defective. largest_number: how many processes, up to a number, can then share the work.
     """
     _set_environment(count, device_type)
-    devices = _visible_gpus() if device_type == "cuda" else [str(n) for n in range(count)]
+    devices = gpus.visible() if device_type == "cuda" else [str(n) for n in range(count)]
     failures, before = Counter[int](), progress()  # of each process, without progress
     with signals.passed_on() as passed_on:
         while True:
@@ -161,8 +161,3 @@ def _loopback_interface() -> str:
         if any(a.family == socket.AF_INET and a.address == "127.0.0.1" for a in addresses):
             return name
     return "lo"
-
-
-def _visible_gpus() -> list[str]:
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",") if names else [str(n) for n in range(torch.cuda.device_count())]

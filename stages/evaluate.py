@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from folio import device, files, inputs, params, plots, progress
+from folio import device, files, gpus, inputs, params, plots, progress
 from folio.errors import UserError, one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
@@ -36,6 +36,7 @@ from folio.tracking.writer import RunWriter
 def main() -> None:
     evaluate, runtime = params.load(evaluate=EvaluateParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
+    gpus.reserve(project_root())
     run(evaluate, runtime, Path.cwd(), project_root())
     inputs.check()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from folio import device, distributed, inputs, launch, params, progress, signals
+from folio import device, distributed, gpus, inputs, launch, params, progress, signals
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 from folio.run import UNFINISHED, Record, lock_for_training, project_root, read_training
@@ -26,6 +26,7 @@ from folio.training.trainer import Trainer
 def main() -> None:
     model, train, runtime = params.load(model=ModelParams, train=TrainParams, runtime=RuntimeParams)
     inputs.check(strict=True)  # the sources have been imported
+    gpus.reserve(project_root())
     kind = device.resolve_device(runtime.device).type
     most = micro_batches.useful_processes(train, model.block_size)
     if (count := launch.count_processes(runtime.processes, kind, most)) > 1:

@@ -20,6 +20,7 @@ STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 GROUND = ("errors", "strict_yaml", "params", "files", "inputs", "signals", "device", "run", "plots")
 GROUND += (
     "distributed",
+    "gpus",
     "launch",
     "__init__",
     "commands",
@@ -49,6 +50,7 @@ ARROWS = {
 HARMLESS = {"stages/__init__.py", "folio/__init__.py", "folio/errors.py", "folio/inputs.py"}
 HARMLESS |= {"folio/signals.py", "folio/runtime.py", "folio/commands.py", "folio/user.py"}
 HARMLESS |= {
+    "folio/gpus.py",
     "folio/launch.py",
     "folio/output.py",
     "folio/loopback.py",

@@ -54,7 +54,7 @@ def sweep(
     from folio.runtime import RuntimeParams
     from folio.sweeps import variants
     from folio.sweeps.plan import check_trials, make_plan, make_trials, read_plan
-    from folio.sweeps.sweep import failure_message, run, save_plan, threads_per_job
+    from folio.sweeps.sweep import failure_message, job_environment, run, save_plan
 
     (runtime,) = params.load(runtime=RuntimeParams)
     if report:
@@ -72,8 +72,8 @@ def sweep(
         array = f"1-{len(trials)}" if len(trials) > 1 else "1"
         print(f"\nNext: sbatch --array={array} deploy/slurm/train.sbatch {plan.name}")
         return
-    threads = threads_per_job(jobs, device.resolve_device(runtime.device).type)
-    failed = run(plan, jobs, threads)
+    environment = job_environment(jobs, device.resolve_device(runtime.device).type)
+    failed = run(plan, jobs, environment)
     _report(plan, runtime.tracking_uri)
     if failed:
         raise UserError(failure_message(plan, failed))

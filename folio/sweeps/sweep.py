@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from folio import signals
+from folio import gpus, signals
 from folio.errors import UserError
 from folio.run import TRAINING, kept, unfinished_steps
 from folio.sweeps import queue
@@ -26,15 +26,18 @@ _MAX_CHECKS_WITHOUT_WORKERS = 3
 
 
 def run(
-    plan: Plan, jobs: int, threads: int | None, describe: Callable[[str], str] | None = None
+    plan: Plan,
+    jobs: int,
+    environment: dict[str, str],
+    describe: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Run every trial that has not finished yet. Returns the experiments that failed.
 
-    jobs: the number of trials to run in parallel. threads: CPU threads per trial; None for
-    PyTorch's default. describe: returns what is printed about an experiment; None for the params
-    that vary. Raises UserError if another sweep has the same name. On a stop request, stops the
-    running trials, which save a checkpoint, and raises Stopped. If the terminal was closed, they
-    continue in the background.
+    jobs: the number of trials to run in parallel. environment: additional variables for them.
+    describe: returns what is printed about an experiment; None for the params that vary. Raises
+    UserError if another sweep has the same name. On a stop request, stops the running trials, which
+    save a checkpoint, and raises Stopped. If the terminal was closed, they continue in the
+    background.
     """
     queue.require_dvc()
     queue.check_folder()
@@ -43,7 +46,7 @@ def run(
     try:
         with signals.deferred():
             _queue_trials(plan)
-            queue.start(jobs, **({"OMP_NUM_THREADS": str(threads)} if threads else {}))
+            queue.start(jobs, **environment)
             signals.check()
         return _wait(plan, describe or (lambda name: format_trial(plan.varied(name))))
     except signals.Stopped as stopped:
@@ -74,16 +77,20 @@ def save_plan(plan: Plan) -> None:
     plan.save()
 
 
-def threads_per_job(jobs: int, device_type: str) -> int | None:
-    """The number of CPU threads for each of `jobs` parallel trials; None for PyTorch's default.
+def job_environment(jobs: int, device_type: str) -> dict[str, str]:
+    """The environment variables with which `jobs` parallel trials share the machine.
 
-    Without a limit, two trials with two threads each on two cores would almost grind to a halt
-    (LOG.md).
+    On a CPU, two trials with two threads each on two cores would almost grind to a halt (LOG.md).
+    On several GPUs, each trial uses its own (folio/gpus.py).
     """
-    if jobs == 1 or device_type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
-        return None
+    if jobs == 1:
+        return {}
+    if device_type != "cpu":
+        return {gpus.JOBS: str(jobs)}
+    if os.environ.get("OMP_NUM_THREADS"):
+        return {}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // jobs)
+    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // jobs))}
 
 
 def failure_message(plan: Plan, failed: list[str]) -> str:

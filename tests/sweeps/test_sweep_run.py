@@ -12,13 +12,14 @@ from folio.sweeps import queue, sweep
 from folio.sweeps.plan import make_plan
 
 
-def test_threads_are_divided_among_the_jobs_only_on_a_cpu(monkeypatch):
+def test_job_environment_divides_the_threads_or_the_gpus_among_the_jobs(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    assert [sweep.threads_per_job(jobs, "cpu") for jobs in (1, 2, 3, 16)] == [None, 4, 2, 1]
-    assert sweep.threads_per_job(4, "cuda") is None
+    threads = [sweep.job_environment(jobs, "cpu") for jobs in (1, 2, 3, 16)]
+    assert threads == [{}, *({"OMP_NUM_THREADS": count} for count in "421")]
+    assert sweep.job_environment(4, "cuda") == {"FOLIO_JOBS": "4"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweep.threads_per_job(2, "cpu") is None
+    assert sweep.job_environment(2, "cpu") == {}
 
 
 def test_count_workers_counts_the_processes_of_this_project(tmp_path, monkeypatch):
@@ -49,7 +50,7 @@ def test_run_rejects_a_name_that_experiments_of_another_sweep_have(tmp_path, mon
     ref = f"refs/exps/{plan.baseline[:2]}/{plan.baseline[2:]}/mine-01"
     subprocess.run(["git", "update-ref", ref, "HEAD"], check=True)
     with pytest.raises(UserError, match="belong to another sweep: choose another --name"):
-        sweep.run(plan, 1, None)
+        sweep.run(plan, 1, {})
     assert not plan.folder.exists()
 
 

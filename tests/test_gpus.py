@@ -1,0 +1,74 @@
+"""How trainings that run at once divide the GPUs, with processes that only reserve them."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from folio import gpus
+from folio.errors import UserError
+
+_JOB = """
+import os, sys
+from pathlib import Path
+from folio import gpus
+gpus.reserve(Path(sys.argv[1]))
+print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start_job(tmp_path, monkeypatch):
+    """Start a job that reserves GPUs and then waits. Returns the process and its GPUs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    jobs = []
+
+    def start():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        jobs.append(subprocess.Popen([sys.executable, "-c", _JOB, str(tmp_path)], **pipes))
+        return jobs[-1], jobs[-1].stdout.readline().strip()
+
+    yield start
+    for job in jobs:
+        job.communicate()
+
+
+def test_jobs_use_different_gpus_and_take_over_those_of_a_killed_one(start_job, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7,8")
+    monkeypatch.setenv(gpus.JOBS, "2")
+    first, its_gpus = start_job()
+    assert [its_gpus, start_job()[1]] == ["2,3", "5,7"]
+    first.kill()
+    first.wait()
+    assert start_job()[1] == "2,3"
+    assert start_job()[1] == "2,3"  # more jobs than expected, for example while one is exiting
+
+
+@pytest.mark.parametrize(
+    ("visible", "jobs", "torchrun", "left"),
+    [
+        ("4,5", "1", False, "4,5"),
+        ("4", "3", False, "4"),
+        ("4,5", "2", True, "4,5"),
+        ("4,5,6", "8", False, "4"),
+    ],
+)
+def test_reserve_restricts_only_one_of_several_jobs_on_several_gpus(
+    tmp_path, monkeypatch, visible, jobs, torchrun, left
+):
+    monkeypatch.setattr(gpus, "_held", [])
+    for name in ("RANK", "WORLD_SIZE") if torchrun else ():
+        monkeypatch.setenv(name, str(int(name != "RANK")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv(gpus.JOBS, jobs)
+    gpus.reserve(tmp_path)
+    assert ",".join(gpus.visible()) == left
+
+
+@pytest.mark.parametrize("jobs", ["0", "two", "-1", "²"])
+def test_reserve_rejects_what_is_no_positive_number(tmp_path, monkeypatch, jobs):
+    monkeypatch.setenv(gpus.JOBS, jobs)
+    with pytest.raises(UserError, match=r"FOLIO_JOBS is .*: set it to the number of trainings"):
+        gpus.reserve(tmp_path)
