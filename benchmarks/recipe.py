@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from folio import device, params, sections
+from folio import device, gpus, params, sections
 from folio.corpus import corpus
 from folio.corpus.params import PrepareParams
 from folio.errors import UserError, one_line_errors
@@ -165,7 +166,9 @@ def main() -> None:
             shown = " ".join(f"{key.split('.')[1]}={value}" for key, value in line.items())
             tasks.append((settings, shown, tokens))
         print(HEAD, flush=True)
-        with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
+        os.environ[gpus.JOBS] = str(options.jobs)
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(options.jobs, gpus.reserve, [Path.cwd()], maxtasksperchild=1) as pool:
             results = pool.starmap(measure, tasks, chunksize=1)
     if len(results) > 1:
         print(HEAD.replace("validation", "best first"))
