@@ -26,7 +26,7 @@ def sweep(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name of the sweep; by default a hash of its trials."),
+        typer.Option("--name", metavar="NAME", help="By default a hash of the sweep's trials."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the trials without running them.")
