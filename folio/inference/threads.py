@@ -15,10 +15,10 @@ _SEVERAL = torch.get_num_threads()
 
 @contextlib.contextmanager
 def few_threads(model: GPT, tokens: int, rows: int) -> Iterator[None]:
-    """In this block, use one thread for a small forward pass, and all threads for a large one.
+    """In this block, use one thread for a small forward pass on a CPU, and all for a large one.
 
     tokens: number of tokens that pass through the blocks; rows: number of them whose logits are
-    computed. Without a CPU, changes nothing.
+    computed. If the model is on a GPU, only the sampling is left for the CPU: one thread.
 
     PyTorch's operators wait for each other's threads, which spin on their cores (OpenMP). If
     another process uses one of these cores, each of the operators waits until the scheduler takes
@@ -29,12 +29,10 @@ def few_threads(model: GPT, tokens: int, rows: int) -> Iterator[None]:
     of a generator may continue it in another thread, as Gradio does.
     """
     head = model.transformer.wte.weight
-    if not head.is_cpu:
-        yield
-        return
     blocks = 12 * model.params.n_layer * model.params.n_embd**2  # weights in their matrices
+    is_small = not head.is_cpu or tokens * blocks + rows * head.numel() <= _SMALL
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if tokens * blocks + rows * head.numel() <= _SMALL else _SEVERAL)
+    torch.set_num_threads(1 if is_small else _SEVERAL)
     try:
         yield
     finally:

@@ -80,17 +80,16 @@ def save_plan(plan: Plan) -> None:
 def job_environment(jobs: int, device_type: str) -> dict[str, str]:
     """The environment variables with which `jobs` parallel trials share the machine.
 
-    On a CPU, two trials with two threads each on two cores would almost grind to a halt (LOG.md).
-    On several GPUs, each trial uses its own (folio/gpus.py).
+    Two trials with two threads each on two cores would almost grind to a halt (LOG.md). On several
+    GPUs, each trial uses its own (folio/gpus.py).
     """
     if jobs == 1:
         return {}
-    if device_type != "cpu":
-        return {gpus.JOBS: str(jobs)}
-    if os.environ.get("OMP_NUM_THREADS"):
-        return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"OMP_NUM_THREADS": str(max(1, (cores or 1) // jobs))}
+    environment = {} if device_type == "cpu" else {gpus.JOBS: str(jobs)}
+    if not os.environ.get("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
+    return environment
 
 
 def failure_message(plan: Plan, failed: list[str]) -> str:

@@ -88,6 +88,12 @@ def test_few_threads_are_used_for_steps_that_one_core_computes_fast(
     assert used == [number, 3]
 
 
+def test_one_thread_samples_for_a_model_on_another_device(used, model):
+    with threads.few_threads(model.to("meta"), 10**9, 64):
+        pass
+    assert used == [1, 3]
+
+
 def test_the_previous_number_of_threads_is_restored_after_an_error(used, model):
     with pytest.raises(ZeroDivisionError), threads.few_threads(model, 1, 1):
         raise ZeroDivisionError

@@ -12,14 +12,14 @@ from folio.sweeps import queue, sweep
 from folio.sweeps.plan import make_plan
 
 
-def test_job_environment_divides_the_threads_or_the_gpus_among_the_jobs(monkeypatch):
+def test_job_environment_divides_threads_and_gpus_among_the_jobs(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     threads = [sweep.job_environment(jobs, "cpu") for jobs in (1, 2, 3, 16)]
     assert threads == [{}, *({"OMP_NUM_THREADS": count} for count in "421")]
-    assert sweep.job_environment(4, "cuda") == {"FOLIO_JOBS": "4"}
+    assert sweep.job_environment(4, "cuda") == {"FOLIO_JOBS": "4", "OMP_NUM_THREADS": "2"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweep.job_environment(2, "cpu") == {}
+    assert [sweep.job_environment(2, kind) for kind in ("cpu", "cuda")] == [{}, {"FOLIO_JOBS": "2"}]
 
 
 def test_count_workers_counts_the_processes_of_this_project(tmp_path, monkeypatch):
