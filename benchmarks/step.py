@@ -1,11 +1,13 @@
-"""A training step in Folio, nanoGPT and transformers: forward, backward, clipping, AdamW.
+"""A training step in Folio, nanoGPT, llm.c and transformers: forward, backward, clipping, AdamW.
 
     python -m benchmarks.step --nanogpt ../nanoGPT              the model in params.yaml
     python -m benchmarks.step --variant seed-30m --nanogpt ../nanoGPT
+    python -m benchmarks.step --variant gpt2-124m --nanogpt ../nanoGPT --llmc ../llm.c
 
 All use the same model size, batch size and precision, no dropout, and random tokens. Each contender
 trains in a separate process, as it would in normal use, and they take turns. --nanogpt is the path
-to a clone of github.com/karpathy/nanoGPT.
+to a clone of github.com/karpathy/nanoGPT, and --llmc that of a clone of github.com/karpathy/llm.c
+with the program that benchmarks/llmc.py describes.
 """
 
 import argparse
@@ -27,8 +29,9 @@ import numpy as np
 import torch
 import yaml
 
+from benchmarks import llmc
 from folio import device, params
-from folio.errors import one_line_errors
+from folio.errors import UserError, one_line_errors
 from folio.gpt.model import GPT, ModelParams
 from folio.sweeps import variants
 from folio.tokens import tokenizer, vocabulary
@@ -64,6 +67,7 @@ class Work:
 
 Step = Callable[[], object]
 Build = Callable[[Work], Step]
+Contender = Callable[[Work, int, Connection], None]  # steps per round, and see run_contender
 
 
 def build_folio(work: Work, tie: bool = False, **options: Any) -> Step:
@@ -147,41 +151,54 @@ def build_transformers(work: Work) -> Step:
 
 def run_contender(build: Build, work: Work, steps: int, pipe: Connection) -> None:
     """Run in a contender's process: whenever True is received, run some steps and send their
-    ms/step; at the end, send the peak memory in GB."""
+    ms/step; at the end, send the peak memory in GB. Between two rounds, others can use the GPU
+    memory of the activations."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     step, wait = build(work), torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
-    for _ in range(3):
+    for _ in range(2):
         step()
+    torch.cuda.empty_cache()
     while pipe.recv():
+        step()  # not timed: allocates the memory again
         wait()
         started = time.perf_counter()
         for _ in range(steps):
             step()
         wait()
-        pipe.send(1000 * (time.perf_counter() - started) / steps)
+        taken = 1000 * (time.perf_counter() - started) / steps
+        torch.cuda.empty_cache()
+        pipe.send(taken)
     pipe.send(torch.cuda.max_memory_allocated() / 1e9 if work.where.type == "cuda" else 0.0)
 
 
 def measure_in_turn(
-    contenders: dict[str, Build], work: Work, rounds: int, steps: int
+    contenders: dict[str, Contender], work: Work, rounds: int, steps: int
 ) -> dict[str, tuple[float, float]]:
     """The median ms/step and the peak memory in GB of each contender, after a warm-up round."""
+
+    def ask(name: str, for_a_round: bool) -> float:
+        try:
+            pipes[name].send(for_a_round)
+            answer = pipes[name].recv()
+        except (EOFError, ConnectionError):
+            raise UserError(f"{name}: its process has ended; its error is above") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     times: dict[str, list[float]] = {}
-    for name, build in contenders.items():
+    for name, contender in contenders.items():
         pipes[name], end = context.Pipe()
-        context.Process(target=run_contender, args=(build, work, steps, end), daemon=True).start()
+        context.Process(target=contender, args=(work, steps, end), daemon=True).start()
         end.close()
         times[name] = []
     for _ in range(rounds + 1):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            times[name].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send(False)
-    return {name: (median(times[name][1:]), pipes[name].recv()) for name in contenders}
+        for name, taken in times.items():
+            taken.append(ask(name, True))
+    return {name: (median(times[name][1:]), ask(name, False)) for name in contenders}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -207,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--nanogpt", type=Path, help="the path of a clone of nanoGPT")
+    parser.add_argument("--llmc", type=Path, help="the path of a clone of llm.c, see llmc.py")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps per round; default: 3, or 20 on a GPU")
     parser.add_argument("--contenders", nargs="*", help="names of contenders; default: all")
@@ -214,15 +232,19 @@ def main() -> None:
     if options.nanogpt and not (options.nanogpt / "model.py").exists():
         parser.error(f"--nanogpt: {options.nanogpt} is not a clone of nanoGPT: it has no model.py")
     work, title = read_options(options)
-    contenders: dict[str, Build] = {}
+    builds: dict[str, Build] = {}
     if options.nanogpt:
-        contenders["nanoGPT"] = partial(build_nanogpt, clone=options.nanogpt)
-    contenders |= {"transformers": build_transformers, "Folio": build_folio}
+        builds["nanoGPT"] = partial(build_nanogpt, clone=options.nanogpt)
+    builds |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
-        contenders["Folio, compiled"] = partial(build_folio, compiled=True)
+        builds["Folio, compiled"] = partial(build_folio, compiled=True)
         name = "Folio, compiled, deterministic: false"
-        contenders[name] = partial(build_folio, compiled=True, exact=False)
-    contenders["Folio, unseen tokens tied"] = partial(build_folio, tie=True)
+        builds[name] = partial(build_folio, compiled=True, exact=False)
+    builds["Folio, unseen tokens tied"] = partial(build_folio, tie=True)
+    contenders: dict[str, Contender] = {}
+    if options.llmc:
+        contenders = llmc.contenders(options.llmc, work, RATE, WEIGHT_DECAY, UNIQUE_TOKENS)
+    contenders |= {name: partial(run_contender, build) for name, build in builds.items()}
     for name in options.contenders or contenders:
         if name not in contenders:
             parser.error(f"--contenders: {name!r} is not one of {', '.join(contenders)}")

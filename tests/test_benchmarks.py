@@ -4,12 +4,14 @@ import io
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, inside, run_stages
 
-from benchmarks import curve, distributed, head, recipe
+from benchmarks import curve, distributed, head, llmc, recipe, step
+from folio import device
 from folio.distributed import ONE_PROCESS
 from folio.errors import UserError
 from folio.gpt.model import ModelParams
@@ -138,3 +140,112 @@ def test_process_of_the_distributed_benchmark_trains():
         changed = distributed.replace(setting, parallel=parallel)
         answer = distributed.train_task(changed, ONE_PROCESS, torch.device("cpu"))
         assert answer(1)[0] > 0
+
+
+# Prints what train_gpt2cu prints, with the numbers of a step as its ms, after it has read its
+# options and its token file as the real one does.
+TRAIN_GPT2CU = """#!{python}
+import struct, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert int(options["-v"]) > 0 and options["-s"] == options["-m"] == "0" and "-o" not in options
+data = open(options["-i"], "rb").read()
+magic, version, count = struct.unpack_from("<3i", data)
+assert (magic, version, len(data)) == (20240520, 1, 1024 + 2 * count)
+tokens = struct.unpack_from(f"<{{count}}H", data, 1024)
+assert count > int(options["-b"]) * int(options["-t"]) and max(tokens) < 50257
+print(f"| sequence length T     | {{options['-t']:<50}} |")
+print("| precision             | {precision:<50} |")
+print(f"| weight init method    | {{options['-e']:<50}} |")
+print("allocated 237 MiB for model parameters")
+print("allocating 237 MiB for parameter gradients")
+print("allocating 1000 MiB for activations")
+print("allocating 474 MiB for AdamW optimizer state m")
+print("{warning}")
+print("val loss -nan")
+steps = int(options["-x"])
+for step in range(1, steps + 1):
+    print(f"step {{step:4d}}/{{steps}} | loss 10.9 (+nanz)| norm 9.8 (+nanz)| lr 3.00e-04 |"
+          f" {{step:.2f}} ms | 48.2% bf16 MFU | 90000 tok/s")
+print("total average iteration time: 3.0 ms")
+{end}
+"""
+
+
+def fake_llmc(folder, precision="FP32", warning="", end=""):
+    program = folder / "train_gpt2cu"
+    texts = {"precision": precision, "warning": warning, "end": end}
+    program.write_text(TRAIN_GPT2CU.format(python=sys.executable, **texts))
+    program.chmod(0o755)
+    return folder
+
+
+class Rounds:
+    """The parent's end of a contender's pipe, for some rounds."""
+
+    def __init__(self, rounds):
+        self.requests, self.answers = [True] * rounds + [False], []
+
+    def recv(self):
+        return self.requests.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
+SIZE = ModelParams(n_layer=6, n_head=6, n_embd=384, block_size=128, dropout=0.0)
+WORK = step.Work(SIZE, batch_size=8, where=torch.device("cpu"), precision="fp32")
+
+
+def run_llmc(folder):
+    contender = llmc.contenders(folder, WORK, 3e-4, 0.1, 11_234)["llm.c"]
+    rounds = Rounds(2)
+    contender(WORK, 2, rounds)
+    return rounds.answers
+
+
+def test_llmc_contender_reads_the_times_after_the_warm_up_and_the_memory(tmp_path):
+    assert run_llmc(fake_llmc(tmp_path)) == [3.5, 3.5, 1948 * 2**20 / 1e9]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"precision": "BF16"}, "computes in BF16, and the other contenders in FP32: build it"),
+        ({"warning": "WARNING: Fell back to cudaMallocManaged when"}, "not find enough GPU memory"),
+        (
+            {"end": "print('[CUDA ERROR] at file a.cuh:9:\\nout of memory'); sys.exit(1)"},
+            "train_gpt2cu failed with status 1: [CUDA ERROR] at file a.cuh:9: out of memory",
+        ),
+        ({"end": "assert False"}, "failed with status 1: assert False AssertionError"),
+    ],
+)
+def test_llmc_contender_that_fails_sends_one_line(tmp_path, texts, message):
+    [error] = run_llmc(fake_llmc(tmp_path, **texts))
+    assert isinstance(error, UserError) and message in str(error) and "\n" not in str(error)
+
+
+def test_llmc_contender_has_only_sizes_of_llmc(tmp_path):
+    other = replace(WORK, size=replace(SIZE, n_layer=2))
+    with pytest.raises(
+        UserError, match="no model of 2/6/384 with a context of 128: it has 6/6/384"
+    ):
+        llmc.contenders(fake_llmc(tmp_path), other, 3e-4, 0.1, 11_234)
+    with pytest.raises(UserError, match="has no program train_gpt2cu: build it there as"):
+        llmc.contenders(tmp_path / "elsewhere", WORK, 3e-4, 0.1, 11_234)
+
+
+def test_step_benchmark_takes_turns_with_llmc(tmp_path, capsys, monkeypatch):
+    precision = device.resolve_precision("auto", device.resolve_device("auto")).upper()
+    clone = fake_llmc(tmp_path, precision)
+    command = ["step", "--variant", "seed-30m", "--llmc", str(clone)]
+    only = ["--contenders", "llm.c", "llm.c, GELU fused", "--rounds", "1", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", command + only)
+    with inside(ROOT):
+        step.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["llm.c", "5.00", "204,800", "2.04", "1.00", "1.00"] in lines
+
+
+def test_contender_whose_process_ends_is_one_line():
+    with pytest.raises(UserError, match="nanoGPT: its process has ended; its error is above"):
+        step.measure_in_turn({"nanoGPT": print}, None, rounds=1, steps=1)
