@@ -1,5 +1,6 @@
 """Small steps use one thread, in whichever thread generates, and large ones use all."""
 
+import copy
 import subprocess
 import sys
 
@@ -89,7 +90,7 @@ def test_few_threads_are_used_for_steps_that_one_core_computes_fast(
 
 
 def test_one_thread_samples_for_a_model_on_another_device(used, model):
-    with threads.few_threads(model.to("meta"), 10**9, 64):
+    with threads.few_threads(copy.deepcopy(model).to("meta"), 10**9, 64):
         pass
     assert used == [1, 3]
 
