@@ -36,13 +36,21 @@ document.addEventListener('keydown', event => {
 let pressed;
 document.addEventListener('focusin', event => pressed = event.target.closest('#generate, #stop'));
 
-// The response to the last request to generate, for events.after_failure.
+// The response to the last request to generate, for events.after_failure, and the number of
+// requests that are stopping a text, for AFTER_STOP.
 const plainFetch = window.fetch;
+window.stopping = 0;
 window.fetch = async (...request) => {
-    const response = await plainFetch(...request);
     const address = String(request[0].url ?? request[0]);
-    if (address.includes('/queue/join')) window.joinStatus = response.status;
-    return response;
+    const stops = address.endsWith('/cancel') || address.endsWith('/reset');
+    window.stopping += stops;
+    try {
+        const response = await plainFetch(...request);
+        if (address.includes('/queue/join')) window.joinStatus = response.status;
+        return response;
+    } finally {
+        window.stopping -= stops;
+    }
 };
 
 // Both panels follow the text, unless the visitor has scrolled up in it.
@@ -66,6 +74,12 @@ setInterval(() => {
         [$('#generate'), $('#stop')].find(button => !button.disabled)?.focus({preventScroll: true});
 }, 50);
 """
+
+# Until a text has been stopped, Gradio would ignore the request for the next one.
+AFTER_STOP = """async () => {
+    while (window.stopping) await new Promise(resolve => setTimeout(resolve, 20));
+    return [];
+}"""
 
 # The server rejects long requests: it gets enough of a prompt and of a seed to see that they are
 # too long.
@@ -207,7 +221,9 @@ def _on_generate(
     inputs, outputs: those of events.generate.
     """
     text, probabilities, status, state = outputs
-    requested = start.click(events.wait, outputs=[status, state, start, stop], **_IMMEDIATE)
+    requested = start.click(
+        events.wait, outputs=[status, state, start, stop], js=AFTER_STOP, **_IMMEDIATE
+    )
     run = requested.then(events.generate, inputs, outputs, js=SHORTEN, **_QUEUED)
     response = gr.Number(visible=False)
     run.failure(

@@ -207,6 +207,19 @@ def test_a_second_visitor_sees_that_they_wait_and_may_stop_waiting(open_page):
     expect(status(second)).to_have_text(re.compile(r"^8 tokens"))
 
 
+def test_generate_waits_until_the_text_before_it_has_been_stopped(open_page):
+    page, held = open_page(), []
+    page.route("**/gradio_api/cancel", lambda route: held.append(route))  # a slow server
+    generate(page, length=1000)
+    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    page.get_by_role("button", name="Stop").click()
+    expect(status(page)).to_have_text(re.compile(r"^Stopped: "))
+    generate(page)
+    page.wait_for_timeout(400)
+    held[0].continue_()
+    expect(status(page)).to_have_text(re.compile(r"^8 tokens"))
+
+
 def test_a_visitor_sees_that_the_queue_is_full(open_page, address):
     first, second = open_page(), open_page()
     generate(first, length=1000)
