@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -202,10 +203,11 @@ def test_promote_makes_only_a_run_with_a_lower_loss_the_champion(project, store)
 
 def test_promote_of_two_runs_at_once_leaves_the_better_one(project, store, monkeypatch):
     ids = [send_copy(store, project, loss) for loss in (0.26, 0.25)]
-    champion = registry.champion
+    champion, deciding = registry.champion, threading.Event()
 
     def slowly(store: Store) -> tuple:
         found = champion(store)
+        deciding.set()
         time.sleep(0.5)
         return found
 
@@ -213,7 +215,7 @@ def test_promote_of_two_runs_at_once_leaves_the_better_one(project, store, monke
     with ThreadPoolExecutor() as both:
         # The worse one starts first, and the other one while the first is deciding.
         first = both.submit(promote_run, Store(None), ids[0], True)
-        time.sleep(0.1)
+        assert deciding.wait(60)
         both.submit(promote_run, Store(None), ids[1], False).result()
         first.result()
     assert champion(store)[0].loss == 0.25

@@ -212,7 +212,8 @@ if task in (None, "2") and not starts and sys.orig_argv[-2:] == ["-m", "stages.t
                         from folio import signals
                         step(self, *arguments)
                         if self.steps_done == int(os.environ["PAUSE"]):
-                            open("paused", "w").close()
+                            if os.environ.get("RANK", "0") == "0":
+                                open("paused", "w").close()
                             while signals.seconds_left() is None:
                                 time.sleep(0.05)
                     module.Trainer.step = pausing
