@@ -45,7 +45,7 @@ def check_config(folder: Path) -> None:
         raise EntryError(f"{folder} has a vocabulary of {size} tokens, not GPT-2's {VOCAB_SIZE:,}")
 
 
-def load(folder: Path) -> transformers.GPT2LMHeadModel:
+def load(folder: Path) -> "transformers.GPT2LMHeadModel":  # in quotes: not yet imported
     """The model in a folder, in fp32. Raises EntryError if it is incomplete or damaged."""
     check_config(folder)
     try:
@@ -119,7 +119,7 @@ def windows(n: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]
 
 
 @torch.inference_mode()
-def total_loss(model: transformers.GPT2LMHeadModel, ids: torch.Tensor, stride: int) -> float:
+def total_loss(model: "transformers.GPT2LMHeadModel", ids: torch.Tensor, stride: int) -> float:
     """The sum of the losses of all tokens but the first, in nats. Each is scored once: in the first
     window that contains it, with the tokens before it in that window as its context."""
     context, total = model.config.n_positions, 0.0
