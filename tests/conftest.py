@@ -1,5 +1,7 @@
 """Fixtures: a tiny project with the real code and params.yaml, a short text and a tiny model."""
 
+import compileall
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores
@@ -63,6 +65,10 @@ VERSES = "".join(
 )
 
 
+def pytest_configure() -> None:
+    gc.disable()  # while the tests are imported, as in folio/__init__.py
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """More workers than cores: a third of the time, tests wait for processes that they started."""
     return (os.cpu_count() or 1) + 2
@@ -78,6 +84,11 @@ LONGEST += ("resume", "init_from", "docs", "integrity", "tracking", "train", "ba
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def set_params(folder: Path, settings: dict) -> None:
@@ -200,8 +211,7 @@ def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
     It has an empty MLflow store, unless store is False.
     """
 
-    def make(settings: dict | None = None, store: bool = True) -> Path:
-        folder = tmp_path_factory.mktemp("project")
+    def copy_code(folder: Path) -> None:
         for name in COPIED:
             source, copy = ROOT / name, folder / name
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +219,12 @@ def make_project(empty_store, tmp_path_factory) -> Callable[..., Path]:
                 shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy)
+        compileall.compile_dir(folder, quiet=1)  # otherwise each process compiles all of it
+
+    def make(settings: dict | None = None, store: bool = True) -> Path:
+        folder = tmp_path_factory.mktemp("project")
+        code = shared(tmp_path_factory, "code", copy_code)
+        shutil.copytree(code, folder, dirs_exist_ok=True)
         shutil.copy(ROOT / "params.yaml", folder)
         (folder / "data/raw").mkdir(parents=True)
         (folder / "data/raw/verses.txt").write_text(VERSES)
