@@ -12,7 +12,7 @@ from conftest import commit, run, run_stages, set_params, succeed
 
 from folio.errors import UserError
 
-# In the process of a stage: the first file that it writes also edits another one.
+# In the process of a stage: the first file that it writes also edits others.
 EDIT = """
 import sys
 if sys.orig_argv[1:] == ["-m", "stages.{stage}"]:
@@ -21,19 +21,36 @@ if sys.orig_argv[1:] == ["-m", "stages.{stage}"]:
     write_text = files.write_text
     def write_and_edit(path, text):
         files.write_text = write_text
-        edited = Path({path!r})
-        edited.write_text(edited.read_text().replace({old!r}, {new!r}))
+        for name, old, new in {edits!r}:
+            edited = Path(name)
+            edited.write_text(edited.read_text().replace(old, new))
         write_text(path, text)
     files.write_text = write_and_edit
 """
+# A param that lets a stage run; and for each input: what the error calls it, its file, the edit.
 EDITS = {
-    "params of train": ("train", "params.yaml", "grad_clip: 1.0", "grad_clip: 0.5"),
-    "params of the model": ("train", "params.yaml", "dropout: 0.1", "dropout: 0.2"),
-    "source of train": ("train", "folio/training/schedule.py", '"""The', '"""the'),
-    "params of evaluate": ("evaluate", "params.yaml", "stride: 8", "stride: 4"),
-    "source of evaluate": ("evaluate", "folio/inference/params.py", '"""The', '"""the'),
-    "text": ("prepare", "data/raw/verses.txt", "star", "moon"),
-    "params of prepare": ("prepare", "params.yaml", "fraction: 0.1", "fraction: 0.2"),
+    "prepare": (
+        "prepare.report_batch_size",
+        {
+            "prepare.validation_fraction": ("params.yaml", "fraction: 0.1", "fraction: 0.2"),
+            "data/raw/verses.txt": ("data/raw/verses.txt", "star", "moon"),
+        },
+    ),
+    "train": (
+        "train.seed",
+        {
+            "train.grad_clip": ("params.yaml", "grad_clip: 1.0", "grad_clip: 0.5"),
+            "model.dropout": ("params.yaml", "dropout: 0.1", "dropout: 0.2"),
+            "folio/training/schedule.py": ("folio/training/schedule.py", '"""The', '"""the'),
+        },
+    ),
+    "evaluate": (
+        "evaluate.seed",
+        {
+            "evaluate.stride": ("params.yaml", "stride: 8", "stride: 4"),
+            "folio/inference/params.py": ("folio/inference/params.py", '"""The', '"""the'),
+        },
+    ),
 }
 
 
@@ -42,12 +59,11 @@ def repo(make_trained) -> Path:
     return make_trained()
 
 
-def edit_during(repo: Path, folder: Path, stage: str, path: str, old: str, new: str):
-    """Run `dvc repro` with an edit in the middle of a stage."""
+def edit_during(repo: Path, folder: Path, stage: str, edits: list[tuple[str, str, str]]):
+    """Run a stage with `dvc repro`, with edits (path, old, new) in the middle of it."""
     folder.mkdir(exist_ok=True)
-    code = EDIT.format(stage=stage, path=path, old=old, new=new)
-    (folder / "sitecustomize.py").write_text(code)
-    return run(repo, "dvc", "repro", PYTHONPATH=f"{folder}:{repo}")
+    (folder / "sitecustomize.py").write_text(EDIT.format(stage=stage, edits=edits))
+    return run(repo, "dvc", "repro", stage, PYTHONPATH=f"{folder}:{repo}")
 
 
 def entry(repo: Path, stage: str) -> dict:
@@ -60,23 +76,26 @@ def restore(repo: Path) -> None:
     run(repo, "dvc", "checkout")
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_edit_during_a_stage_is_not_recorded(repo, tmp_path, name):
-    stage, path, old, new = EDITS[name]
-    first = {"prepare": "prepare.report_batch_size", "train": "train.seed"}
-    set_params(repo, {first.get(stage, "evaluate.seed"): 77 + list(EDITS).index(name)})  # it runs
-    before, recorded = (repo / path).read_text(), entry(repo, stage)
-    done = edit_during(repo, tmp_path / "site", stage, path, old, new)
-    after = (repo / path).read_text()
-    assert after != before, done.stdout + done.stderr
+@pytest.mark.parametrize("stage", EDITS)
+def test_edits_during_a_stage_are_not_recorded(repo, tmp_path, stage):
+    param, edits = EDITS[stage]
+    set_params(repo, {param: 77})
+    before = {path: (repo / path).read_text() for path, *_ in edits.values()}
+    recorded = entry(repo, stage)
+    done = edit_during(repo, tmp_path / "site", stage, [*edits.values()])
+    for path, text in before.items():
+        assert (repo / path).read_text() != text, done.stdout + done.stderr
     assert done.returncode != 0 and f"changed while {stage} was running" in done.stderr
+    for name in edits:
+        assert name in done.stderr
     assert "Traceback" not in done.stderr
     assert entry(repo, stage) == recorded
-    # With the edit undone, the result is that of the settings at the start, and so is the record.
-    (repo / path).write_text(before)
-    again = run(repo, "dvc", "repro")
+    # With the edits undone, the result is that of the settings at the start, and so is the record.
+    for path, text in before.items():
+        (repo / path).write_text(text)
+    again = run(repo, "dvc", "repro", stage)
     assert again.returncode == 0, again.stderr
-    status = run(repo, "dvc", "status", "--json").stdout
+    status = run(repo, "dvc", "status", "--json", stage).stdout
     assert json.loads(status) == {}
     restore(repo)
 
@@ -170,22 +189,34 @@ def test_check_accepts_files_that_dvc_can_still_pull(make_project):
     assert (folder / "data/params.ok").exists()
 
 
+INVALID = {
+    "train.steps": "abc",
+    "model.n_head": 3,
+    "evaluate.stride": 64,
+    "evaluate.top_p": 7,
+    "prepare.validation_fraction": 2,
+    "prepare.corpus": "data/raw/none.txt",
+    "train.warmup_steps": 600,
+    "runtime.device": "gpu",
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_check_finds_an_invalid_param(make_project, name):
+    folder = make_project({name: INVALID[name]}, store=False)
+    with pytest.raises(UserError, match=name.partition(".")[2]) as error:
+        run_stages(folder, "check")
+    assert "\n" not in str(error.value)
+
+
 def test_invalid_param_is_found_before_dvc_removes_a_model(make_trained):
     repo = make_trained()
     kept = {path: path.read_bytes() for path in (repo / "models").rglob("*") if path.is_file()}
-    for setting in (
-        "train.steps=abc",
-        "model.n_head=3",
-        "evaluate.stride=64",
-        "evaluate.top_p=7",
-        "prepare.validation_fraction=2",
-        "prepare.corpus=data/raw/none.txt",
-        "train.warmup_steps=600",
-        "runtime.device=gpu",
-    ):  # a change in `runtime` alone runs no stage
+    for name in ("train.steps", "runtime.device"):  # a change in `runtime` alone runs no stage
+        setting = f"{name}={INVALID[name]}"
         done = run(repo, "dvc", "exp", "run", "-S", "train.seed=78", "-S", setting)
         assert done.returncode != 0 and "Traceback" not in done.stderr
-        assert setting.partition("=")[0].partition(".")[2] in done.stderr
+        assert name.partition(".")[2] in done.stderr
         for path, content in kept.items():
             assert path.read_bytes() == content, f"{setting}: {path}"
         [way_back] = re.findall(r"`(git [^`]+)`", done.stderr)
