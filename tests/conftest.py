@@ -12,6 +12,7 @@ import importlib
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -202,6 +203,18 @@ def open_store(folder: Path) -> None:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An mlflow.db without runs, to be copied and opened: creating one takes five seconds."""
     return shared(tmp_path_factory, "store", open_store) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def server_store(empty_store, tmp_path_factory) -> Path:
+    """A database for a server to copy: without experiments of its own, in which clients would have
+    to write artifacts to a local folder."""
+    copy = tmp_path_factory.mktemp("server") / "mlflow.db"
+    shutil.copy(empty_store, copy)
+    with contextlib.closing(sqlite3.connect(copy)) as database, database:
+        database.execute("DELETE FROM experiment_tags")
+        database.execute("DELETE FROM experiments WHERE name = 'folio'")
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -193,8 +193,8 @@ def test_run_that_was_deleted_on_mlflows_page_leaves_its_experiment(project, tmp
     assert folio(project, "sync").strip() == EVERY_RUN
 
 
-def test_run_is_removed_from_a_server_for_every_clone(project, tmp_path):
-    place = f"sqlite:///{tmp_path}/server.db"
+def test_run_is_removed_from_a_server_for_every_clone(project, tmp_path, server_store):
+    place = f"sqlite:///{shutil.copy(server_store, tmp_path / 'server.db')}"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -319,8 +319,9 @@ def test_job_is_saved_by_scancel_and_requeued_at_its_time_limit(
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """The address of a server with a store of its own."""
+def mlflow_server(folder: Path, store: Path) -> Iterator[str]:
+    """The address of a server with a copy of a store."""
+    shutil.copy(store, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -342,13 +343,15 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def test_array_trains_each_trial_of_a_sweep_in_a_clone(cluster, make_trained, tmp_path):
+def test_array_trains_each_trial_of_a_sweep_in_a_clone(
+    cluster, make_trained, tmp_path, server_store
+):
     project = add_script(make_trained())
     (tmp_path / "sitecustomize.py").write_text(PAUSE)
     paused = environment(tmp_path)["PYTHONPATH"]
     output = folio(project, "sweep", "train.seed=1,2,3", "--plan", "--name", "seeds")
     assert "sbatch --array=1-3 deploy/slurm/train.sbatch seeds" in output
-    with mlflow_server(tmp_path) as uri:
+    with mlflow_server(tmp_path, server_store) as uri:
         variables = {"MLFLOW_TRACKING_URI": uri, "PAUSE": "3", "PYTHONPATH": paused}
         job = cluster.submit(project, "--array=1-3", sweep="seeds", **variables)
         until_paused(cluster, project, f"{job}_2", clone=str(CLONES / "tmp-seeds-02"))

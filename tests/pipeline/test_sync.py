@@ -208,12 +208,13 @@ def test_sync_reports_in_one_line_that_the_server_is_down(make_project):
 
 
 @pytest.fixture
-def serve(tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
+def serve(tmp_path, server_store) -> Iterator[Callable[[], subprocess.Popen]]:
     """A function that starts an MLflow server, always with the same store, at `serve.uri`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
+    shutil.copy(server_store, tmp_path / "server.db")
 
     def start() -> subprocess.Popen:
         command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]

@@ -524,8 +524,8 @@ def is_open(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_server_stores_the_runs_and_their_artifacts(bare, monkeypatch):
-    options = ["--backend-store-uri", f"sqlite:///{bare / 'server.db'}"]
+def test_server_stores_the_runs_and_their_artifacts(bare, server_store, monkeypatch):
+    options = ["--backend-store-uri", f"sqlite:///{shutil.copy(server_store, bare / 'server.db')}"]
     options += ["--artifacts-destination", str(bare / "server")]
     with serving(bare, "mlflow", "server", *options) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
