@@ -15,6 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 import yaml
 from typer.testing import CliRunner
 
@@ -61,6 +63,7 @@ TINY = {
     "runtime.device": "cpu",
     "runtime.system_metrics": False,
 }
+PROGRAMS = "FOLIO_TEST_PROGRAMS"  # the folder of tests/warm.py, for all workers
 VERSES = "".join(
     f"The sea of night {n} holds a star,\nand the star holds a sea of salt.\n\n" for n in range(150)
 )
@@ -68,6 +71,13 @@ VERSES = "".join(
 
 def pytest_configure() -> None:
     gc.disable()  # while the tests are imported, as in folio/__init__.py
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[PROGRAMS] = tempfile.mkdtemp(prefix=f"folio-{os.getpid()}-")
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ[PROGRAMS])
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -125,12 +135,38 @@ def environment(*first_on_path: Path, **more: str) -> dict[str, str]:
     }
 
 
+def programs() -> Path:
+    """The folder with `python` and `dvc` of tests/warm.py. Starts their server if needed."""
+    folder = Path(os.environ[PROGRAMS])
+    with filelock.FileLock(folder / "lock"):
+        if not (folder / "socket").exists():
+            warm.start(folder, int(folder.name.split("-")[1]), environment())
+    return folder / "bin"
+
+
+class WarmPython:
+    """In place of `sys`: runs `python -m dvc` with tests/warm.py."""
+
+    @property
+    def executable(self) -> str:
+        return str(programs() / "python")
+
+
+def warm_environment(*first_on_path: Path, **more: str) -> dict[str, str]:
+    """Like `environment`, with `python` and `dvc` of tests/warm.py first on PATH."""
+    variables = environment(*first_on_path, **more)
+    return variables | {"PATH": f"{programs()}{os.pathsep}{variables['PATH']}"}
+
+
 def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
-    """Run a command in a project's folder. more: environment variables."""
+    """Run a command in a project's folder; `python` and `dvc` are those of tests/warm.py.
+
+    more: environment variables.
+    """
     return subprocess.run(
         command,
         cwd=folder,
-        env=environment(**more),
+        env=warm_environment(**more),
         capture_output=True,
         text=True,
         timeout=240,
@@ -149,6 +185,7 @@ def inside(folder: Path) -> Iterator[None]:
     """Run the block in a project's folder, in this process, where PyTorch and MLflow are imported
     already. MLflow keeps a store open even after its file is removed."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("folio.commands.sys", WarmPython())
         patch.chdir(folder)
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

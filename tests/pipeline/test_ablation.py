@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, commit, environment, inside, set_params
+from conftest import ROOT, commit, inside, set_params, warm_environment
 
 from benchmarks import ablation
 from folio.errors import UserError
@@ -32,7 +32,7 @@ def trained(make_project):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.ablation", *WORDS, "--part", "options", "--jobs", "2"],
         cwd=folder,
-        env=environment(ROOT),
+        env=warm_environment(ROOT),
         capture_output=True,
         text=True,
         timeout=300,

@@ -48,7 +48,7 @@ def store(project, monkeypatch) -> Store:
 
 
 def process(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return run(folder, sys.executable, "-m", "folio", *words)
+    return run(folder, "python", "-m", "folio", *words)
 
 
 def tracked(store: Store, project: Path) -> TrackedRun:

@@ -18,7 +18,7 @@ from folio.run import RECORD
 
 def doctor(folder: Path) -> list[str]:
     """The problems that doctor reports."""
-    done = run(folder, sys.executable, "-m", "folio", "doctor")
+    done = run(folder, "python", "-m", "folio", "doctor")
     problems = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert done.returncode == bool(problems) and "Traceback" not in done.stderr
     return problems
@@ -96,7 +96,7 @@ def test_remedies_of_doctor_work(make_trained, project):
     assert problems == []
     succeed(folder, "dvc", "repro")
     assert "up to date" in succeed(folder, "dvc", "status")
-    assert "MLflow has every run" in succeed(folder, sys.executable, "-m", "folio", "sync")
+    assert "MLflow has every run" in succeed(folder, "python", "-m", "folio", "sync")
 
 
 EXPERIMENT = ["dvc", "exp", "run", "-S", "train.seed=77", "-S", "train.steps=3000"]
@@ -157,12 +157,10 @@ def test_damaged_record_of_an_interrupted_training_is_reported_and_its_remedy_wo
     training.wait()
     [record] = folder.glob(f".checkpoints/*/{RECORD}")
     empty(record)
-    assert "record.json is missing or damaged" in succeed(
-        folder, sys.executable, "-m", "folio", "sync"
-    )
-    failed = run(folder, sys.executable, "-m", "stages.train")
+    assert "record.json is missing or damaged" in succeed(folder, "python", "-m", "folio", "sync")
+    failed = run(folder, "python", "-m", "stages.train")
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     [line] = [line for line in doctor(folder) if "record.json" in line]
     follow(folder, line)
-    done = run(folder, sys.executable, "-m", "stages.train")
+    done = run(folder, "python", "-m", "stages.train")
     assert done.returncode == 0 and "resuming from the checkpoint of step" in done.stdout

@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import environment, run, run_stages, set_params
+from conftest import environment, run, run_stages, set_params, warm_environment
 
 SETTINGS = {
     "train.steps": 40,
@@ -23,20 +22,20 @@ SETTINGS = {
 }
 
 
-def train(folder: Path, *first_on_path: Path) -> subprocess.Popen:
+def train(folder: Path, *first_on_path: Path, warm: bool = False) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "stages.train"],
+        ["python", "-m", "stages.train"],
         cwd=folder,
-        env=environment(*first_on_path),
+        env=(warm_environment if warm else environment)(*first_on_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def stop(folder: Path, number: signal.Signals, files: str) -> tuple[int, str]:
+def stop(folder: Path, number: signal.Signals, files: str, warm: bool = False) -> tuple[int, str]:
     """Send a training the signal once the files exist; return its exit status and stderr."""
-    training = train(folder)
+    training = train(folder, warm=warm)
     end = time.monotonic() + 120
     while not list(folder.glob(files)):
         assert training.poll() is None and time.monotonic() < end
@@ -226,7 +225,7 @@ def test_mlflow_and_the_history_have_the_same_points_after_steps_were_repeated(
     """Whatever runtime.log_interval is when training resumes."""
     folder = prepared()
     set_params(folder, {"runtime.log_interval": 4})
-    stop(folder, signal.SIGTERM, ".checkpoints/*/step-*20/sha256")
+    stop(folder, signal.SIGTERM, ".checkpoints/*/step-*20/sha256", warm=True)
     REPEATS[repeat](max(folder.glob(".checkpoints/*/step-*[0-9]")))
     set_params(folder, {"runtime.log_interval": interval})
     assert run(folder, "python", "-m", "stages.train").returncode == 0

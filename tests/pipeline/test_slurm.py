@@ -70,7 +70,8 @@ class Cluster:
         self.conf = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, folder: Path, *command: str, **more: str) -> str:
-        done = run(folder, *command, **self.conf, **more)
+        variables = environment(**self.conf, **more)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -16,7 +16,17 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import commit, environment, folio, inside, run, run_stages, set_params, succeed
+from conftest import (
+    commit,
+    environment,
+    folio,
+    inside,
+    run,
+    run_stages,
+    set_params,
+    succeed,
+    warm_environment,
+)
 
 from folio.app import models as app_models
 from folio.errors import UserError
@@ -417,18 +427,18 @@ def test_sync_rebuilds_the_same_figures_from_several_evaluations(make_trained):
 
 
 @pytest.fixture
-def copies(make_project, tmp_path) -> tuple[list[Path], Callable[[Path], subprocess.Popen], str]:
+def copies(make_project, tmp_path) -> tuple[list[Path], Callable[..., subprocess.Popen], str]:
     """Three copies of a half-trained project that differ in runtime.log_interval, a function that
-    starts training in one, and the URI of the store that they share."""
+    starts training in one, perhaps to be killed, and the URI of the store that they share."""
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
-    first = make_project({"train.steps": 900, "train.eval_interval": 50, "train.patience": None})
+    first = make_project({"train.steps": 400, "train.eval_interval": 50, "train.patience": None})
     run_stages(first, "prepare")
 
-    def start(folder: Path) -> subprocess.Popen:
-        command, env = [sys.executable, "-m", "stages.train"], environment()
-        return subprocess.Popen(command, cwd=folder, env=env | {"MLFLOW_TRACKING_URI": shared})
+    def start(folder: Path, killed: bool = False) -> subprocess.Popen:
+        variables = (environment if killed else warm_environment)(MLFLOW_TRACKING_URI=shared)
+        return subprocess.Popen(["python", "-m", "stages.train"], cwd=folder, env=variables)
 
-    stop_at(60, first, start(first))
+    stop_at(60, first, start(first, killed=True))
     folders = [first, tmp_path / "second", tmp_path / "third"]
     for copy, interval in zip(folders[1:], (7, 4), strict=True):
         shutil.copytree(first, copy)
@@ -473,6 +483,6 @@ def test_copies_of_a_half_trained_project_leave_the_points_of_one(copies):
 
 def test_points_of_a_copy_that_never_finished_do_not_remain(copies):
     folders, start, shared = copies
-    stop_at(200, folders[0], start(folders[0]))
+    stop_at(150, folders[0], start(folders[0], killed=True))
     assert start(folders[1]).wait(200) == 0
     assert_points_are_those_of_one(folders[1:2], shared)
