@@ -85,11 +85,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 2
 
 
-# The longest files first, so that a short one runs last. The page and the notebook can start while
-# the others wait for the first run, which they share.
-LONGEST = ("sync", "app", "notebook", "housekeeping", "cli", "sweep", "remedies", "edits")
-LONGEST += ("slurm", "pipeline", "team")
-LONGEST += ("resume", "init_from", "docs", "integrity", "tracking", "train", "bad_input", "fuzz")
+# The longest files first, so that a short one runs last. SLURM waits most of its time, and the page
+# and the notebook can start while the others wait for the first run, which they share.
+LONGEST = ("slurm", "sync", "app", "notebook", "housekeeping", "remedies", "sweep", "docs")
+LONGEST += ("several_processes", "pipeline", "cli", "edits", "integrity", "resume", "sharded")
+LONGEST += ("fuzz", "tracking", "init_from", "prepare", "ablation", "team", "bad_input", "variant")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
