@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import stat
 
 import numpy as np
@@ -94,10 +95,16 @@ def model():
     return gpt()
 
 
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "gpt2"
+    huggingface.save(model, folder)
+    return folder
+
+
 @pytest.fixture
-def folder(model, tmp_path):
-    huggingface.save(model, tmp_path / "gpt2")
-    return tmp_path / "gpt2"
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "gpt2")
 
 
 # --- both directions

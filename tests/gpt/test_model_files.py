@@ -49,11 +49,18 @@ def real_times(monkeypatch, unhurried) -> None:
         monkeypatch.setattr(model_files, name, seconds)
 
 
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("versions")
+    save(folder / "1", 1)
+    save(folder / "2", 2)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    save(tmp_path / "versions/1", 1)
-    save(tmp_path / "versions/2", 2)
-    shutil.copytree(tmp_path / "versions/1", tmp_path / "gpt2")
+def folder(versions, tmp_path) -> Path:
+    shutil.copytree(versions, tmp_path / "versions")
+    shutil.copytree(versions / "1", tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
 
