@@ -1,7 +1,11 @@
 """Which GPUs a process uses, alone or beside other trainings on the same machine."""
 
+import contextlib
+import hashlib
 import itertools
 import os
+import re
+import socket
 from pathlib import Path
 
 import filelock
@@ -16,9 +20,14 @@ _held: list[filelock.FileLock] = []  # until the process ends
 
 
 def visible() -> list[str]:
-    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",") if names else [str(n) for n in range(torch.cuda.device_count())]
+    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES.
+
+    CUDA ignores the names after the first one that is empty or negative.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = listed.split(",") if listed else map(str, range(torch.cuda.device_count()))
+    stripped = (name.strip() for name in names)
+    return [*itertools.takewhile(lambda name: name and not name.startswith("-"), stripped)]
 
 
 def reserve(project: Path) -> None:
@@ -26,28 +35,32 @@ def reserve(project: Path) -> None:
 
     Each of FOLIO_JOBS trainings gets the same number of GPUs, which no other one uses; if there are
     more trainings than GPUs, some share one. Call this before CUDA is initialized, since it sets
-    CUDA_VISIBLE_DEVICES. Raises UserError if FOLIO_JOBS is no positive number.
+    CUDA_VISIBLE_DEVICES. Raises UserError if FOLIO_JOBS is not a positive number.
     """
     jobs = os.environ.get(JOBS) or "1"
-    if not (jobs.isascii() and jobs.isdigit() and int(jobs)):
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", jobs):
         raise UserError(f"{JOBS} is {jobs!r}: set it to the number of trainings that run at once")
     gpus = visible()
     if int(jobs) == 1 or len(gpus) < 2 or is_started_by_launcher():
         return
     parts = min(int(jobs), len(gpus))
-    part, share = _lock_first_free_slot(project / ".dvc/tmp") % parts, len(gpus) // parts
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[part * share :][:share])
+    size = len(gpus) // parts
+    shares = [",".join(gpus[part * size :][:size]) for part in range(parts)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = _lock_least_used(shares, project / ".dvc/tmp")
 
 
-def _lock_first_free_slot(folder: Path) -> int:
-    """The operating system unlocks it when this process ends, however it ends."""
+def _lock_least_used(shares: list[str], folder: Path) -> str:
+    """Return the share of the GPUs that the fewest trainings on this machine have locked.
+
+    The operating system unlocks it when this process ends, however it ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for slot in itertools.count():
-        lock = filelock.FileLock(folder / f"job-{slot}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            continue
-        _held.append(lock)
-        return slot
+    for number in itertools.count():
+        for share in shares:
+            name = hashlib.sha256(f"{socket.gethostname()} {share}".encode()).hexdigest()[:12]
+            lock = filelock.FileLock(folder / f"gpus-{name}-{number}.lock")
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(blocking=False)
+                _held.append(lock)
+                return share
     raise AssertionError

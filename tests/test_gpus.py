@@ -46,6 +46,32 @@ def test_jobs_use_different_gpus_and_take_over_those_of_a_killed_one(start_job, 
     assert start_job()[1] == "2,3"  # more jobs than expected, for example while one is exiting
 
 
+def test_jobs_that_see_different_gpus_do_not_crowd_each_other(start_job, monkeypatch):
+    monkeypatch.setenv(gpus.JOBS, "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert start_job()[1] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert start_job()[1] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert start_job()[1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("0, 1", ["0", "1"]),
+        ("2,-1,3", ["2"]),
+        ("-1", []),
+        ("0,1,", ["0", "1"]),
+        ("GPU-5a,GPU-6b", ["GPU-5a", "GPU-6b"]),
+        ("MIG-5a,MIG-6b", ["MIG-5a", "MIG-6b"]),
+    ],
+)
+def test_visible_reads_the_list_as_cuda_does(monkeypatch, listed, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert gpus.visible() == names
+
+
 @pytest.mark.parametrize(
     ("visible", "jobs", "torchrun", "left"),
     [
@@ -67,7 +93,7 @@ def test_reserve_restricts_only_one_of_several_jobs_on_several_gpus(
     assert ",".join(gpus.visible()) == left
 
 
-@pytest.mark.parametrize("jobs", ["0", "two", "-1", "²"])
+@pytest.mark.parametrize("jobs", ["0", "two", "-1", "²", " 2", "2\n", "9" * 5000])
 def test_reserve_rejects_what_is_no_positive_number(tmp_path, monkeypatch, jobs):
     monkeypatch.setenv(gpus.JOBS, jobs)
     with pytest.raises(UserError, match=r"FOLIO_JOBS is .*: set it to the number of trainings"):
