@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if min(options.tokens, options.rounds, *options.batches, 1) < 1:
+        parser.error("--tokens, --rounds and --batches must be at least 1")
     where, tokens, rounds = device.resolve_device(options.device), options.tokens, options.rounds
     torch.manual_seed(2)
     prompts = torch.randint(VOCAB_SIZE, (max([1, *options.batches]), PROMPT_TOKENS), device=where)

@@ -74,7 +74,8 @@ def contenders(
     program = (clone / PROGRAM).absolute()
     if not os.access(program, os.X_OK) or not program.is_file():
         raise UserError(
-            f"--llmc: {clone} has no program {PROGRAM}: build it there as benchmarks/llmc.py says"
+            f"--llmc: {clone} has no program {PROGRAM}: build it there as described in"
+            " benchmarks/llmc.py"
         )
     optimizer = ["-l", str(rate), "-c", str(weight_decay), "-k", "constant"]
     return {

@@ -32,7 +32,7 @@ from folio.corpus.params import PrepareParams
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 from folio.runtime import RuntimeParams
-from folio.sweeps import variants
+from folio.sweeps import sweep, variants
 from folio.tokens import token_files
 from folio.tracking.logger import NoLogger
 from folio.training import init_from, pretrained, teachers
@@ -132,7 +132,11 @@ def build(settings: Settings, tokens: Path = PREPARED) -> tuple[Trainer, Runtime
 
 
 def measure(settings: Settings, shown: str, tokens: Path) -> tuple[float, str]:
-    """Train with the settings. Returns the last validation loss, and a row."""
+    """Train with the settings. Returns the last validation loss, and a row.
+
+    Call it in a process of its own: it may restrict the process to some of the GPUs.
+    """
+    gpus.reserve(Path.cwd())
     trainer, runtime = build(settings, tokens)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -166,10 +170,13 @@ def main() -> None:
             shown = " ".join(f"{key.split('.')[1]}={value}" for key, value in line.items())
             tasks.append((settings, shown, tokens))
         print(HEAD, flush=True)
-        os.environ[gpus.JOBS] = str(options.jobs)
-        spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(options.jobs, gpus.reserve, [Path.cwd()], maxtasksperchild=1) as pool:
+        (runtime,) = params.load(runtime=RuntimeParams)
+        kind = device.resolve_device(runtime.device).type
+        os.environ |= sweep.job_environment(options.jobs, kind)
+        with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
             results = pool.starmap(measure, tasks, chunksize=1)
+            pool.close()
+            pool.join()  # a process that is terminated would leave semaphores behind
     if len(results) > 1:
         print(HEAD.replace("validation", "best first"))
         print(*(row for _, row in sorted(results)), sep="\n")

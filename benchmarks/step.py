@@ -208,7 +208,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(options: argparse.Namespace) -> tuple[Work, str]:
-    """The work that the options describe, and a title with its dimensions."""
+    """The work that the options describe, and a title with its dimensions.
+
+    Raises UserError if a number is not positive.
+    """
+    for name in ("batch", "rounds", "steps"):
+        if (number := getattr(options, name, None)) is not None and number < 1:
+            raise UserError(f"--{name} is {number}: it must be at least 1")
     tree = yaml.safe_load(params.FILE.read_text())
     for name, value in (variants.read(options.variant) if options.variant else {}).items():
         section, key = name.split(".")

@@ -1,6 +1,7 @@
 """What all benchmarks have in common."""
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, inside, run_stages
 
-from benchmarks import curve, distributed, head, llmc, recipe, step
-from folio import device
+from benchmarks import curve, distributed, generate, head, llmc, recipe, step
+from folio import device, gpus
 from folio.distributed import ONE_PROCESS
 from folio.errors import UserError
 from folio.gpt.model import ModelParams
@@ -60,6 +61,8 @@ def measure(folder, monkeypatch, *lines, options=()):
             return self
 
         def __exit__(self, *args): ...
+        def close(self): ...
+        def join(self): ...
         def starmap(self, function, tasks, chunksize):
             return [
                 (0.0, built.append(recipe.build(settings, tokens)[0]) or "")
@@ -90,6 +93,20 @@ def test_recipe_prepares_the_text_that_a_line_or_an_option_requires(trained, mon
     file = "data/raw/verses.txt"
     [same] = measure(trained, monkeypatch, "{}", options=("--corpus", file))
     assert same.data.digest == whole.data.digest
+
+
+def test_jobs_of_recipe_share_the_cores(trained, monkeypatch):
+    for name in ("OMP_NUM_THREADS", gpus.JOBS):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    measure(trained, monkeypatch, "{}", options=("--jobs", "4"))
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_job_of_recipe_that_cannot_reserve_gpus_ends_with_an_error(monkeypatch):
+    monkeypatch.setenv(gpus.JOBS, "two")
+    with pytest.raises(UserError, match="FOLIO_JOBS is 'two'"):  # in a pool's initializer, it would
+        recipe.measure({}, "", recipe.PREPARED)  # be repeated forever
 
 
 @pytest.mark.parametrize(
@@ -244,6 +261,21 @@ def test_step_benchmark_takes_turns_with_llmc(tmp_path, capsys, monkeypatch):
         step.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["llm.c", "5.00", "204,800", "2.04", "1.00", "1.00"] in lines
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--steps", "--batch"])
+def test_step_benchmark_rejects_a_number_below_one(monkeypatch, option):
+    monkeypatch.setattr(sys, "argv", ["step", option, "0"])
+    with inside(ROOT), pytest.raises(UserError, match=f"{option} is 0: it must be at least 1"):
+        step.main()
+
+
+@pytest.mark.parametrize("option", [["--batches", "1", "0"], ["--tokens", "0"], ["--rounds", "0"]])
+def test_generation_benchmark_rejects_a_number_below_one(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["generate", *option])
+    with pytest.raises(SystemExit):
+        generate.main()
+    assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_contender_whose_process_ends_is_one_line():
