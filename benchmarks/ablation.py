@@ -121,6 +121,7 @@ def train(trials: dict[str, Trial], variant: str, jobs: int, dry_run: bool) -> l
     base = variants.read(variant)
     plan.check_trials([*trials.values()], base)
     made = plan.make_plan([*trials.values()], base, None)
+    variants.report_uncommitted(variant, base | next(iter(trials.values())))
     described = dict(zip(made.trials, trials, strict=True))
     print(f"{variant}: {len(trials)} trainings")
     if dry_run:

@@ -64,6 +64,8 @@ def sweep(
     base = variants.read(variant) if variant else {}
     check_trials(trials, base)
     plan = make_plan(trials, base, name)
+    if variant:
+        variants.report_uncommitted(variant, base | trials[0])
     print(plan.overview(), flush=True)
     if dry_run:
         return

@@ -6,6 +6,7 @@ python -m folio variant seed-30m --queue     put it on DVC's queue
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def _uncommitted(tree: dict[Any, Any]) -> set[str]:
     return {f"{section}.{key}" for section, key in changed if section != "runtime"}
 
 
+def report_uncommitted(name: str, settings: Iterable[str]) -> None:
+    """Print which params of the variant's runs come from uncommitted changes of params.yaml.
+
+    settings: the names of the params that the runs set themselves.
+    """
+    if stacked := sorted(_uncommitted(params.read(params.FILE)) - {*settings}):
+        print(
+            f"{name} is applied to params.yaml as it is now, which differs from the commit in"
+            f" {', '.join(stacked)} (`git checkout HEAD -- . && dvc checkout --force` discards"
+            " that)",
+            file=sys.stderr,
+        )
+
+
 def train(name: str, queued: bool = False) -> None:
     """Replace this process with the `dvc exp run` command that trains a variant or queues it.
 
@@ -69,13 +84,7 @@ def train(name: str, queued: bool = False) -> None:
     if queued:
         queue.check_folder()
     commands.head()
-    if stacked := sorted(_uncommitted(current) - settings.keys()):
-        print(
-            f"{name} is applied to params.yaml as it is now, which differs from the commit in"
-            f" {', '.join(stacked)} (`git checkout HEAD -- . && dvc checkout --force` discards"
-            " that)",
-            file=sys.stderr,
-        )
+    report_uncommitted(name, settings)
     command = ["dvc", "exp", "run", *(["--queue"] if queued else [])]
     command += overrides.param_options(settings)
     sys.stdout.flush()

@@ -52,6 +52,8 @@ def test_variant_on_top_of_another_one_names_what_it_starts_from(project):
     done = run(project, *command)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("other is applied to")]
     assert "differs from the commit in train.learning_rate (" in line
+    sweep = ("sweep", "train.steps=2,3", "--variant", "other", "--dry-run")
+    assert line in run(project, "python", "-m", "folio", *sweep).stderr.splitlines()
 
 
 @pytest.mark.parametrize(
