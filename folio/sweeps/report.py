@@ -147,9 +147,10 @@ def _seed_section(results: list[TrialResult]) -> str:
         return table
     freedom = sum(len(losses) - 1 for losses in repeated)
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in repeated)
+    degrees = "1 degree" if freedom == 1 else f"{freedom} degrees"
     return (
         f"{table}\n\nWithin a setting, the losses of different seeds have a standard deviation of"
-        f" {(squares / freedom) ** 0.5:.4f} ({freedom} degrees of freedom). A difference between"
+        f" {(squares / freedom) ** 0.5:.4f} ({degrees} of freedom). A difference between"
         " two means of less than about twice that is not significant."
     )
 

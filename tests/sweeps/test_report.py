@@ -38,6 +38,8 @@ def test_report_shows_the_variation_between_seeds():
     ]  # fmt: skip
     assert "have a standard deviation of 0.0100 (4 degrees of freedom)" in text
     assert "it needs at least 10 trials, and 6 have finished" in text
+    pair = [each for each in results if each.loss < 40.025]
+    assert "(1 degree of freedom)" in format_report(plan(pair), pair)
 
 
 def test_report_without_seeds_warns_of_small_differences():
