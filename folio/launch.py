@@ -46,12 +46,12 @@ def count_processes(requested: int | str, device_type: str, most: int) -> int:
 def check_gpus(processes: int, gpus: int | None = None) -> None:
     """Raise UserError if there are GPUs, but not one for each process.
 
-    gpus: their number; by default, that of this machine.
+    gpus: their number; by default, that of those that this process may use.
     """
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if 0 < gpus < processes:
         raise UserError(
-            f"runtime.processes: {processes} processes need as many GPUs, but this machine has"
+            f"runtime.processes: {processes} processes need as many GPUs, but this training has"
             f" {gpus}: set it to auto, or runtime.device to cpu"
         )
 

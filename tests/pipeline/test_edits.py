@@ -136,7 +136,7 @@ def test_check_finds_a_missing_corpus_or_pretrained_folder(make_project, setting
     ("settings", "words"),
     [
         ({"processes": 3}, "3 processes cannot share the 4 windows of a step"),
-        ({"processes": 2, "device": "cuda"}, "2 processes need as many GPUs, but this machine has"),
+        ({"processes": 2, "device": "cuda"}, "2 processes need as many GPUs, but this"),
     ],
 )
 def test_check_finds_more_processes_than_can_train(make_project, monkeypatch, settings, words):
