@@ -49,7 +49,7 @@ OPTIONS: dict[str, Trial] = {
     "distillation": {"train.distill_from": "none"},
 }
 PARTS = ("options", "curve")
-PICTURE = Path("docs/ablation.png")
+VARIANT = "best-30m"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def train(trials: dict[str, Trial], variant: str, jobs: int, dry_run: bool) -> l
     return [sweep.failure_message(made, failed)] if failed else []
 
 
-def show(parts: dict[str, list[Setting]], values: dict[str, Any], stores: list[str] | None) -> None:
+def show(
+    parts: dict[str, list[Setting]], values: dict[str, Any], stores: list[str] | None, picture: Path
+) -> None:
     """Print the tables and draw. Raises UserError if MLflow has nothing to show."""
     runs = [run for run, _ in list_runs(open_stores(stores))]
     found = {part: results_of(values, settings, runs) for part, settings in parts.items()}
@@ -150,13 +152,13 @@ def show(parts: dict[str, list[Setting]], values: dict[str, Any], stores: list[s
         print(f"\n{options_table(options)}")
     if curve:
         print(f"\n{curve_table(curve)}")
-    draw(options, curve, PICTURE)
-    print(f"\ndrawn: {PICTURE}")
+    draw(options, curve, picture)
+    print(f"\ndrawn: {picture}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", default="best-30m", help="one of variants/")
+    parser.add_argument("--variant", default=VARIANT, help="one of variants/")
     parser.add_argument("--part", choices=PARTS, help="only this one; default: both")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="for the options: 1 to N")
     parser.add_argument("--curve-seeds", type=int, default=1, metavar="N", help="for the curve")
@@ -168,6 +170,8 @@ def main() -> None:
     if min(options.seeds, options.curve_seeds, options.jobs) < 1:
         raise UserError("--seeds, --curve-seeds and --jobs must be at least 1")
     values = resolve(variants.read(options.variant))
+    suffix = "" if options.variant == VARIANT else f"-{options.variant}"
+    picture = Path(f"docs/ablation{suffix}.png")
     seeds = {"options": options.seeds, "curve": options.curve_seeds}
     parts = {
         part: settings_of(values, part, seeds[part])
@@ -179,10 +183,10 @@ def main() -> None:
         failed = train(trials, options.variant, options.jobs, options.dry_run)
     if failed:
         with contextlib.suppress(UserError):  # MLflow may have none of the runs
-            show(parts, values, options.stores)
+            show(parts, values, options.stores, picture)
         raise UserError(failed[0])
     if not options.dry_run:
-        show(parts, values, options.stores)
+        show(parts, values, options.stores, picture)
 
 
 if __name__ == "__main__":

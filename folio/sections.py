@@ -1,13 +1,19 @@
-"""All sections of params.yaml, checked together. Does not import PyTorch, so checks are fast."""
+"""All sections of params.yaml, checked together, and whether the inputs that they name exist.
 
+Does not import PyTorch, so checks are fast.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from folio import params
+from folio.corpus import corpus
 from folio.corpus.params import PrepareParams
 from folio.errors import UserError
 from folio.gpt.params import ModelParams
 from folio.inference.params import EvaluateParams
 from folio.runtime import RuntimeParams
+from folio.training import init_from
 from folio.training.params import TrainParams
 
 SECTIONS: dict[str, type] = {
@@ -36,3 +42,22 @@ def check(tree: dict[Any, Any], source: str) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"{source}: runtime.processes: {error}") from None
     return loaded
+
+
+def check_inputs(loaded: dict[str, Any]) -> None:
+    """Raise UserError if the corpus or a folder in data/pretrained that params name does not exist
+    in the working folder, and DVC cannot pull it either."""
+    text, train = loaded["prepare"].corpus, loaded["train"]
+    if not _may_be_pulled(Path(text)):
+        corpus.check_exists(text, Path())
+    if not _may_be_pulled(init_from.FOLDER / train.init_from):
+        init_from.check_exists(train.init_from, Path())
+    if not _may_be_pulled(init_from.FOLDER / train.distill_from):
+        init_from.check_teachers_exist(train.distill_from, Path())
+
+
+def _may_be_pulled(path: Path) -> bool:
+    """Whether a path is missing because DVC has not pulled it yet: `dvc repro --pull` does so after
+    the stage check."""
+    tracked = [file.with_suffix("") for file in Path("data").rglob("*.dvc")]
+    return any(path.is_relative_to(each) and not each.exists() for each in tracked)

@@ -36,7 +36,7 @@ def check(tree: dict[str, Any], settings: dict[str, Any], source: str) -> None:
     """Check what params.yaml will contain after DVC has overridden it with these settings.
 
     tree: the content of params.yaml. Raises UserError, which begins with `source`, if the result
-    would be invalid, or if DVC would change a value.
+    would be invalid or names a missing text or folder, or if DVC would change a value.
     """
     param_options(settings)
     result = copy.deepcopy(tree)
@@ -44,7 +44,12 @@ def check(tree: dict[str, Any], settings: dict[str, Any], source: str) -> None:
         section, _, key = name.partition(".")
         if isinstance(result.get(section), dict):  # otherwise sections.check reports it
             result[section][key] = value
-    for name, value in params.flatten(**sections.check(result, source)).items():
+    loaded = sections.check(result, source)
+    try:
+        sections.check_inputs(loaded)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    for name, value in params.flatten(**loaded).items():
         if name not in settings:
             _check_unchanged(name, value)
 

@@ -67,7 +67,7 @@ def test_options_are_compared_by_the_runs_in_mlflow(trained):
     assert second[1].params["train.input_noise"] == "0.0"
     assert second[1].params["train.seed"] == first[1].params["train.seed"] == "1"
     assert any(line.startswith(f"{second[0]}  no input noise, seed 1  vali") for line in lines)
-    assert (folder / "docs/ablation.png").stat().st_size > 10_000
+    assert (folder / "docs/ablation-small.png").stat().st_size > 10_000
 
 
 def test_same_command_trains_nothing_again(trained, capsys):
@@ -94,7 +94,7 @@ def test_runs_in_a_copied_store_are_shown_elsewhere(trained, make_project, tmp_p
     assert printed[printed.index("| ") : printed.index("\n\ndrawn")] in shown
     [row] = [line for line in shown.splitlines() if line.startswith("|  all | ")]
     assert int(row.split("|")[2].replace(",", "")) > 2_000
-    assert (home / "docs/ablation.png").stat().st_size > 10_000
+    assert (home / "docs/ablation-small.png").stat().st_size > 10_000
     set_params(home, {"runtime.tracking_uri": f"sqlite:///{folder}/mlflow.db"})
     show(home, "--draw")
     assert capsys.readouterr().out == shown

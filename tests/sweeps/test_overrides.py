@@ -91,6 +91,10 @@ def test_invalid_result_is_rejected():
         UserError, match=r"^here: train\.seeds: unknown; did you mean train\.seed\?"
     ):
         overrides.check(TREE, {"train.seeds": 1}, "here")
+    for name in ("train.distill_from", "train.init_from", "prepare.corpus"):
+        with pytest.raises(UserError, match=f"here: {name}: 'data/raw/no.txt'"):
+            settings = {name: "data/raw/no.txt", "train.tie_unseen_tokens": False}
+            overrides.check(TREE, settings, "here")
     with pytest.raises(UserError, match=r"^here: evaluate\.stride 32 is longer than"):
         overrides.check(TREE, {"model.block_size": 16}, "here")
     with pytest.raises(UserError, match=r"^here: runtime\.processes: train\.parallel is none"):
