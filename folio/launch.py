@@ -35,24 +35,24 @@ def count_processes(requested: int | str, device_type: str, most: int) -> int:
     """
     if is_started_by_launcher():
         return 1
-    gpus = torch.cuda.device_count() if device_type == "cuda" else 0
+    available = torch.cuda.device_count() if device_type == "cuda" else 0
     if requested == "auto":
-        return max(1, min(gpus, most))
+        return max(1, min(available, most))
     if device_type != "cpu":
-        check_gpus(int(requested), max(1, gpus))
+        check_gpus(int(requested), max(1, available))
     return int(requested)
 
 
-def check_gpus(processes: int, gpus: int | None = None) -> None:
+def check_gpus(processes: int, available: int | None = None) -> None:
     """Raise UserError if there are GPUs, but not one for each process.
 
-    gpus: their number; by default, that of those that this process may use.
+    available: their number; by default, that of those that this process may use.
     """
-    gpus = torch.cuda.device_count() if gpus is None else gpus
-    if 0 < gpus < processes:
+    available = torch.cuda.device_count() if available is None else available
+    if 0 < available < processes:
         raise UserError(
             f"runtime.processes: {processes} processes need as many GPUs, but this training has"
-            f" {gpus}: set it to auto, or runtime.device to cpu"
+            f" {available}: set it to auto, or runtime.device to cpu"
         )
 
 

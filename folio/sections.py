@@ -48,12 +48,16 @@ def check_inputs(loaded: dict[str, Any]) -> None:
     """Raise UserError if the corpus or a folder in data/pretrained that params name does not exist
     in the working folder, and DVC cannot pull it either."""
     text, train = loaded["prepare"].corpus, loaded["train"]
-    if not _may_be_pulled(Path(text)):
-        corpus.check_exists(text, Path())
-    if not _may_be_pulled(init_from.FOLDER / train.init_from):
-        init_from.check_exists(train.init_from, Path())
-    if not _may_be_pulled(init_from.FOLDER / train.distill_from):
-        init_from.check_teachers_exist(train.distill_from, Path())
+    for check, name, path in (
+        (corpus.check_exists, text, Path(text)),
+        (init_from.check_exists, train.init_from, init_from.FOLDER / train.init_from),
+        (init_from.check_teachers_exist, train.distill_from, init_from.FOLDER / train.distill_from),
+    ):
+        try:
+            check(name, Path())
+        except UserError:
+            if not _may_be_pulled(path):
+                raise
 
 
 def _may_be_pulled(path: Path) -> bool:
