@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 from folio import device, files, gpus, inputs, params, plots, progress
@@ -29,7 +30,7 @@ from folio.runtime import RuntimeParams
 from folio.tokens import token_files
 from folio.tokens.token_files import TokenData
 from folio.tracking import context
-from folio.tracking.store import Store, warn_on_failure
+from folio.tracking.store import Store, reconnect, warn_on_failure
 from folio.tracking.writer import RunWriter
 
 
@@ -68,8 +69,8 @@ def run(p: EvaluateParams, runtime: RuntimeParams, root: Path, project: Path) ->
     print(format_report(metrics))
     with warn_on_failure():
         writer = RunWriter(Store(runtime.tracking_uri))
-        writer.complete(trained)
-        writer.complete(read_evaluation(root))
+        for each in (trained, read_evaluation(root)):
+            reconnect(partial(writer.complete, each))
     _remove_checkpoints(project / UNFINISHED / training.tags["train_key"], training.id)
 
 

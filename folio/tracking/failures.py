@@ -27,7 +27,13 @@ _SQLITE = {
     "unable to open": "{path} cannot be opened: check its permissions and those of its folder",
     "disk is full": "the disk of {path} is full: free some space",
 }
-_NETWORK = re.compile(r"\[Errno -?\d+\] ([A-Z][^'\")]+)|(timed out)|(Connection refused)")
+_DISCONNECTED = (
+    r"Connection reset by peer|Broken pipe|Remote end closed connection without response"
+    r"|server closed the connection unexpectedly"
+)
+_NETWORK = re.compile(
+    rf"\[Errno -?\d+\] ([A-Z][^'\")]+)|(timed out)|(Connection refused)|({_DISCONNECTED})"
+)
 # A response that is not from MLflow but from a proxy, or from another server.
 _RESPONSE = re.compile(r"error code (\d+) != 200|too many (\d+) error|not in a valid JSON format")
 
@@ -61,6 +67,11 @@ def explain(problem: BaseException, uri: str) -> str:
         hint = "check the address, the login and the server"
         return f"{without_password(uri)} cannot be reached ({text}): {hint}"
     return line
+
+
+def is_disconnected(problem: BaseException) -> bool:
+    """Whether the server closed the connection instead of responding."""
+    return re.search(_DISCONNECTED, str(problem)) is not None
 
 
 def check_uri(uri: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import threading
+from functools import partial
 from typing import Any, Self
 
 from folio import signals
@@ -92,7 +93,7 @@ class RunLogger:
             run, status, stopped = self._latest
             try:
                 writer = writer or RunWriter(store.Store(self._uri))
-                writer.send(run, status, stopped)
+                store.reconnect(partial(writer.send, run, status, stopped))
                 self._failed = False
             except Exception as problem:  # whatever a store, a network or a disk can raise
                 if not self._failed:

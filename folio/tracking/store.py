@@ -133,6 +133,20 @@ def _connect(uri: str) -> mlflow.MlflowClient:
         raise
 
 
+def reconnect(action: Callable[[], T]) -> T:
+    """Call a function that may be called twice; again if a server closed the connection.
+
+    A server closes connections that have been idle for a few seconds, and may do so just when a
+    request is sent.
+    """
+    try:
+        return action()
+    except STORE_ERRORS as problem:
+        if not failures.is_disconnected(problem):
+            raise
+    return action()
+
+
 def all_pages(search: Callable[..., PagedList[T]]) -> Iterator[T]:
     """The results on all pages of a search. search: a function that takes `page_token`."""
     page = search(page_token=None)

@@ -30,7 +30,7 @@ from folio.tracking import integrity, logged_models, queries
 from folio.tracking.integrity import Listings
 from folio.tracking.queries import EVALUATION_ID, status_of
 from folio.tracking.run_sources import RunSource, RunSources
-from folio.tracking.store import STORE_ERRORS, SYNC, Store, explain
+from folio.tracking.store import STORE_ERRORS, SYNC, Store, explain, reconnect
 from folio.tracking.writer import RunWriter, is_linked, is_same
 
 # The loss curve: its artifact path in an evaluation, and in the training run.
@@ -43,19 +43,25 @@ def run(uri: str | None, root: Path) -> list[str]:
     Returns a message for each run that was sent or is incomplete in the cache. Raises UserError if
     MLflow fails.
     """
+    messages: list[str] = []
     try:
-        store = Store(uri, repair=True)
-        synchronization = _Synchronization(store, root)
-        synchronization.send_runs()
-        synchronization.update_training_runs()
-        messages = synchronization.messages
-        writer = synchronization.writer
-        messages += [_send_unfinished(store, writer, folder) for folder in _unfinished(root)]
+        reconnect(lambda: _sync(uri, root, messages))
     except STORE_ERRORS as problem:
         text = explain(problem)
         later = "" if SYNC in text else "; sync again later"
         raise UserError(f"MLflow failed: {text}{later}") from None
-    return [line for line in messages if line]
+    return list(dict.fromkeys(messages))
+
+
+def _sync(uri: str | None, root: Path, messages: list[str]) -> None:
+    """Bring the MLflow store up to date, and append the messages to `messages`."""
+    store = Store(uri, repair=True)
+    synchronization = _Synchronization(store, root, messages)
+    synchronization.send_runs()
+    synchronization.update_training_runs()
+    for folder in _unfinished(root):
+        if message := _send_unfinished(store, synchronization.writer, folder):
+            messages.append(message)
 
 
 def runs_with_lost_files(store: Store, root: Path) -> list[str]:
@@ -78,9 +84,9 @@ def runs_with_lost_files(store: Store, root: Path) -> list[str]:
 
 
 class _Synchronization:
-    """Sends the runs in `root` to a store. `messages` contains a line per run that was sent."""
+    """Sends the runs in `root` to a store. Appends a line per run that was sent to `messages`."""
 
-    def __init__(self, store: Store, root: Path):
+    def __init__(self, store: Store, root: Path, messages: list[str]):
         self.writer = RunWriter(store)
         self._store = store
         self._sources = RunSources(root)
@@ -91,7 +97,7 @@ class _Synchronization:
         self._current = self._sources.in_workspace(EVALUATION)
         self._listings = Listings(store)
         self._sent: set[str] = set()  # folio_ids
-        self.messages = self._sources.messages
+        self.messages = self._sources.messages = messages
 
     def send_runs(self) -> None:
         """Send the runs that are missing from MLflow or have lost files there."""

@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import socket
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import pytest
 from conftest import open_store
 
 from folio.errors import UserError
-from folio.tracking import failures, queries, store
+from folio.tracking import failures, queries, store, sync
 from folio.tracking.store import STORE_ERRORS, Store, warn_on_failure
 
 # A URI, and words of the error. None of them can be opened, wherever the tests run.
@@ -92,6 +94,36 @@ def test_response_of_another_server_is_one_line_with_its_address(project, status
             Store.existing(uri)
         server.shutdown()
     assert str(error.value) == f"MLflow failed: {uri} {words}"
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_request_on_a_connection_that_the_server_closes_is_sent_again(project, reset):
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            if len(requests) > 1:
+                return self.send_error(503)
+            if reset:  # without the normal end of a connection
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.shutdown_request = server.close_request  # which would end the connection normally
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="responded with status 503"):
+            sync.run(uri, project)
+        assert len(requests) == 2
+        requests.clear()
+        with pytest.raises(UserError, match=rf"^MLflow failed: {uri} cannot be reached \(\w.* \w"):
+            Store.existing(uri)
+        server.shutdown()
 
 
 def test_missing_package_of_an_artifact_store_is_a_failure_of_the_store():
