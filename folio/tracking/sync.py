@@ -50,7 +50,7 @@ def run(uri: str | None, root: Path) -> list[str]:
         text = explain(problem)
         later = "" if SYNC in text else "; sync again later"
         raise UserError(f"MLflow failed: {text}{later}") from None
-    return list(dict.fromkeys(messages))
+    return messages
 
 
 def _sync(uri: str | None, root: Path, messages: list[str]) -> None:
@@ -90,6 +90,7 @@ class _Synchronization:
         self.writer = RunWriter(store)
         self._store = store
         self._sources = RunSources(root)
+        self.messages = self._sources.messages = messages
         self._runs = queries.all_runs(store)
         self._removed = queries.removed(store)
         self._training = self._sources.find(TRAINING)
@@ -97,7 +98,6 @@ class _Synchronization:
         self._current = self._sources.in_workspace(EVALUATION)
         self._listings = Listings(store)
         self._sent: set[str] = set()  # folio_ids
-        self.messages = self._sources.messages = messages
 
     def send_runs(self) -> None:
         """Send the runs that are missing from MLflow or have lost files there."""
