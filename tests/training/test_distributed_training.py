@@ -1,6 +1,7 @@
 """Training on several processes: the same losses, weights and checkpoints as on one."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -61,6 +62,8 @@ def spawn(server):
 
 
 def serve():
+    for name in ("sharded_weights", "sharded_checkpoint"):  # otherwise imported by each process
+        importlib.import_module(f"folio.training.{name}")
     for line in sys.stdin:
         count, *words = json.loads(line)
         with socket.socket() as free:
