@@ -32,7 +32,6 @@ from folio.cli.main import app as commands
 from folio.corpus import corpus
 from folio.gpt import model_files
 from folio.gpt.model import GPT, ModelParams
-from folio.tracking.store import Store
 
 # The tests may run in the background, where a shell ignores SIGINT and SIGQUIT, or under nohup: the
 # processes that they start do not.
@@ -232,6 +231,8 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], No
 
 def open_store(folder: Path) -> None:
     """Create the store of a project, or repair that of a copied project."""
+    from folio.tracking.store import Store  # imports MLflow
+
     with inside(folder):
         Store(None, repair=True)
 
@@ -319,6 +320,8 @@ def make_trained(make_project, tmp_path_factory) -> Callable[..., Path]:
 
 def enter_copy(project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy a project to `folder` for a test to change, and change to that folder."""
+    from folio.tracking.store import Store
+
     shutil.copytree(project, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))

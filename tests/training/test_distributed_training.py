@@ -1,6 +1,7 @@
 """Training on several processes: the same losses, weights and checkpoints as on one."""
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,8 +64,10 @@ def spawn(server):
 
 
 def serve():
-    for name in ("sharded_weights", "sharded_checkpoint"):  # otherwise imported by each process
-        importlib.import_module(f"folio.training.{name}")
+    for name in ("folio.training.sharded_weights", "folio.training.sharded_checkpoint"):
+        importlib.import_module(name)
+    importlib.import_module("torch._dynamo")  # otherwise each process with FSDP imports it
+    gc.freeze()
     for line in sys.stdin:
         count, *words = json.loads(line)
         with socket.socket() as free:
@@ -264,13 +268,18 @@ def test_process_that_waits_for_others_says_so_and_stops_at_once(spawn, rank, co
 
 
 def meet(rank, count):
-    """Wait for processes that do not exist, until SIGTERM."""
-    from folio import distributed
+    """Wait for processes that do not exist, until SIGTERM, which comes after the report."""
+    from folio import distributed, errors
     from folio.errors import one_line_errors
 
-    distributed._SECONDS_BEFORE_REPORT = 0.2
+    def report_and_stop(text):
+        report(text)
+        if text.startswith("waiting"):
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+
+    distributed._SECONDS_BEFORE_REPORT = 0.1
+    report, errors.report = errors.report, report_and_stop
     os.environ.update({"RANK": rank, "WORLD_SIZE": count})
-    threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
     with one_line_errors():
         begin = time.monotonic()
         try:
@@ -285,20 +294,24 @@ def test_process_that_waits_for_a_lock_of_the_main_one_stops_after_the_grace_per
 
 
 def hold():
-    """Stop process 1 while process 0 waits for its lock."""
+    """Stop process 1 while process 0 waits for its lock, which it gets once process 1 has ended."""
     from folio.errors import one_line_errors
 
     @contextlib.contextmanager
     def lock():
-        time.sleep(2.5)
-        os._exit(0)
+        processes = psutil.Process(os.getppid()).children()
+        [other] = [each for each in processes if each.pid != os.getpid()]
+        for _ in range(2_000):
+            if other.status() == psutil.STATUS_ZOMBIE:
+                os._exit(0)
+            time.sleep(0.01)
         yield
 
-    signals.GRACE_PERIOD = 0.5
+    signals.GRACE_PERIOD = 0.2
     with one_line_errors():
         group = join("cpu")
         if group.rank == 1:
-            threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
         with group.main_holds(lock()):
             pass
 
@@ -414,3 +427,4 @@ def test_join_reports_an_unreachable_main_process(monkeypatch):
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # without finalizing all that PyTorch has created
