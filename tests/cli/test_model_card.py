@@ -55,9 +55,25 @@ def model():
     return GPT(size, VOCAB_SIZE).eval()
 
 
+@pytest.fixture(scope="module")
+def sample():
+    """Like generate, but samples only once after each prompt."""
+    samples = {}
+
+    def generate(model, prompt, count, *args, **options):
+        key = (*prompt, count)
+        if key not in samples:
+            samples[key] = [*model_card_generate(model, prompt, count, *args, **options)]
+        return iter(samples[key])
+
+    model_card_generate = model_card.generate
+    return generate
+
+
 @pytest.fixture
-def card(model, tmp_path):
+def card(model, sample, tmp_path, monkeypatch):
     """card(origin, name) writes a card, reads it as the Hub's library does, and returns it."""
+    monkeypatch.setattr(model_card, "generate", sample)
 
     def read(origin, name="my-model"):
         path = tmp_path / "README.md"
