@@ -165,7 +165,7 @@ def run(folder: Path, *command: str, **more: str) -> subprocess.CompletedProcess
     return subprocess.run(
         command,
         cwd=folder,
-        env=warm_environment(**more),
+        env=environment(**more) if command[0] == "git" else warm_environment(**more),
         capture_output=True,
         text=True,
         timeout=240,

@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, inside, run_stages
 
-from benchmarks import curve, distributed, generate, head, llmc, recipe, step
+from benchmarks import curve, distributed, generate, head, llmc, memory, recipe, step
 from folio import device, gpus
 from folio.distributed import ONE_PROCESS
-from folio.errors import UserError
+from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
 
 SCRIPTS = [
@@ -31,15 +30,14 @@ def test_benchmark_turns_errors_into_one_line(name):
     assert source.endswith("    with one_line_errors():\n        main()\n")
 
 
-def test_benchmark_of_gpu_memory_without_a_gpu_is_one_line():
-    command = [sys.executable, "-m", "benchmarks.memory", "gpt2-124m"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == (
-        "folio: this measures a GPU's memory, and PyTorch found no GPU on this machine\n"
-    )
+def test_benchmark_of_gpu_memory_without_a_gpu_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory", "gpt2-124m"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        memory.main()
+    assert ended.value.code == 1
+    message = "folio: this measures a GPU's memory, and PyTorch found no GPU on this machine\n"
+    assert capsys.readouterr() == ("", message)
 
 
 @pytest.fixture(scope="module")

@@ -1,38 +1,38 @@
 """How trainings that run at once divide the GPUs, with processes that only reserve them."""
 
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
 
 import pytest
-from conftest import ROOT
 
 from folio import gpus
 from folio.errors import UserError
 
-_JOB = """
-import os, sys
-from pathlib import Path
-from folio import gpus
-gpus.reserve(Path(sys.argv[1]))
-print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
-sys.stdin.read()
-"""
+
+def job(folder, end):
+    gpus.reserve(folder)
+    end.send(os.environ["CUDA_VISIBLE_DEVICES"])
+    signal.pause()
 
 
 @pytest.fixture
-def start_job(tmp_path, monkeypatch):
+def start_job(tmp_path):
     """Start a job that reserves GPUs and then waits. Returns the process and its GPUs."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fork = multiprocessing.get_context("fork")
     jobs = []
 
     def start():
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen([sys.executable, "-c", _JOB, str(tmp_path)], **pipes))
-        return jobs[-1], jobs[-1].stdout.readline().strip()
+        mine, its = fork.Pipe()
+        jobs.append(fork.Process(target=job, args=[tmp_path, its]))
+        jobs[-1].start()
+        its.close()
+        return jobs[-1], mine.recv()
 
     yield start
-    for job in jobs:
-        job.communicate()
+    for each in jobs:
+        each.kill()
+        each.join()
 
 
 def test_jobs_use_different_gpus_and_take_over_those_of_a_killed_one(start_job, monkeypatch):
@@ -41,7 +41,7 @@ def test_jobs_use_different_gpus_and_take_over_those_of_a_killed_one(start_job, 
     first, its_gpus = start_job()
     assert [its_gpus, start_job()[1]] == ["2,3", "5,7"]
     first.kill()
-    first.wait()
+    first.join()
     assert start_job()[1] == "2,3"
     assert start_job()[1] == "2,3"  # more jobs than expected, for example while one is exiting
 
