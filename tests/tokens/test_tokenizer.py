@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from folio.corpus import shakespeare
 from folio.errors import UserError
 from folio.tokens import packages, tokenizer
 
@@ -35,11 +34,6 @@ ODD = [
 ]
 
 CONTEXT = 24
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return shakespeare.build_tinyshakespeare(shakespeare.read_plays())
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +60,20 @@ def original(tmp_path_factory):
         return tiktoken.Encoding(**tiktoken_ext.openai_public.gpt2())
 
 
-def test_tinyshakespeare_has_the_known_number_of_tokens(tiny):
-    train, val = tokenizer.encode(tiny[:1_003_854]), tokenizer.encode(tiny[1_003_854:])
+def test_tinyshakespeare_has_the_known_number_of_tokens(tinyshakespeare):
+    train, val = (
+        tokenizer.encode(tinyshakespeare[:1_003_854]),
+        tokenizer.encode(tinyshakespeare[1_003_854:]),
+    )
     assert (len(train), len(val)) == (301_966, 36_059)
-    whole = tokenizer.encode(tiny)
+    whole = tokenizer.encode(tinyshakespeare)
     assert len(whole) == 338_025
     assert len(np.unique(whole)) == 11_706
     assert np.array_equal(np.concatenate([train, val]), whole)  # no token spans the boundary
 
 
-def test_ids_are_those_of_tiktoken(tiny, original):
-    for text in [*ODD, tiny[1_003_854:]]:
+def test_ids_are_those_of_tiktoken(tinyshakespeare, original):
+    for text in [*ODD, tinyshakespeare[1_003_854:]]:
         assert tokenizer.encode(text).tolist() == original.encode_ordinary(text)
 
 
@@ -120,8 +117,8 @@ def test_pieces_of_a_text_that_cannot_be_split_are_one_piece(run):
     assert first + second == f"{text}x y{text}"
 
 
-def test_pieces_are_hardly_larger_than_the_given_size(tiny):
-    chunks = (tiny[at : at + 1_000] for at in range(0, len(tiny), 1_000))
+def test_pieces_are_hardly_larger_than_the_given_size(tinyshakespeare):
+    chunks = (tinyshakespeare[at : at + 1_000] for at in range(0, len(tinyshakespeare), 1_000))
     sizes = [len(piece) for piece in tokenizer.pieces(chunks, 5_000)]
     assert all(4_900 < size < 6_000 for size in sizes[:-1])
 
@@ -208,14 +205,16 @@ def test_long_run_of_one_character_does_not_overflow(character):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_auto_tokenizer_loads_the_saved_folder_and_gives_the_same_ids(tiny, tokenizer_folder):
+def test_auto_tokenizer_loads_the_saved_folder_and_gives_the_same_ids(
+    tinyshakespeare, tokenizer_folder
+):
     from transformers import AutoTokenizer
 
     opened = AutoTokenizer.from_pretrained(tokenizer_folder)
     assert type(opened).__name__.startswith("GPT2Tokenizer")
     assert len(opened) == tokenizer.VOCAB_SIZE
     assert opened.eos_token_id == 50256
-    for text in [*ODD, tiny[1_003_854:]]:
+    for text in [*ODD, tinyshakespeare[1_003_854:]]:
         ids = tokenizer.encode(text).tolist()
         assert opened(text)["input_ids"] == ids
         assert opened.decode(ids) == text
@@ -229,8 +228,8 @@ def test_tokenizer_json_has_the_same_ids_for_any_text(saved, text):
     assert saved.decode(ids) == text
 
 
-def test_tokenizer_json_has_the_same_ids_for_a_long_text_and_every_token(saved, tiny):
-    text = tiny[1_003_854:]
+def test_tokenizer_json_has_the_same_ids_for_a_long_text_and_every_token(saved, tinyshakespeare):
+    text = tinyshakespeare[1_003_854:]
     assert saved.encode(text).ids == tokenizer.encode(text).tolist()
     assert saved.get_vocab_size() == tokenizer.VOCAB_SIZE
     for token in range(0, tokenizer.VOCAB_SIZE, 7):  # also 50256
