@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, folio
 
 from folio import params
 from folio.errors import UserError
@@ -53,6 +53,5 @@ def test_read_reports_an_invalid_variant_on_one_line(tmp_path, monkeypatch, text
 
 
 def test_unknown_variant_is_reported_with_the_available_ones():
-    done = run(ROOT, "python", "-m", "folio", "variant", "gpt5")
-    assert done.returncode == 1
-    assert "'gpt5'" in done.stderr and "seed-30m" in done.stderr
+    with pytest.raises(UserError, match=r"'gpt5'.*seed-30m"):
+        folio(ROOT, "variant", "gpt5")

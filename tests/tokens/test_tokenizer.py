@@ -61,10 +61,8 @@ def original(tmp_path_factory):
 
 
 def test_tinyshakespeare_has_the_known_number_of_tokens(tinyshakespeare):
-    train, val = (
-        tokenizer.encode(tinyshakespeare[:1_003_854]),
-        tokenizer.encode(tinyshakespeare[1_003_854:]),
-    )
+    train = tokenizer.encode(tinyshakespeare[:1_003_854])
+    val = tokenizer.encode(tinyshakespeare[1_003_854:])
     assert (len(train), len(val)) == (301_966, 36_059)
     whole = tokenizer.encode(tinyshakespeare)
     assert len(whole) == 338_025

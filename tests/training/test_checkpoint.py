@@ -1,12 +1,12 @@
 """A checkpoint is the complete state, written whole or not at all, and checked when it is read."""
 
 import contextlib
+import itertools
 import json
+import multiprocessing
+import os
 import resource
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +21,6 @@ from folio.training.checkpoint import Checkpoint
 from folio.training.step import TrainStep
 from folio.training.weights import Weights
 
-ROOT = Path(__file__).parent.parent.parent
 PARAMS = ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.2)
 ROWS = 50
 
@@ -103,6 +102,14 @@ def full_disk(limit):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def exit_code(function):
+    """Run a function in a fork of this process."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 # --- the complete state
@@ -268,19 +275,14 @@ def test_save_on_full_disk_leaves_previous_checkpoints(folder):
 
 def test_kill_during_save_leaves_previous_checkpoints(folder):
     before = contents(folder)
-    script = f"""
-import resource, signal, sys
-import torch
-from pathlib import Path
-from folio.training import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills it at the 50,001st byte
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-tensors = {{"model.w": torch.zeros(100_000)}}
-checkpoint.save(Path({str(folder)!r}), checkpoint.Checkpoint(4, tensors, {{}}))
-"""
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -signal.SIGXFSZ, killed.stderr
+
+    def save():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills it at the 50,001st byte
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        write(folder, 4, numbers=100_000)
+
+    assert exit_code(save) == -signal.SIGXFSZ
     after = contents(folder)
     half = {path: content for path, content in after.items() if path not in before}
     assert [len(content) for content in half.values()] == [50_000]  # it was at work
@@ -316,24 +318,19 @@ def test_save_replaces_checkpoint_of_same_step(folder):
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_kill_during_removal_leaves_no_partial_checkpoint(folder, call):
-    script = f"""
-import itertools, os, shutil, signal
-from pathlib import Path
-import torch
-from folio.training import checkpoint
-calls, sound = itertools.count(1), os.unlink
-def unlink(*arguments, **options):  # shutil.rmtree removes files by it
-    if next(calls) == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sound(*arguments, **options)
-os.unlink = unlink
-for step in (4, 5):
-    checkpoint.save(
-        Path({str(folder)!r}), checkpoint.Checkpoint(step, {{"model.w": torch.zeros(9)}}, {{}})
-    )
-"""
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    calls, sound = itertools.count(1), os.unlink
+
+    def unlink(*arguments, **options):  # shutil.rmtree removes files by it
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sound(*arguments, **options)
+
+    def save():
+        os.unlink = unlink
+        for step in (4, 5):
+            write(folder, step)
+
+    assert exit_code(save) == -signal.SIGKILL
     for step in checkpoint.steps(folder):
         checkpoint.load(folder, step)
     write(folder, 6)
