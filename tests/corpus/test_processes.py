@@ -1,22 +1,21 @@
 """Several processes encode a corpus as one does, and leave nothing behind when they are stopped."""
 
 import hashlib
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, environment
 
 from folio.corpus import encoding, processes, segments, tasks, work
 from folio.corpus.params import PrepareParams
-from folio.errors import UserError
+from folio.errors import UserError, one_line_errors
 from stages import prepare
 
 
@@ -117,16 +116,6 @@ def test_disk_error_reaches_the_user_from_any_process(plan, tmp_path, monkeypatc
     assert not children() and not list(tmp_path.glob("*.npz"))
 
 
-PREPARE = """
-from pathlib import Path
-from folio.corpus import encoding, tasks
-tasks.TASK, encoding.SEGMENT = 150_000, 300_000
-from folio.corpus.params import PrepareParams
-from folio.errors import one_line_errors
-from stages import prepare
-with one_line_errors():
-    prepare.run(PrepareParams(**{}), Path(), Path())
-"""
 SETTINGS = {"corpus": "data/raw/set", "text_column": "text", "validation_fraction": 0.1}
 SETTINGS |= {"training_fraction": 1.0, "segmentations": 0, "bpe_dropout": 0.1}
 SETTINGS |= {"report_batch_size": 8, "report_block_size": 128}
@@ -143,22 +132,24 @@ def outs(root: Path) -> dict[Path, str]:
 
 def stop(root: Path, number: int, segments: int) -> str:
     """Run prepare in `root`, and send it a signal once there are some segments; return stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PREPARE.format(SETTINGS)],
-        cwd=root,
-        env=environment(ROOT),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    lines = root / "stderr"
+
+    def run() -> None:
+        os.chdir(root)
+        with lines.open("w") as sys.stderr, one_line_errors():
+            prepare.run(PrepareParams(**SETTINGS), Path(), Path())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
     while len([*root.glob(".checkpoints/prepare-*/[!.]*.npz")]) < segments:
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), lines.read_text()
         time.sleep(0.002)
     workers = psutil.Process(process.pid).children()
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
-    assert not psutil.wait_procs(workers, timeout=10)[1]
-    return stderr
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode in (-signal.SIGKILL, 128 + number)
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
+    return lines.read_text()
 
 
 def test_stopped_prepare_continues_and_writes_the_same_bytes(
@@ -172,11 +163,13 @@ def test_stopped_prepare_continues_and_writes_the_same_bytes(
     monkeypatch.setattr(encoding._Builder, "save", lambda *args: saved.append(save(*args)))
     prepare.run(PrepareParams(**SETTINGS), whole, whole)
     total = len(saved)
+    use_cores(monkeypatch, 2)
     stop(root, signal.SIGKILL, 1)
     line = stop(root, signal.SIGTERM, 3)
     assert line.count("\n") == 1
     assert "% of the text is encoded; run the same command again to continue" in line
     kept = len([*root.glob(".checkpoints/*/[!.]*.npz")])
+    use_cores(monkeypatch, 1)
     saved.clear()
     prepare.run(PrepareParams(**SETTINGS), root, root)
     assert 3 <= kept == total - len(saved)
