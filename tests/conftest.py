@@ -89,6 +89,7 @@ def pytest_xdist_auto_num_workers() -> int:
 LONGEST = ("slurm", "sync", "app", "notebook", "housekeeping", "remedies", "sweep", "docs")
 LONGEST += ("several_processes", "pipeline", "cli", "edits", "integrity", "resume", "sharded")
 LONGEST += ("fuzz", "tracking", "init_from", "prepare", "ablation", "team", "bad_input", "variant")
+LONGEST += ("distributed_training", "launch", "benchmarks", "processes", "tokenizer", "check_entry")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
