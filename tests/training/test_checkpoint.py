@@ -106,7 +106,12 @@ def full_disk(limit):
 
 def exit_code(function):
     """Run a function in a fork of this process."""
-    process = multiprocessing.get_context("fork").Process(target=function)
+
+    def run():
+        torch.set_num_threads(1)  # OpenMP's threads are missing in a fork
+        function()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     process.join()
     return process.exitcode
