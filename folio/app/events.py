@@ -68,9 +68,9 @@ def stop(text: Text | None) -> Values:
 
 
 def after_stop(text: Text | None) -> Values:
-    """The text, its token probabilities and the status, after `stop`.
+    """The text, its token probabilities and the status, once `generate` has been cancelled.
 
-    Sent again because the last update from `generate` may reach the page after the one from `stop`.
+    Sent again because updates from `generate` may reach the page after the one from `stop`.
     """
     if text is None or not text.stopped:  # the visitor has requested another text
         return gr.skip(), gr.skip(), gr.skip()

@@ -75,10 +75,12 @@ setInterval(() => {
 }, 50);
 """
 
-# Until a text has been stopped, Gradio would ignore the request for the next one.
-AFTER_STOP = """async () => {
-    while (window.stopping) await new Promise(resolve => setTimeout(resolve, 20));
-    return [];
+# Until the server has stopped a text, it sends more of it, and Gradio would ignore the request for
+# the next one. Gradio asks the server to stop a moment after it has run events.stop.
+AFTER_STOP = """async (...inputs) => {
+    do await new Promise(resolve => setTimeout(resolve, 30));
+    while (window.stopping);
+    return inputs;
 }"""
 
 # The server rejects long requests: it gets enough of a prompt and of a seed to see that they are
@@ -241,6 +243,7 @@ def _on_generate(
         events.after_stop,
         [state],
         [text, probabilities, status],
+        js=AFTER_STOP,
         concurrency_id="after stop",
         **_QUEUED,
     )

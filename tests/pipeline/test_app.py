@@ -213,11 +213,28 @@ def test_generate_waits_until_the_text_before_it_has_been_stopped(open_page):
     generate(page, length=1000)
     expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
     page.get_by_role("button", name="Stop").click()
-    expect(status(page)).to_have_text(re.compile(r"^Stopped: "))
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
     generate(page)
     page.wait_for_timeout(400)
     held[0].continue_()
     expect(status(page)).to_have_text(re.compile(r"^8 tokens"))
+
+
+def test_a_stopped_text_stays_as_it_was_when_stop_was_clicked(open_page):
+    page, held = open_page(), []
+    page.route("**/gradio_api/cancel", lambda route: held.append(route))  # a slow server
+    generate(page, length=1000)
+    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    page.wait_for_timeout(400)  # the text goes on
+    held[0].continue_()
+    expect(status(page)).to_have_text(re.compile(r"^Stopped: "))
+    page.wait_for_timeout(400)
+    stopped = status(page).inner_text()
+    assert stopped.startswith("Stopped: ")
+    # Of the prompt, all tokens but the first have a probability.
+    expect(page.locator(".token")).to_have_count(3 + int(stopped.split()[1]))
 
 
 def test_a_visitor_sees_that_the_queue_is_full(open_page, address):
@@ -275,7 +292,8 @@ def test_the_panels_follow_the_text_unless_the_visitor_has_scrolled_up(open_page
     page.wait_for_function(f"({END})(document.querySelector('.tokens')) < 30")
     generate(page, prompt="My lord,\n" * 150, length=1000)
     expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
-    box.evaluate("e => e.scrollTop = 200")
+    # The browser reports it with the next frame; an update of the text may come before that.
+    box.evaluate("e => { e.scrollTop = 200; e.dispatchEvent(new Event('scroll')); }")
     page.wait_for_timeout(400)
     assert box.evaluate("e => e.scrollTop") == 200
     page.get_by_role("button", name="Stop").click()
