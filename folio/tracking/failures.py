@@ -40,7 +40,7 @@ _RESPONSE = re.compile(r"error code (\d+) != 200|too many (\d+) error|not in a v
 
 def explain(problem: BaseException, uri: str) -> str:
     """A failure of the store at `uri` in one line, with a hint if its cause is known."""
-    line = first_line(problem)
+    line = _mask_passwords(first_line(problem))
     if isinstance(problem, UserError):
         return line
     if isinstance(problem, ImportError) and problem.name:
@@ -116,7 +116,11 @@ def check_content(uri: str) -> None:
 def without_password(uri: str) -> str:
     """The URI, with a password replaced by ***, and without a query, which may have a token."""
     uri = uri.partition("?")[0] if uri.startswith("http") else uri
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    return _mask_passwords(uri)
+
+
+def _mask_passwords(text: str) -> str:
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
 def first_line(problem: BaseException) -> str:

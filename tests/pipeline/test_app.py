@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, environment
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 from folio import files
 from folio.gpt import huggingface
@@ -127,6 +127,18 @@ def generate(page: Page, prompt: str = "ROMEO:\n", length: int = 8, seed: str = 
     page.get_by_role("button", name="Generate").click()
 
 
+def stop_on_a_slow_server(open_page) -> tuple[Page, list[Route]]:
+    """Stop a text. Returns the page, and the request to cancel the text once it has been sent; the
+    server does not receive it before `continue_`."""
+    page, held = open_page(), []
+    page.route("**/gradio_api/cancel", lambda route: held.append(route))
+    generate(page, length=1000)
+    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    return page, held
+
+
 def generate_all(page: Page, **settings) -> None:
     """Generate a text, and wait until everything about it is shown and the status has changed."""
     before = re.escape(status(page).inner_text())
@@ -208,12 +220,7 @@ def test_a_second_visitor_sees_that_they_wait_and_may_stop_waiting(open_page):
 
 
 def test_generate_waits_until_the_text_before_it_has_been_stopped(open_page):
-    page, held = open_page(), []
-    page.route("**/gradio_api/cancel", lambda route: held.append(route))  # a slow server
-    generate(page, length=1000)
-    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
-    page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    page, held = stop_on_a_slow_server(open_page)
     generate(page)
     page.wait_for_timeout(400)
     held[0].continue_()
@@ -221,12 +228,7 @@ def test_generate_waits_until_the_text_before_it_has_been_stopped(open_page):
 
 
 def test_a_stopped_text_stays_as_it_was_when_stop_was_clicked(open_page):
-    page, held = open_page(), []
-    page.route("**/gradio_api/cancel", lambda route: held.append(route))  # a slow server
-    generate(page, length=1000)
-    expect(status(page)).to_have_text(re.compile(r"^\d+ of 1,000 tokens, "))
-    page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+    page, held = stop_on_a_slow_server(open_page)
     page.wait_for_timeout(400)  # the text goes on
     held[0].continue_()
     expect(status(page)).to_have_text(re.compile(r"^Stopped: "))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import open_store
+from mlflow.exceptions import MlflowException
 
 from folio.errors import UserError
 from folio.tracking import failures, queries, store, sync
@@ -144,6 +145,16 @@ def test_missing_package_of_an_artifact_store_is_a_failure_of_the_store():
 )
 def test_password_is_not_shown(uri, shown):
     assert failures.without_password(uri) == shown
+
+
+def test_password_in_the_message_of_a_failure_is_not_shown():
+    url = "http://ada:secret@host:5000/api"
+    for error in (
+        MlflowException(f"request to {url} failed"),
+        OSError(f"500 Error for url: {url}"),
+    ):
+        text = failures.explain(error, "http://ada:secret@host:5000")
+        assert "secret" not in text and "http://ada:***@host:5000/api" in text
 
 
 def test_path_that_ends_in_the_middle_of_a_uri_is_rejected(project):
