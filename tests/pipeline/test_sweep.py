@@ -11,6 +11,7 @@ import pytest
 from conftest import environment, folio, inside, run, warm_environment
 from PIL import Image
 
+from benchmarks import entry
 from folio.errors import UserError
 from folio.sweeps.plan import read_plan
 from folio.tracking.queries import list_runs
@@ -83,6 +84,22 @@ def test_each_of_several_simultaneous_trainings_has_a_complete_run(swept, name):
     assert folders == {"data", "training"}
     models = store.search_logged_models([experiment])
     assert kept.info.run_id in {model.source_run_id for model in models}
+
+
+def test_models_of_a_sweep_are_measured_as_an_entry_of_the_leaderboard(swept, tmp_path):
+    folder, _ = swept
+    [text] = (folder / "data/raw").glob("*.txt")
+    with inside(folder):
+        found = dict(entry.restore(read_plan("mine"), tmp_path))
+    rows = {name: entry.measure(restored, text) for name, restored in found.items()}
+    assert rows.keys() == {"mine-01", "mine-03"}
+    for training, validation, sliding, best, step, checked, also_sliding in rows.values():
+        assert checked == pytest.approx(validation, abs=1e-4)
+        assert also_sliding == pytest.approx(checked, abs=0.1) and sliding < 11
+        assert best <= validation + 1e-6 and step in (2, 4, 6) and training > 0
+    lines = entry.table(rows).splitlines()
+    assert len(lines) == 6 and len(set(map(len, lines))) == 1
+    assert f"{(rows['mine-01'][1] + rows['mine-03'][1]) / 2:.4f}" in lines[3]
 
 
 def test_sweep_leaves_the_working_tree_unchanged(swept):
