@@ -15,6 +15,7 @@ from folio.cli.store import tracking_uri
 from folio.errors import UserError
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 _MODEL_HELP = "A model folder, the name or id of an MLflow run, or models:/folio@champion."
 _MAX_STDIN = 16_000_000  # bytes
 
@@ -52,6 +53,10 @@ def sample(
     device: Annotated[
         Device, typer.Option(help="auto selects the first available of cuda, mps and cpu.")
     ] = "auto",
+    precision: Annotated[
+        Precision,
+        typer.Option(help="auto selects bf16 on a GPU that supports it, and otherwise fp32."),
+    ] = "auto",
 ) -> None:
     """Generate text with a model and print it token by token.
 
@@ -63,6 +68,7 @@ def sample(
 
     from folio.device import resolve_device
     from folio.inference.generation import generate
+    from folio.inference.precision import in_precision
     from folio.inference.prompt import encode_prompt
     from folio.tokens import tokenizer
     from folio.tracking.model_loader import load_model
@@ -72,7 +78,7 @@ def sample(
     text = _read_stdin() if prompt == "-" else prompt
     if not text:
         raise UserError("the prompt is empty: use $'\\n', a newline, to start without one")
-    gpt = load_model(model, tracking_uri(), resolve_device(device))
+    gpt = in_precision(load_model(model, tracking_uri(), resolve_device(device)), precision)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     generator = torch.Generator().manual_seed(seed)
     limit = None if top_p == 1 else top_p

@@ -12,6 +12,9 @@ from folio.gpt.model import GPT, KVCache
 # oneDNN's F.linear. For few rows it is twice as fast as MKL's, which uses one thread for one row
 # and slower code on AMD (`python -m benchmarks.generate`). Some builds of PyTorch do not have it.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_ONEDNN_DTYPES = [torch.float32]
+if getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():  # by this CPU
+    _ONEDNN_DTYPES.append(torch.bfloat16)
 
 _MIN_CAPACITY = 256  # tokens that the first CUDA graph attends to
 
@@ -87,7 +90,7 @@ class Decoder:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear, using the fastest implementation for a small number of rows."""
-    if _ONEDNN_LINEAR and x.device.type == "cpu":
+    if _ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype in _ONEDNN_DTYPES:
         return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -119,4 +122,4 @@ def _attend(
         return F.scaled_dot_product_attention(q, k, v)
     # With one query in fp32, PyTorch's attention kernel takes a GPU two to nine times as long.
     scores = torch.add(mask, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1).to(v.dtype) @ v  # the mask and the scores are in fp32

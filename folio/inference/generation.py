@@ -32,10 +32,10 @@ def generate(
     prompts = torch.tensor([prompt])
     for ids in generate_batch(model, prompts, tokens, temperature, top_k, top_p, generator):
         if (token := int(ids)) == NOT_FINITE:
-            raise UserError(
-                "the model computes values that are NaN or infinite: its weights are too large or"
-                " damaged; choose another model"
-            )
+            hint = "its weights are too large or damaged; choose another model"
+            if model.transformer.wte.weight.dtype == torch.float16:
+                hint = "its values may be too large for fp16; choose bf16 or fp32"
+            raise UserError(f"the model computes values that are NaN or infinite: {hint}")
         yield token
 
 

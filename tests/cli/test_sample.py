@@ -1,13 +1,18 @@
-"""What `sample` prints to a terminal, and reads from standard input."""
+"""What `sample` prints to a terminal and reads from standard input, and its precision."""
 
 import errno
 import io
 import sys
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from folio.cli import sample
+from folio.cli import main, sample
 from folio.errors import UserError
+from folio.gpt.model import GPT, ModelParams
+from folio.inference import generation
+from folio.tokens.tokenizer import VOCAB_SIZE
 
 
 def test_escape_disarms_control_characters():
@@ -81,3 +86,44 @@ def test_error_during_generation_starts_on_a_new_line(capsys):
     with pytest.raises(UserError):
         sample._print(pieces())
     assert capsys.readouterr().out == "KING\n"
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The dtypes of the models that `sample` has generated with."""
+    sizes = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.0)
+    gpt, dtypes, generate = GPT(sizes, VOCAB_SIZE).eval(), [], generation.generate
+
+    def record(model, *options):
+        dtypes.append(model.transformer.wte.weight.dtype)
+        return generate(model, *options)
+
+    monkeypatch.setattr("folio.tracking.model_loader.load_model", lambda *_: gpt)
+    monkeypatch.setattr(sample, "tracking_uri", lambda: None)
+    monkeypatch.setattr(generation, "generate", record)
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ([], torch.float32),
+        (["--precision", "auto"], torch.float32),
+        (["--precision", "fp32"], torch.float32),
+        (["--precision", "bf16"], torch.bfloat16),
+        (["--precision", "fp16"], torch.float16),
+    ],
+)
+def test_sample_generates_in_the_given_precision(used, options, dtype):
+    words = ["sample", "To be", "--tokens", "9", "--seed", "1", "--device", "cpu", *options]
+    done = CliRunner().invoke(main.app, words)
+    assert done.exit_code == 0 and done.output.startswith("To be") and "seed 1, " in done.output
+    assert used == [dtype]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "", "BF16 ", "16"])
+def test_sample_refuses_any_other_precision(used, precision):
+    done = CliRunner().invoke(main.app, ["sample", "--precision", precision])
+    assert done.exit_code == 2 and "Invalid value for '--precision'" in done.output
+    assert "not one of 'auto', 'bf16', 'fp16', 'fp32'" in " ".join(done.output.split())
+    assert used == []

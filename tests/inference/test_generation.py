@@ -197,6 +197,15 @@ def test_values_that_are_not_finite_give_a_one_line_error(model, name, value, te
     assert ids.tolist() == [generation.NOT_FINITE] * 2
 
 
+def test_error_of_values_too_large_for_fp16_names_the_other_precisions(model):
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.transformer.ln_f.weight.mul_(1e5)
+    assert len(sample(large)) == 30
+    with pytest.raises(UserError, match=r"too large for fp16; choose bf16 or fp32$"):
+        sample(large.half())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_values_that_become_infinite_later_give_a_one_line_error(model, temperature):
     broken = copy.deepcopy(model)
