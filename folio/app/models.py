@@ -14,6 +14,7 @@ from folio import device, params
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
+from folio.inference.precision import in_precision
 from folio.run import HISTORY, RECORD, TRAINING, read_history, read_record
 from folio.runtime import RuntimeParams
 from folio.tracking.model_loader import load_folder, load_model
@@ -27,6 +28,14 @@ class OpenModel:
     name: str  # the folder, the name of the MLflow run, or models:/...
     model: GPT
     history: list[dict[str, Any]]  # of its training; empty if unknown
+
+    @functools.cached_property
+    def generating(self) -> GPT:
+        """The model to generate text with: on a GPU a copy in bf16, otherwise `model` itself.
+
+        The probabilities of tokens are those of `model`, in fp32.
+        """
+        return in_precision(self.model, "auto")
 
 
 def open_model(name: str, refresh: bool = False) -> OpenModel:

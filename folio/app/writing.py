@@ -55,7 +55,7 @@ def generate(text: Text, temperature: float, top_k: float, top_p: float) -> Iter
     """
     content = text.content
     ids = generation.generate(
-        text.source.model,
+        text.source.generating,
         list(text.ids),
         text.wanted,
         round(temperature, 2),

@@ -4,7 +4,9 @@ MLflow stores this file and the `folio` package with each logged model, and runs
 the model; nothing is pickled. Requests are limited, because a server may accept them from anyone.
 """
 
+import contextlib
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
+from folio.device import resolve_device
 from folio.errors import UserError
 from folio.gpt import huggingface
 from folio.gpt.model import GPT
 from folio.inference import generation
 from folio.inference.params import COLUMN, PARAMS
+from folio.inference.precision import in_precision
 from folio.inference.prompt import encode_prompt
 from folio.tokens import tokenizer
 
@@ -25,6 +29,10 @@ from folio.tokens import tokenizer
 MAX_PROMPTS = 64
 MAX_CHARACTERS = 10_000  # per prompt
 MAX_TOKENS = 1_000  # generated for each prompt
+
+# MLflow's server answers each request in a thread of its own, but only one thread at a time can
+# capture a CUDA graph.
+_GPU = threading.Lock()
 
 
 class TextGenerator(PythonModel):
@@ -42,8 +50,10 @@ class TextGenerator(PythonModel):
     _skip_type_hint_validation = True
 
     def load_context(self, context: Any) -> None:
-        """Load the model from the Hugging Face folder among the artifacts."""
-        self.model = huggingface.load(Path(context.artifacts["gpt2"]))
+        """Load the model from the Hugging Face folder among the artifacts, onto the GPU if there
+        is one."""
+        model = huggingface.load(Path(context.artifacts["gpt2"]), resolve_device("auto"))
+        self.model = in_precision(model, "auto")
 
     def predict(self, context, model_input, params=None):
         """Generate a text for each prompt, in order. Raises MlflowException for an invalid
@@ -61,21 +71,24 @@ class TextGenerator(PythonModel):
             raise _invalid("params: top_p is 0, which excludes every token; 1 means no limit")
         seed = secrets.randbits(48) if seed < 0 else seed
         prompts = [_encode(self.model, text) for text in texts]
+        is_cuda = self.model.transformer.wte.weight.is_cuda
+        lock = _GPU if is_cuda else contextlib.nullcontext()
         try:
-            return [
-                tokenizer.decode(
-                    generation.generate(
-                        self.model,
-                        prompt,
-                        tokens,
-                        temperature,
-                        top_k or None,
-                        None if top_p == 1 else top_p,
-                        torch.Generator().manual_seed(seed + number),
+            with lock:
+                return [
+                    tokenizer.decode(
+                        generation.generate(
+                            self.model,
+                            prompt,
+                            tokens,
+                            temperature,
+                            top_k or None,
+                            None if top_p == 1 else top_p,
+                            torch.Generator().manual_seed(seed + number),
+                        )
                     )
-                )
-                for number, prompt in enumerate(prompts)
-            ]
+                    for number, prompt in enumerate(prompts)
+                ]
         except UserError as problem:  # of the model, not of the request
             raise MlflowException(str(problem)) from None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folio import files
+from folio import device, files
 from folio.app import models
 from folio.errors import UserError
 from folio.gpt import huggingface
@@ -49,6 +49,19 @@ def test_open_model_reads_a_model_once_until_its_files_change(project):
     files.write_text(project / "other", "")
     weights.touch()
     assert models.open_model(models.PIPELINE) is not first
+
+
+def test_opened_model_generates_in_fp32_on_a_cpu(project):
+    opened = models.open_model(models.PIPELINE)
+    assert device.resolve_device("auto").type != "cpu" or opened.generating is opened.model
+
+
+def test_opened_model_in_bf16_keeps_the_original_for_probabilities(project, monkeypatch):
+    monkeypatch.setattr("folio.inference.precision.resolve_precision", lambda name, where: "bf16")
+    opened = models.open_model(models.PIPELINE)
+    assert opened.generating is opened.generating is not opened.model
+    weights = [m.transformer.wte.weight for m in (opened.model, opened.generating)]
+    assert [weight.dtype for weight in weights] == [torch.float32, torch.bfloat16]
 
 
 def test_open_model_accepts_an_absolute_path(project):

@@ -87,6 +87,15 @@ def test_generate_gives_the_same_text_for_the_same_seed(source):
     assert texts[0].ids == texts[1].ids != texts[2].ids
 
 
+def test_generate_uses_the_model_for_generation(monkeypatch):
+    source = open_model(tokenizer.VOCAB_SIZE)
+    monkeypatch.setattr("folio.inference.precision.resolve_precision", lambda name, where: "bf16")
+    used = []
+    monkeypatch.setattr(writing.generation, "generate", lambda model, *_: used.append(model) or [])
+    list(writing.generate(writing.start(source, "a", 1, "1"), 0, 0, 1))
+    assert used == [source.generating] and used != [source.model]
+
+
 def test_progress_reports_speed_seed_and_a_truncated_prompt(source):
     text = writing.start(source, "a b c d e f g h i j", 1, "1")
     list(writing.generate(text, 0, 0, 1))

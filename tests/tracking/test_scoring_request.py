@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from mlflow.exceptions import MlflowException
 
+from folio.device import DTYPES
+from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
 from folio.inference.params import PARAMS
 from folio.tokens.tokenizer import VOCAB_SIZE
@@ -385,3 +388,17 @@ def test_failure_of_the_model_is_one_line_and_not_the_fault_of_the_request():
     with pytest.raises(MlflowException, match="computes values that are NaN") as failed:
         served.predict(None, ["To be"])
     assert failed.value.get_http_status_code() == 500
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_served_model_generates_in_the_precision_of_its_device(tmp_path, monkeypatch, precision):
+    sizes = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.0)
+    huggingface.save(GPT(sizes, VOCAB_SIZE), tmp_path / "gpt2")
+    served, context = pyfunc.TextGenerator(), SimpleNamespace(artifacts={"gpt2": tmp_path / "gpt2"})
+    monkeypatch.setattr("folio.tracking.pyfunc.resolve_device", lambda name: torch.device("cpu"))
+    if precision == "bf16":  # as on a GPU
+        name = "folio.inference.precision.resolve_precision"
+        monkeypatch.setattr(name, lambda name, where: precision)
+    served.load_context(context)
+    assert served.model.transformer.wte.weight.dtype == DTYPES[precision]
+    assert served.predict(context, ["To be"] * 2, {"tokens": 3, "seed": 1})
