@@ -1,7 +1,9 @@
 """What all benchmarks have in common."""
 
+import copy
 import io
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -274,6 +276,42 @@ def test_generation_benchmark_rejects_a_number_below_one(monkeypatch, capsys, op
     with pytest.raises(SystemExit):
         generate.main()
     assert "must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "size", ["6", "6/6", "0/6/384", "6/5/384", "6/6/-384", "a/6/384", "1/1/1/"]
+)
+def test_generation_benchmark_rejects_sizes_of_no_model(monkeypatch, capsys, size):
+    monkeypatch.setattr(sys, "argv", ["generate", "--size", size])
+    with pytest.raises(SystemExit):
+        generate.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --size: {size}: give layers/heads/width, such as 12/12/768" in line
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_texts_may_differ_only_where_rounding_explains_it(precision):
+    size = generate.parse_size("2/2/32")
+    model = generate.build_model(size, 16, torch.device("cpu"), device.DTYPES[precision])
+    exact, prompt = copy.deepcopy(model).float(), torch.tensor([3, 1, 4])
+    descending = exact(prompt[None])[0, -1].argsort(descending=True).tolist()
+    same = [descending[0], 5]
+    assert generate.gap(model, exact, prompt, same, same) == (0.0, 0.0)
+    found, explained = generate.gap(model, exact, prompt, same, [descending[0], 6])
+    assert found > 0 and explained < 0.5
+    found, explained = generate.gap(model, exact, prompt, same, [descending[20_000], 5])
+    assert found > explained >= 1e-5 and (explained == 1e-5) == (precision == "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_generation_benchmark_compares_in_one_precision(monkeypatch, capsys, precision):
+    words = ["--device", "cpu", "--tokens", "6", "--rounds", "1", "--batches", "2"]
+    words += ["--precision", precision, "--size", "1/2/16"]
+    monkeypatch.setattr(sys, "argv", ["generate", *words])
+    generate.main()
+    printed = capsys.readouterr().out
+    assert f"per token, {2 if precision == 'bf16' else 3} MB of weights" in printed
+    assert re.search(r"batch 1: [\d,]+ us per token .* \d+% of the memory-bound limit", printed)
 
 
 def test_contender_whose_process_ends_is_one_line():
