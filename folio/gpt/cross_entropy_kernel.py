@@ -29,12 +29,8 @@ def cross_entropy_(
     first `size` columns belong to the vocabulary; the others are 0 and stay 0. bias [size] is in
     fp32, or None. Without Triton or a GPU, PyTorch operators compute the same result.
     """
-    if device.can_compile() and logits.is_cuda:
-        losses = torch.empty(len(y), device=logits.device)
-        arguments = (logits, bias, y, factor, losses, logits.shape[1], size)
-        has_bias = bias is not None
-        _cross_entropy[(len(y),)](*arguments, has_bias=has_bias, block=_BLOCK, num_warps=_WARPS)
-        return losses
+    if _runs_kernel(logits):
+        return _launch(logits, size, bias, y, factor, None, 0.0, 0.0, mixed=False)
     logits = logits[:, :size]
     scores = logits.float() if bias is None else logits.float() + bias
     log_softmax = scores.log_softmax(1)
@@ -42,6 +38,63 @@ def cross_entropy_(
     gradient = log_softmax.exp_()
     gradient[torch.arange(len(y), device=y.device), y] -= 1
     logits.copy_(gradient.mul_(factor))
+    return losses
+
+
+def mixed_cross_entropy_(
+    logits: torch.Tensor,
+    size: int,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    factor: torch.Tensor,
+    soft: torch.Tensor | None = None,
+    soft_share: float = 0.0,
+    last_share: float = 0.0,
+) -> torch.Tensor:
+    """Like cross_entropy_, but with the targets of GPT.loss, and the losses of tokens, not of rows.
+
+    The targets t are probabilities: `soft` [N, size] has the share soft_share in them, the last row
+    the share last_share, and y the rest. A token has the fraction exp(-bias) of the probability of
+    its row. The losses are therefore log(sum(exp(logits + bias))) - sum(t * logits).
+    """
+    if _runs_kernel(logits):
+        return _launch(logits, size, bias, y, factor, soft, soft_share, last_share, mixed=True)
+    logits = logits[:, :size]
+    scores = logits.float() if bias is None else logits.float() + bias
+    norms = scores.logsumexp(1, keepdim=True)
+    targets = torch.zeros_like(scores) if soft is None else soft_share * soft.float()
+    targets[torch.arange(len(y), device=y.device), y] += 1 - soft_share - last_share
+    targets[:, -1] += last_share
+    losses = norms[:, 0] - (targets * logits.float()).sum(1)
+    logits.copy_(((scores - norms).exp() - targets) * factor)
+    return losses
+
+
+def _runs_kernel(logits: torch.Tensor) -> bool:
+    return device.can_compile() and logits.is_cuda
+
+
+def _launch(
+    logits: torch.Tensor,
+    size: int,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    factor: torch.Tensor,
+    soft: torch.Tensor | None,
+    soft_share: float,
+    last_share: float,
+    mixed: bool,
+) -> torch.Tensor:
+    losses = torch.empty(len(y), device=logits.device)
+    _cross_entropy[(len(y),)](
+        *(logits, bias, y, factor, losses, logits.shape[1], size),
+        *(soft, soft_share, last_share, bias is not None, mixed, soft is not None),
+        block=_BLOCK,
+        num_warps=_WARPS,
+        # With at most 32 registers per thread, a multiprocessor runs two programs at once. Without
+        # mixed targets, the compiler needs no more than these.
+        maxnreg=32 if mixed else None,
+    )
     return losses
 
 
@@ -74,8 +127,33 @@ if device.can_compile():
         return higher, total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
 
     @triton.jit
+    def _load_soft(soft, column, size):
+        return tl.load(soft + column, column < size, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _weighted(z, soft, bias, column, size, has_bias: tl.constexpr):
+        """Each thread's sum of its logits z, without bias, weighted by the soft targets."""
+        if has_bias:
+            z -= tl.load(bias + column, column < size, other=0.0)
+        z = tl.where(column < size, z, 0.0)  # beyond the vocabulary they can be infinite
+        return tl.sum(z * _load_soft(soft, column, size), 1)
+
+    @triton.jit
     def _cross_entropy(
-        logits, bias, y, factor, losses, width, size, has_bias: tl.constexpr, block: tl.constexpr
+        logits,
+        bias,
+        y,
+        factor,
+        losses,
+        width,
+        size,
+        soft,
+        soft_share,
+        last_share,
+        has_bias: tl.constexpr,
+        mixed: tl.constexpr,
+        has_soft: tl.constexpr,
+        block: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
@@ -83,28 +161,60 @@ if device.can_compile():
         correct = tl.load(logits + target).to(tl.float32)
         if has_bias:
             correct += tl.load(bias + target)
+        if mixed:
+            last_logit = tl.load(logits + size - 1).to(tl.float32)
+            if has_bias:
+                last_logit += tl.load(bias + size - 1)
         factor = tl.load(factor)
         # Each thread keeps a maximum and a sum. Columns of the last block beyond the vocabulary are
         # lower than any logit, so they vanish when the threads' sums are rescaled to one maximum.
         whole = size // block * block
         maximum = tl.full([block // 8], -3e38, tl.float32)
         total = tl.zeros([block // 8], tl.float32)
+        if has_soft:
+            soft += row * size
+            weighted = tl.zeros([block // 8], tl.float32)
         for start in range(0, whole, block):
-            z, _ = _load(logits, bias, start, size, has_bias, False, block)
+            z, column = _load(logits, bias, start, size, has_bias, False, block)
             maximum, total = _accumulate(z, maximum, total)
+            if has_soft:
+                weighted += _weighted(z, soft, bias, column, size, has_bias)
         z, last = _load(logits, bias, whole, size, has_bias, True, block)
         maximum, total = _accumulate(z, maximum, total)
         highest = tl.max(maximum, 0)
         norm = tl.sum(total * tl.exp(maximum - highest), 0)
-        tl.store(losses + row, highest + tl.log(norm) - correct)
+        mean = correct
+        if mixed:
+            mean_last = last_logit
+            if has_bias:  # which is not part of the targets' logits
+                mean -= tl.load(bias + target)
+                mean_last -= tl.load(bias + size - 1)
+            mean = (1 - soft_share - last_share) * mean + last_share * mean_last
+        if has_soft:
+            weighted += _weighted(z, soft, bias, last, size, has_bias)
+            mean += soft_share * tl.sum(weighted, 0)
+        tl.store(losses + row, highest + tl.log(norm) - mean)
         share = factor / norm
-        tl.store(
-            logits + last, (tl.exp(z - highest) * share).to(logits.dtype.element_ty), last < width
-        )
+        gradient = tl.exp(z - highest) * share
+        if has_soft:
+            gradient -= factor * soft_share * _load_soft(soft, last, size)
+        tl.store(logits + last, gradient.to(logits.dtype.element_ty), last < width)
         for start in range(0, whole, block):
             z, column = _load(logits, bias, start, size, has_bias, False, block)
             gradient = tl.exp(z - highest) * share
+            if has_soft:
+                gradient -= factor * soft_share * _load_soft(soft, column, size)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty))
         tl.debug_barrier()  # the target's gradient must overwrite what the loops have stored
         gradient = tl.exp(correct - highest) * share - factor
+        if mixed:
+            is_last = target == size - 1
+            gradient += factor * (soft_share + tl.where(is_last, 0.0, last_share))
+            last_gradient = tl.exp(last_logit - highest) * share - factor * last_share
+            if has_soft:
+                gradient -= factor * soft_share * tl.load(soft + target).to(tl.float32)
+                soft_last = tl.load(soft + size - 1).to(tl.float32)
+                last_gradient -= factor * soft_share * soft_last
+            last_gradient = last_gradient.to(logits.dtype.element_ty)
+            tl.store(logits + size - 1, last_gradient, is_last == 0)
         tl.store(logits + target, gradient.to(logits.dtype.element_ty))

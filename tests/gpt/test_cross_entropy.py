@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from folio.gpt import cross_entropy_kernel
 from folio.gpt.cross_entropy import CHUNK_ROWS, linear_cross_entropy, token_losses
 
 V, C = 64, 16
@@ -130,3 +131,25 @@ def test_logits_of_all_rows_are_never_in_memory():
         token_losses(x, weight, bias, y)
     assert loss.numel == len(x) * C  # the gradient of x, a quarter of all logits
     assert losses.numel == V * CHUNK_ROWS
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("soft_share", [0.0, 0.4])
+def test_mixed_targets_agree_with_pytorch(bias, soft_share):
+    n, padding, last_share, factor = 40, 7, 0.1, torch.tensor(0.5)
+    x, weight, bias, y = random_arguments(n, bias)
+    y[0] = V - 1
+    logits, soft = x @ weight.T, torch.randn(n, V).softmax(1)
+    exact = logits.double().requires_grad_()
+    targets = (1 - soft_share - last_share) * F.one_hot(y, V) + soft_share * soft.double()
+    targets[:, -1] += last_share
+    scores = exact if bias is None else exact + bias
+    expected = scores.logsumexp(1) - (targets * exact).sum(1)
+    expected.sum().backward()
+    found = F.pad(logits, (0, padding))
+    losses = cross_entropy_kernel.mixed_cross_entropy_(
+        found, V, bias, y, factor, soft if soft_share else None, soft_share, last_share
+    )
+    torch.testing.assert_close(losses, expected.float().detach())
+    torch.testing.assert_close(found[:, :V], 0.5 * exact.grad.float(), rtol=1e-4, atol=1e-6)
+    assert not found[:, V:].any()
