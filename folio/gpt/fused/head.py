@@ -1,0 +1,96 @@
+"""GPT's output head for training: the loss and its gradients without autograd, chunk by chunk.
+
+It computes what GPT.loss does after the blocks, as in folio/gpt/cross_entropy.py. Label smoothing
+and soft targets need no pass of their own: they only change the gradient of the logits.
+
+N, C and V are those of cross_entropy.py.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from folio.gpt import cross_entropy_kernel
+from folio.gpt.cross_entropy import GPU_CHUNK_ROWS
+from folio.gpt.fused.side_stream import SideStream
+
+if TYPE_CHECKING:
+    from folio.gpt.model import GPT
+
+_ROWS_MULTIPLE = 64  # of the weight: see cross_entropy._loss_and_gradients
+
+
+class FusedHead:
+    """`head(hidden, y, scale, soft)` returns the loss and the gradient of `hidden`.
+
+    The weight's gradient overwrites `gradient`. A second CUDA stream computes it and the loss: they
+    must not be used before `join`. The weight becomes part of a tensor with rows of zeros after it,
+    so that it does not have to be padded in each step; so does its gradient.
+    """
+
+    def __init__(self, model: "GPT"):
+        self.model = model
+        parameter = model.transformer.wte.weight
+        self._size = len(parameter)
+        rows = -(-self._size // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+        self._weight = parameter.new_zeros(rows, parameter.shape[1])
+        self._weight[: self._size] = parameter.detach()
+        parameter.data = self._weight[: self._size]
+        self._padded_gradient = torch.zeros_like(self._weight)
+        self.gradient = self._padded_gradient[: self._size]
+        self._side = SideStream(parameter.device)
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        y: torch.Tensor,
+        scale: torch.Tensor | float,
+        soft: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [N, C], y [N], soft [N, V] or None; see GPT.loss.
+
+        The gradients are multiplied by `scale`. The loss is in fp32.
+        """
+        self.model.transformer.wte.weight.grad = self.gradient
+        factor = scale / len(y)
+        if not isinstance(factor, torch.Tensor):
+            factor = torch.full((), factor, device=hidden.device)
+        d_hidden = torch.empty_like(hidden)
+        losses: list[torch.Tensor] = []
+        for start in range(0, len(y), GPU_CHUNK_ROWS):
+            part = slice(start, start + GPU_CHUNK_ROWS)
+            if losses:
+                self._side.join()  # the logits before these take much memory
+            soft_part = soft if soft is None else soft[part]
+            logits = hidden[part] @ self._weight.T
+            losses.append(self._losses_(logits, y[part], factor, soft_part))
+            torch.mm(logits, self._weight, out=d_hidden[part])
+            self._side.run(self._add_gradient, logits, hidden[part], start > 0)
+            del logits  # the memory is used again after `join`
+        loss = torch.empty((), device=hidden.device)
+        self._side.run(_mean, losses, loss)
+        return loss, d_hidden
+
+    def join(self) -> None:
+        """Let the current CUDA stream wait for the loss and the weight's gradient."""
+        self._side.join()
+
+    def _losses_(
+        self, logits: torch.Tensor, y: torch.Tensor, factor: torch.Tensor, soft: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The losses of y in nats. Overwrites the logits with their gradient, times factor."""
+        model, bias = self.model, self.model.log_multiplicity
+        soft_share = 0.0 if soft is None else model.distill_weight
+        last_share = 0.0 if bias is None else (1 - soft_share) * model.unseen_probability
+        if bias is None and soft is None:
+            return cross_entropy_kernel.cross_entropy_(logits, self._size, None, y, factor)
+        return cross_entropy_kernel.mixed_cross_entropy_(
+            logits, self._size, bias, y, factor, soft, soft_share, last_share
+        )
+
+    def _add_gradient(self, d_logits: torch.Tensor, rows: torch.Tensor, add: bool) -> None:
+        self._padded_gradient.addmm_(d_logits.T, rows, beta=int(add))
+
+
+def _mean(parts: list[torch.Tensor], out: torch.Tensor) -> None:
+    torch.mean(parts[0] if len(parts) == 1 else torch.cat(parts), 0, out=out)
