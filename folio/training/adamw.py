@@ -42,6 +42,10 @@ class AdamW(torch.optim.AdamW):
             self._factors, self._embedding = factors.to(device), embedding
         super().__init__(groups, betas=betas, fused=fused, capturable=capturable)  # see step.py
 
+    @property
+    def has_factors(self) -> bool:
+        return self._factors is not None
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         if self._factors and self._embedding.grad is not None:

@@ -59,6 +59,9 @@ class ShardedWeights(Weights):
             for block in self.compute_model.transformer.h.children():
                 block.compile(fullgraph=True, dynamic=False)
 
+    def fuse(self) -> None:
+        """Does nothing: the fused passes need whole weights."""
+
     def begin(self, is_last: bool) -> None:
         model: Any = self.compute_model
         model.set_requires_gradient_sync(is_last)

@@ -14,7 +14,7 @@ import torch
 
 from folio.device import capture, deterministic
 from folio.errors import UserError
-from folio.training import optimizer_state
+from folio.training import direct_update, optimizer_state
 from folio.training.weights import Weights
 
 # In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after
@@ -57,6 +57,7 @@ class TrainStep:
         windows: int | None = None,
         input_noise: float = 0.0,
         teachers: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        fused: bool = False,
     ):
         """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
         fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
@@ -68,6 +69,8 @@ class TrainStep:
         this process.
         input_noise: the share of input tokens that are replaced by random ones.
         teachers: given x, return the probabilities that the targets partly are.
+        fused: use the passes of folio/gpt/fused instead of compiling the model, if possible. With
+        AdamW in one process, a step with one micro-batch also updates all weights at once.
         Raises UserError if the optimizer is capturable but does not work on this device.
         """
         device = weights.device
@@ -83,9 +86,11 @@ class TrainStep:
         # The fields of StepStats, of which the last one is an index into _PROBLEMS.
         self.stats = torch.zeros(len(fields(StepStats)), device=device)
         self.check_and_scale = _check_and_scale
-        if compiled:
+        if fused:
+            weights.fuse()
+        if compiled and not weights.fused:
             weights.compile()
-        if weights.compiled:
+        if weights.compiled or weights.fused:
             self.check_and_scale = torch.compile(_check_and_scale, fullgraph=True, dynamic=False)
         # A graph can be captured of an optimizer that reads the learning rate and found_inf from
         # the device.
@@ -96,6 +101,11 @@ class TrainStep:
         ]
         self._graph: Callable[..., None] | None = None
         self._state_checked = False  # whether checkpoints can contain the optimizer's state
+        self._direct: direct_update.DirectUpdate | None = None
+        if direct_update.is_possible(weights, optimizer):
+            limits = (grad_clip, self.fp16, _MIN_SCALE, _DOUBLE_AFTER)
+            state = direct_update.LossScale(self.stats, self.scale, self.updates, *limits)
+            self._direct = direct_update.DirectUpdate(weights, optimizer, state)
 
     def __call__(
         self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
@@ -122,22 +132,27 @@ class TrainStep:
                 self._step(*inputs)
 
     def _step(self, *inputs: torch.Tensor) -> None:
-        weights, loss = self.weights, torch.zeros((), device=self.device)
         batches = list(zip(inputs[::2], inputs[1::2], strict=True))
         windows = self.windows or sum(len(x) for x, _ in batches)
+        if self._direct and len(batches) == 1 and windows == len(batches[0][0]):
+            self._direct(self._pass(*batches[0], self.scale))
+            return
+        weights, loss = self.weights, torch.zeros((), device=self.device)
         for number, (x, y) in enumerate(batches, 1):
             divisor = windows / len(x)
             weights.begin(is_last=number == len(batches))
             scale = self.scale / (divisor / weights.gradient_factor)
-            soft = [self.teachers(x)] if self.teachers else []
-            if self.input_noise:
-                x = _replace_some(x, self.input_noise)
-            batch_loss = weights.compute_model.loss(x, y, scale, *soft)
-            batch_loss.backward()
-            loss += batch_loss.detach() / divisor
+            loss += self._pass(x, y, scale) / divisor
             weights.collect(is_first=number == 1, is_last=number == len(batches))
         self._update(*weights.reduce(loss))
         weights.finish()
+
+    def _pass(self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Compute the gradients of a micro-batch, times `scale`. Returns the loss."""
+        soft = [self.teachers(x)] if self.teachers else []
+        if self.input_noise:
+            x = _replace_some(x, self.input_noise)
+        return self.weights.loss_and_gradients(x, y, scale, *soft)
 
     @torch.no_grad()
     def _update(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -177,6 +192,8 @@ class TrainStep:
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         self._graph = None  # it refers to the optimizer's previous tensors
+        if self._direct:
+            self._direct.reset()
         self.weights.sync_from_master()
 
 

@@ -20,6 +20,8 @@ from folio.training.params import TrainParams
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from folio.gpt.fused.passes import FusedPasses
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -44,18 +46,46 @@ class Weights:
         self.compute_model = _copy(model, DTYPES[precision]) if self.is_half else model
         self.parameters: Sequence[nn.Parameter] = list(model.parameters())
         self.compiled = False
+        self._passes: FusedPasses | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the passes are those of folio/gpt/fused."""
+        return self._passes is not None
 
     @property
     def can_capture(self) -> bool:
         """Whether a CUDA graph can be captured of a step."""
-        # Gradient checkpointing cannot be captured: it saves the random number generator's state.
-        return not getattr(self.model, "gradient_checkpointing", False)
+        # PyTorch's gradient checkpointing cannot be captured: it saves the random number
+        # generator's state.
+        return self.fused or not getattr(self.model, "gradient_checkpointing", False)
 
     def compile(self) -> None:
         """torch.compile the passes if possible, that is, on a GPU in half precision."""
         self.compiled = self.is_half and self.device.type == "cuda" and can_compile()
         if self.compiled:
             self.compute_model.compile(fullgraph=True, dynamic=False)
+
+    def fuse(self) -> None:
+        """Use the passes of folio/gpt/fused if possible, that is, on a GPU in half precision."""
+        if self.is_half and self.device.type == "cuda" and can_compile():
+            from folio.gpt.fused import passes  # most runs do not need it
+
+            if passes.supports(self.compute_model):
+                self._passes = passes.FusedPasses(self.compute_model)
+
+    def loss_and_gradients(
+        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, *soft: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the gradients of compute_model, times `scale`. Returns the loss.
+
+        Arguments as in GPT.loss. `soft` is passed on only if given.
+        """
+        if self._passes:
+            return self._passes.loss_and_gradients(x, y, scale, *soft)
+        loss = self.compute_model.loss(x, y, scale, *soft)
+        loss.backward()
+        return loss.detach()
 
     def begin(self, is_last: bool) -> None:
         """is_last: whether this is the step's last micro-batch."""

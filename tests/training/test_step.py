@@ -462,3 +462,16 @@ def test_input_noise_changes_inputs_but_not_targets(model, batch):
     take_step.input_noise = 0.5
     take_step([batch], 0.1)
     assert 0.3 < (seen.x != batch[0]).float().mean() < 0.6 and torch.equal(seen.y, batch[1])
+
+
+def test_fused_passes_are_not_used_on_a_cpu(batch):
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        made = GPT(PARAMS, ROWS)
+        optimizer = optimizers.adamw(made.parameters(), 0.1, (0.9, 0.95))
+        step = TrainStep(Weights(made, "bf16"), optimizer, 1.0, fused=fused)
+        assert not step.weights.fused
+        step([batch], 1e-3)
+        found.append(made.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
