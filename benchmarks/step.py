@@ -246,6 +246,9 @@ def main() -> None:
         builds["Folio, compiled"] = partial(build_folio, compiled=True)
         name = "Folio, compiled, deterministic: false"
         builds[name] = partial(build_folio, compiled=True, exact=False)
+        builds["Folio, fused"] = partial(build_folio, fused=True)
+        name = "Folio, fused, deterministic: false"
+        builds[name] = partial(build_folio, fused=True, exact=False)
     builds["Folio, unseen tokens tied"] = partial(build_folio, tie=True)
     contenders: dict[str, Contender] = {}
     if options.llmc:

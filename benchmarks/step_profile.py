@@ -1,6 +1,7 @@
 """Where a training step spends its time, and two lower bounds for it on this machine.
 
-    python -m benchmarks.step_profile [--variant seed-30m] [--batch 8] [--tie] [--compiled]
+    python -m benchmarks.step_profile [--variant seed-30m] [--batch 8] [--tie]
+                                      [--compiled | --fused]
 
 The lower bounds are the step's arithmetic at the speed of a large matrix product, and the memory
 traffic of weights, gradients and AdamW's moments at the speed of a copy. Both speeds are measured
@@ -34,10 +35,12 @@ OPERATORS = {  # on a CPU: a kind of operator, and the prefixes of its operators
 }
 
 KERNELS = {  # on a GPU: a kind of kernel, and parts of its kernels' names; the first match counts
-    "attention": ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq"),
+    "attention": ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq", "attention_"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "gemv"),
     "the head's softmax": ("_cross_entropy",),
-    "AdamW, copies, norm": ("multi_tensor_apply",),
+    "AdamW, copies, norm": ("multi_tensor_apply", "_square_sums", "_check_and_scale", "_update"),
+    "fused: GELU, norms, sums": ("_gelu", "_add_norm", "_column_sums", "_add_partials"),
+    "fused: embeddings": ("_embed", "_drop_"),
     "compiled: GELU, norms, sums": ("triton_",),
     "GELU, layer norms, sums": ("Gelu", "layer_norm", "GammaBeta", "reduce_kernel"),
     "embedding, add, fill, cat": ("embedding", "elementwise", "Cat", "scatter", "gather", "grad_w"),
@@ -98,10 +101,12 @@ def main() -> None:
     parser.add_argument(
         "--tie", action="store_true", help="one embedding row for all unseen tokens"
     )
-    parser.add_argument("--compiled", action="store_true", help="compile the model")
+    passes = parser.add_mutually_exclusive_group()
+    passes.add_argument("--compiled", action="store_true", help="compile the model")
+    passes.add_argument("--fused", action="store_true", help="use the passes of folio/gpt/fused")
     options = parser.parse_args()
     work, title = read_options(options)
-    step = build_folio(work, options.tie, compiled=options.compiled)
+    step = build_folio(work, options.tie, compiled=options.compiled, fused=options.fused)
     whole = 1000 * measure(step, work.where)
     print(f"{title}: {whole:.2f} ms/step")
     found = profile_step(step, work.where)
