@@ -13,6 +13,7 @@ params: also those of other experiments, and of a store that was copied from ano
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,26 @@ class Setting:
 
 
 def settings_of(values: dict[str, Any], part: str, seeds: int) -> list[Setting]:
-    """The settings of a part. values: all params of the variant."""
+    """The settings of a part. values: all params of the variant.
+
+    A variant with teachers keeps its text, which must be that of the teachers.
+    """
     if part == "curve":
-        return [Setting(name, {FRACTION: f}, range(1, seeds + 1)) for name, f in FRACTIONS.items()]
-    found = [Setting(ALL_ON, {}, range(1, seeds + 1))]
-    for name, off in OPTIONS.items():
-        first = next(iter(off))
-        if values[first] != off[first]:
-            found.append(Setting(name, off, range(1, seeds + 1)))
-    return found
+        found = [Setting(name, {FRACTION: f}, range(1, seeds + 1)) for name, f in FRACTIONS.items()]
+    else:
+        found = [Setting(ALL_ON, {}, range(1, seeds + 1))]
+        for name, off in OPTIONS.items():
+            first = next(iter(off))
+            if values[first] != off[first]:
+                found.append(Setting(name, off, range(1, seeds + 1)))
+    if values["train.distill_from"] == "none":
+        return found
+    return [each for each in found if not any(changes_text(values, each.changes))]
+
+
+def changes_text(values: dict[str, Any], changes: Trial) -> Iterator[bool]:
+    for name, value in changes.items():
+        yield name.startswith("prepare.") and value != values[name]
 
 
 def make_trials(values: dict[str, Any], settings: list[Setting]) -> dict[str, Trial]:

@@ -5,20 +5,23 @@
 
 Prints a row for each model, and their mean, lowest and highest: the losses that `evaluate` stored,
 the lowest validation loss of all evaluations during training with its step, and the validation
-losses that benchmarks/check_entry.py finds without Folio, in separate windows and sliding by half a
-context. All are in nats/token, on tinyshakespeare's validation text.
+losses that the script benchmarks/check_entry.py finds without Folio, in separate windows and
+sliding by half a context. All are in nats/token, on tinyshakespeare's validation text. The last
+line is the row of the table in LEADERBOARD.md.
 """
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 
+import pandas as pd
+import safetensors
 import transformers
 
-from benchmarks import check_entry
+from benchmarks import check_entry, recipe
 from folio.corpus import shakespeare
 from folio.errors import UserError, one_line_errors
 from folio.run import HISTORY, TRAINING
@@ -26,11 +29,10 @@ from folio.sweeps.plan import Plan, read_plan
 from folio.tracking.dvc_cache import DvcCache
 
 MODEL, METRICS = Path("models/gpt2"), Path("models/evaluation/metrics.json")
-HEAD = ["training", "validation", "sliding", "best", "at step", "checked", "sliding"]
-WIDTHS = [max(8, len(name)) for name in HEAD]
+TOKEN_CHARACTERS = 111_540 / 36_059  # of the validation text
 
 
-def measure(folder: Path, text: Path, whole: bool = False) -> list[float]:
+def measure(folder: Path, text: Path, whole: bool = False) -> dict[str, float]:
     """The figures of a row, for a folder that contains the models folder of a training.
 
     text, whole: see check_entry.check. Raises UserError if the model is not that of an entry.
@@ -42,9 +44,15 @@ def measure(folder: Path, text: Path, whole: bool = False) -> list[float]:
         *_, separate, sliding = check_entry.check(folder / MODEL, text, None, whole).splitlines()
     except check_entry.EntryError as problem:
         raise UserError(str(problem)) from None
-    losses = [metrics[name] for name in ("train_loss", "val_loss", "val_loss_sliding")]
-    checked = [float(line.split()[-2]) for line in (separate, sliding)]
-    return [*losses, best["val_loss"], best["step"], *checked]
+    return {
+        "training": metrics["train_loss"],
+        "validation": metrics["val_loss"],
+        "sliding": metrics["val_loss_sliding"],
+        "best": best["val_loss"],
+        "at step": best["step"],
+        "script": float(separate.split()[-2]),
+        "script, sliding": float(sliding.split()[-2]),
+    }
 
 
 def restore(plan: Plan, folder: Path) -> Iterator[tuple[str, Path]]:
@@ -60,23 +68,32 @@ def restore(plan: Plan, folder: Path) -> Iterator[tuple[str, Path]]:
         yield experiment, folder / experiment
 
 
-def table(rows: dict[str, list[float]]) -> str:
+def table(rows: dict[str, dict[str, float]]) -> str:
     """A line for each row, and for their mean, lowest and highest."""
-    columns = list(zip(*rows.values(), strict=True))
-    summary = {
-        name: [function(column) for column in columns]
-        for name, function in (("mean", mean), ("lowest", min), ("highest", max))
-    }
-    lines = [" ".join([f"{'':<24}", *(f"{h:>{w}}" for h, w in zip(HEAD, WIDTHS, strict=True))])]
-    for name, row in (rows | summary).items():
-        cells = [
-            f"{x:,.0f}" if title == "at step" else f"{x:.4f}"
-            for title, x in zip(HEAD, row, strict=True)
-        ]
-        lines.append(
-            " ".join([f"{name:<24}", *(f"{c:>{w}}" for c, w in zip(cells, WIDTHS, strict=True))])
-        )
-    return "\n".join(lines)
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    summary = frame.agg(["mean", "min", "max"])
+    steps = {"at step": "{:,.0f}".format}
+    return pd.concat([frame, summary]).to_string(float_format="{:.4f}".format, formatters=steps)
+
+
+def count_parameters(model: Path) -> int:
+    with safetensors.safe_open(model / "model.safetensors", "pt") as weights:
+        names = weights.keys()
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+
+
+def leaderboard_row(plan: Plan, rows: dict[str, dict[str, float]], parameters: int) -> str:
+    """The row of the table in LEADERBOARD.md. The losses are in nats/token."""
+    tree = recipe.apply(plan.base | next(iter(plan.trials.values())))
+    model, train = tree["model"], tree["train"]
+    tokens = train["batch_size"] * train["accumulation"] * model["block_size"]
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    loss, mean = frame["script"], frame.mean()
+    return (
+        f"| `{plan.name}` | {parameters / 1e6:.1f} M | {train['steps']:,} x {tokens:,}"
+        f" | {mean['training']:.3f} | {loss.mean():.3f} ({loss.min():.3f} to {loss.max():.3f})"
+        f" | {mean['script, sliding']:.3f} | {loss.mean() / TOKEN_CHARACTERS:.3f} |"
+    )
 
 
 def main() -> None:
@@ -91,8 +108,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         text = Path(name, "tinyshakespeare.txt")
         text.write_text(shakespeare.load_tinyshakespeare()[0], encoding="utf-8")
-        found = restore(plan, Path(name))
-        print(table({experiment: measure(folder, text) for experiment, folder in found}))
+        rows = {trial: measure(folder, text) for trial, folder in restore(plan, Path(name))}
+        size = count_parameters(Path(name, next(iter(rows)), MODEL))
+    print(table(rows), leaderboard_row(plan, rows, size), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main() -> None:
             found[name] = queries.loss_history(store, run.id)
         print(table(name, run, found[name]), end="\n\n")
     if not found:
-        raise UserError("MLflow has a run of none of these variants")
+        raise UserError("MLflow has no run of these variants")
     print(
         f"the write-up's log: training loss 0.0007, validation loss 11; {UNIFORM:.1f} is ln 50,257"
     )

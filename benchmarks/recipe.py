@@ -6,10 +6,9 @@ all of them, best first:
     echo '{"train.learning_rate": 1e-3}' | python -m benchmarks.recipe --jobs 1
     python -m benchmarks.recipe --variant best-30m --corpus tinyshakespeare-development < lines
 
-Nothing is logged to MLflow and no model is saved. The text is data/prepared (`dvc repro prepare`),
-unless a corpus is given, or the variant or the line sets a param of prepare: then it is prepared as
-params.yaml, the variant and the line require. The last validation loss is that of the last step;
-one with a sliding window would be lower.
+Nothing is logged to MLflow and no model is saved. The text is prepared in a temporary folder, as
+params.yaml, the variant, the line and --corpus require. The last validation loss is that of the
+last step; one with a sliding window would be lower.
 """
 
 import argparse
@@ -96,17 +95,11 @@ def check(settings: Settings) -> None:
     prepare, _, train, *_ = params.check(tree, "settings", **sections.SECTIONS)
     init_from.check_exists(train.init_from, root)
     init_from.check_teachers_exist(train.distill_from, root)
-    if sets_text(settings):
-        corpus.check_exists(prepare.corpus, root)
-
-
-def sets_text(settings: Settings) -> bool:
-    """Whether the text must be prepared for these settings."""
-    return any(name.startswith("prepare.") for name in settings)
+    corpus.check_exists(prepare.corpus, root)
 
 
 def prepare_text(settings: Settings, root: Path) -> Path:
-    """Prepare the text in `root`, unless it has been. Returns the folder with the tokens."""
+    """Prepare the text in `root`, unless it is there. Returns the folder with the tokens."""
     [p] = params.check(apply(settings), "settings", prepare=PrepareParams)
     folder = root / hashlib.sha256(repr(p).encode()).hexdigest()
     if not folder.exists():
@@ -153,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="variants to train at once")
     parser.add_argument("--variant", help="one of variants/, to which the lines are applied")
-    parser.add_argument("--corpus", help="prepare this one; default: data/prepared")
+    parser.add_argument("--corpus", help="instead of that of params.yaml and the variant")
     options = parser.parse_args()
     if options.jobs < 1:
         raise UserError("--jobs must be at least 1")
@@ -164,9 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         tasks = []
         for line in lines:
-            settings, tokens = base | line, PREPARED
-            if sets_text(settings):
-                tokens = prepare_text(settings, Path(root))
+            settings = base | line
+            tokens = prepare_text(settings, Path(root))
             shown = " ".join(f"{key.split('.')[1]}={value}" for key, value in line.items())
             tasks.append((settings, shown, tokens))
         print(HEAD, flush=True)

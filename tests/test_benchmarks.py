@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, inside, run_stages
 
-from benchmarks import curve, distributed, generate, head, llmc, memory, recipe, step
+from benchmarks import ablation, curve, distributed, generate, head, llmc, memory, recipe, step
 from folio import device, gpus
 from folio.distributed import ONE_PROCESS
 from folio.errors import UserError, one_line_errors
 from folio.gpt.model import ModelParams
+from folio.sweeps import variants
 
 SCRIPTS = [
     path.stem
@@ -107,6 +108,17 @@ def test_job_of_recipe_that_cannot_reserve_gpus_ends_with_an_error(monkeypatch):
     monkeypatch.setenv(gpus.JOBS, "two")
     with pytest.raises(UserError, match="FOLIO_JOBS is 'two'"):  # in a pool's initializer, it would
         recipe.measure({}, "", recipe.PREPARED)  # be repeated forever
+
+
+def test_ablation_with_teachers_keeps_the_text_that_they_know():
+    with inside(ROOT):
+        values = ablation.resolve(variants.read("distilled-30m"))
+    options = {each.name for each in ablation.settings_of(values, "options", 1)}
+    assert "distillation" in options and "BPE dropout" not in options
+    assert [each.name for each in ablation.settings_of(values, "curve", 1)] == ["all"]
+    values["train.distill_from"] = "none"
+    assert "BPE dropout" in {each.name for each in ablation.settings_of(values, "options", 1)}
+    assert len(ablation.settings_of(values, "curve", 1)) == 5
 
 
 @pytest.mark.parametrize(

@@ -146,5 +146,5 @@ def test_projects_store_is_that_of_its_params(make_project, monkeypatch):
             memorize.main()
         (folder / "runs").mkdir()
         tracked.Store("sqlite:///runs/other.db")
-        with pytest.raises(UserError, match="MLflow has a run of none of these variants"):
+        with pytest.raises(UserError, match="MLflow has no run of these variants"):
             memorize.main()

@@ -114,8 +114,8 @@ def _fit(path: Path, vocabulary: Vocabulary, context: int) -> GPT:
         if not torch.equal(reduced[row], weights[_EMBEDDING]):
             raise UserError(
                 f"{_name(path)} was not trained with one embedding row for the tokens that do not"
-                " occur in this text: choose another train.distill_from, or set"
-                " train.tie_unseen_tokens to false"
+                " occur in this text: choose a train.distill_from that was trained on the same"
+                " text with train.tie_unseen_tokens, or set that to false"
             )
         weights[_EMBEDDING] = reduced
     model = GPT(loaded.params, vocabulary.rows, vocabulary.multiplicity)

@@ -93,13 +93,17 @@ def test_models_of_a_sweep_are_measured_as_an_entry_of_the_leaderboard(swept, tm
         found = dict(entry.restore(read_plan("mine"), tmp_path))
     rows = {name: entry.measure(restored, text) for name, restored in found.items()}
     assert rows.keys() == {"mine-01", "mine-03"}
-    for training, validation, sliding, best, step, checked, also_sliding in rows.values():
-        assert checked == pytest.approx(validation, abs=1e-4)
-        assert also_sliding == pytest.approx(checked, abs=0.1) and sliding < 11
-        assert best <= validation + 1e-6 and step in (2, 4, 6) and training > 0
+    for row in rows.values():
+        assert row["script"] == pytest.approx(row["validation"], abs=1e-4)
+        assert row["script, sliding"] == pytest.approx(row["sliding"], abs=0.1)
+        assert row["best"] <= row["validation"] + 1e-6 and row["at step"] in (2, 4, 6)
+    mean = sum(row["validation"] for row in rows.values()) / 2
     lines = entry.table(rows).splitlines()
-    assert len(lines) == 6 and len(set(map(len, lines))) == 1
-    assert f"{(rows['mine-01'][1] + rows['mine-03'][1]) / 2:.4f}" in lines[3]
+    assert len(lines) == 6 and f"{mean:.4f}" in lines[3] and len(set(map(len, lines))) == 1
+    with inside(folder):
+        size = entry.count_parameters(folder / "models/gpt2")
+        line = entry.leaderboard_row(read_plan("mine"), rows, size)
+    assert line.startswith("| `mine` | 0.8 M | 6 x ") and f"| {mean:.3f} (" in line
 
 
 def test_sweep_leaves_the_working_tree_unchanged(swept):
