@@ -8,6 +8,7 @@ import torch
 from folio.device import capture
 from folio.errors import UserError
 from folio.gpt.model import GPT, KVCache
+from folio.inference import fused_decoder
 from folio.inference.decoder import Decoder, linear
 from folio.inference.threads import few_threads
 
@@ -48,6 +49,7 @@ def generate_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    fused: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts [B, T], T >= 1, by `tokens` tokens each, and yield the ids [B] of each step.
 
@@ -56,6 +58,10 @@ def generate_batch(
     al. 2020, section 3.1), and at least the most likely token. The prompts take turns drawing from
     the generator. The id is NOT_FINITE for a prompt whose logits are NaN or infinite.
 
+    fused: use the kernels of fused_decoder, which must support the model (can_fuse). They are
+    faster; their ids differ from the others where rounding decides between two, and in which ids
+    sampling draws for a seed.
+
     Once the text is longer than the context, each token requires a full forward pass over the last
     block_size tokens, because the position of every token has changed.
     """
@@ -63,6 +69,10 @@ def generate_batch(
     assert model.log_multiplicity is None, "tokens that share a row have no logits of their own"
     assert math.isfinite(temperature), "temperature must be a number"
     temperature = 0 if temperature < _MIN_TEMPERATURE else temperature
+    if fused:
+        options = (temperature, top_k, top_p)
+        yield from fused_decoder.generate(model, prompts, tokens, options, generator)
+        return
     context, head = model.params.block_size, model.transformer.wte.weight
 
     def predict(hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,153 @@
+"""Generation with fused kernels on a GPU: the texts of the plain path, and its distributions."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from folio import device
+from folio.gpt.model import GPT, ModelParams
+from folio.inference import decode_kernels, fused_decoder
+from folio.inference.generation import NOT_FINITE, generate_batch
+
+CUDA = torch.device("cuda")
+CONTEXT, ROWS, TOKENS = 160, 997, 200
+needs_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and device.can_compile()), reason="there is no GPU"
+)
+
+
+def gpt(n_layer=2, n_head=3, n_embd=192, rows=ROWS, precision="fp32"):
+    torch.manual_seed(1)
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": CONTEXT}
+    model = GPT(ModelParams(**sizes, dropout=0.0), rows)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model.eval().to(CUDA, device.DTYPES[precision])
+
+
+def generate(model, prompts, tokens=TOKENS, temperature=0.0, seed=1, **options):
+    generator = torch.Generator().manual_seed(seed)
+    steps = generate_batch(model, prompts, tokens, temperature, generator=generator, **options)
+    return torch.stack([*steps], 1)
+
+
+def random_prompts(batch, length, rows=ROWS):
+    generator = torch.Generator().manual_seed(batch + length)
+    return torch.randint(rows, (batch, length), generator=generator).to(CUDA)
+
+
+@torch.inference_mode()
+def assert_equal_except_ties(model, prompts, found, expected):
+    """Where a text first differs, the logits in fp32 differ by no more than rounding explains."""
+    exact = copy.deepcopy(model).float()
+    for prompt, text, other in zip(prompts, found, expected, strict=True):
+        differs = (text != other).nonzero()
+        if len(differs):
+            i = int(differs[0])
+            context = torch.cat([prompt, text[:i]])[None, -CONTEXT:]
+            logits = exact(context)[0, -1]
+            rounding = (model(context)[0, -1].float() - logits).abs().max()
+            gap = (logits[text[i]] - logits[other[i]]).abs()
+            assert gap <= 2 * rounding + 1e-5 * logits.std()
+
+
+def test_fused_kernels_run_on_no_cpu(model):
+    assert not fused_decoder.can_fuse(model)
+    with pytest.raises(AssertionError, match="need a GPU"):
+        next(generate_batch(model, torch.ones(1, 2, dtype=torch.long), 1, 0.0, fused=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("batch", [1, 2, 5, 8, 9, 64])
+@pytest.mark.parametrize("early", [True, False])
+def test_fused_greedy_text_is_the_plain_one_except_for_ties(monkeypatch, precision, batch, early):
+    monkeypatch.setattr(decode_kernels, "EARLY", early)
+    model, prompts = gpt(precision=precision), random_prompts(batch, 7)
+    found = generate(model, prompts, fused=True)
+    assert_equal_except_ties(model, prompts, found, generate(model, prompts))
+    assert torch.equal(found, generate(model, prompts, fused=True))  # bit for bit
+    assert len(set(found[0].tolist())) > 20
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [1, CONTEXT - 1, CONTEXT, CONTEXT + 9])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_fused_text_after_prompts_of_any_length(length, batch):
+    model, prompts = gpt(), random_prompts(batch, length)
+    found = generate(model, prompts, 30, fused=True)
+    assert_equal_except_ties(model, prompts, found, generate(model, prompts, 30))
+
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", [(6, 6, 384), (12, 12, 768), (1, 25, 1600), (1, 5, 80)])
+@pytest.mark.parametrize("batch", [1, 8, 12])
+def test_fused_greedy_text_of_models_of_other_sizes(sizes, batch):
+    model, prompts = gpt(*sizes, rows=50_257, precision="bf16"), random_prompts(batch, 7)
+    found = generate(model, prompts, 100, fused=True)
+    assert_equal_except_ties(model, prompts, found, generate(model, prompts, 100))
+
+
+@needs_gpu
+def test_fused_decoder_is_kept_for_the_next_text_but_not_for_other_weights():
+    model, prompts = gpt(), random_prompts(2, 7)
+    texts = [generate(model, prompts, fused=True) for _ in range(2)]
+    decoder = fused_decoder._kept[model][1]
+    assert torch.equal(*texts)
+    with torch.no_grad():  # the same decoder reads the new values
+        model.transformer.wte.weight.add_(0.1 * torch.randn_like(model.transformer.wte.weight))
+    found = generate(model, prompts, fused=True)
+    assert fused_decoder._kept[model][1] is decoder
+    assert_equal_except_ties(model, prompts, found, generate(model, prompts))
+    model.half()  # other tensors
+    generate(model, prompts, fused=True)
+    assert fused_decoder._kept[model][1] is not decoder
+
+
+OPTIONS = [(1.0, None, None), (2.5, None, None), (1.0, 5, None), (1.5, None, 0.7), (2.0, 40, 0.8)]
+OPTIONS += [(1.0, 1, None), (1.0, None, 1e-30), (1.0, 10**9, 1.0)]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), OPTIONS)
+@pytest.mark.parametrize("batch", [8, 2_000])
+def test_fused_sampling_follows_the_probabilities(temperature, top_k, top_p, batch):
+    model, prompt = gpt(), random_prompts(1, 7)
+    counts, options = np.zeros(ROWS), {"top_k": top_k, "top_p": top_p, "fused": True}
+    for seed in range(4_000 // batch):
+        ids = generate(model, prompt.expand(batch, -1), 1, temperature, seed, **options)
+        counts += np.bincount(ids.flatten().cpu(), minlength=ROWS)
+    with torch.inference_mode():
+        p = torch.softmax(model(prompt)[0, -1].double() / temperature, -1).cpu()
+    descending, order = p.sort(descending=True)
+    descending = descending[:top_k] / descending[:top_k].sum()
+    kept = descending.cumsum(0) - descending < (top_p or 1.0)
+    kept[0] = True
+    expected = np.zeros(ROWS)
+    expected[order[: int(kept.sum())]] = descending[kept] / descending[kept].sum()
+    n = counts.sum()
+    assert (counts[expected == 0] == 0).all()
+    assert (np.abs(counts - n * expected) <= 5 * np.sqrt(n * expected) + 5).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 9])
+def test_fused_sampling_repeats_itself_with_the_same_seed(batch):
+    model, prompts = gpt(precision="bf16"), random_prompts(batch, 7)
+    options = {"temperature": 1.0, "top_p": 0.95, "fused": True}
+    texts = [generate(model, prompts, seed=seed, **options) for seed in (1, 1, 2)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_fused_generation_marks_values_that_are_not_finite(batch, temperature):
+    model = gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    found = generate(model, random_prompts(batch, 7), 4, temperature, fused=True)
+    assert (found == NOT_FINITE).all()
