@@ -29,6 +29,7 @@ from folio import device
 from folio.errors import one_line_errors
 from folio.gpt import huggingface
 from folio.gpt.model import GPT, ModelParams
+from folio.inference.fused_decoder import can_fuse
 from folio.inference.generation import generate_batch
 
 VOCAB_SIZE, PROMPT_TOKENS = 50_257, 8
@@ -59,9 +60,9 @@ def build_model(
     return model.to(dtype)
 
 
-def with_folio(model: GPT) -> Generate:
+def with_folio(model: GPT, fused: bool) -> Generate:
     def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
-        return torch.stack([*generate_batch(model, prompts, tokens, 0.0)], 1)
+        return torch.stack([*generate_batch(model, prompts, tokens, 0.0, fused=fused)], 1)
 
     return generate
 
@@ -121,10 +122,16 @@ def gap(
 
 
 def compare(
-    name: str, model: GPT, other: Generate, prompts: torch.Tensor, tokens: int, rounds: int
+    name: str,
+    model: GPT,
+    other: Generate,
+    prompts: torch.Tensor,
+    tokens: int,
+    rounds: int,
+    fused: bool,
 ) -> None:
     """Print a row. Exit if the ids differ by more than rounding can explain."""
-    ours = with_folio(model)
+    ours = with_folio(model, fused)
     ours(prompts, 8), other(prompts, 8)
     seconds: dict[Generate, list[float]] = {ours: [], other: []}
     ids: dict[Generate, list[list[int]]] = {}
@@ -152,12 +159,12 @@ def compare(
         print(f"where texts differ, the logits differ by {widest:.1e} standard deviations: a tie")
 
 
-def second_half(model: GPT, prompt: torch.Tensor, tokens: int, rounds: int) -> float:
+def second_half(model: GPT, prompt: torch.Tensor, tokens: int, rounds: int, fused: bool) -> float:
     """The seconds per token in the second half of a text of one prompt [1, T], median: without the
     prompt, and after the first CUDA graphs have been captured."""
     taken = []
     for _ in range(rounds):
-        ids = generate_batch(model, prompt, tokens, 0.0)
+        ids = generate_batch(model, prompt, tokens, 0.0, fused=fused)
         for _ in range(tokens // 2):
             next(ids).cpu()
         started = time.perf_counter()
@@ -208,6 +215,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=device.DTYPES)
     parser.add_argument("--size", type=parse_size, default="6/6/384", metavar="layers/heads/width")
+    parser.add_argument("--fused", action="store_true", help="Folio with its fused kernels")
     options = parser.parse_args()
     if min(options.tokens, options.rounds, *options.batches, 1) < 1:
         parser.error("--tokens, --rounds and --batches must be at least 1")
@@ -216,23 +224,25 @@ def main() -> None:
     prompts = torch.randint(VOCAB_SIZE, (max([1, *options.batches]), PROMPT_TOKENS), device=where)
     print(f"on {device.describe(where)}; tokens/s, medians, rounds: {rounds}")
     print(f"{'Folio, compared with':<34} batch tokens     Folio     other  ratio   same text")
-    dtype = device.DTYPES[options.precision]
+    dtype, fused = device.DTYPES[options.precision], options.fused
     model = build_model(options.size, 1_024, where, dtype)
+    if fused and not can_fuse(model):
+        parser.error("--fused needs a GPU with Triton, and heads of 16, 32, 64 or 128 channels")
     theirs = with_transformers(model, where)
     for batch in options.batches:
         name = "transformers, context 1,024"
-        compare(name, model, theirs, prompts[:batch], tokens, rounds)
+        compare(name, model, theirs, prompts[:batch], tokens, rounds, fused)
     read, linear = floor(model, where, rounds)
     short = build_model(options.size, 128, where, dtype)
     name = "no cache, beyond a context of 128"
-    compare(name, short, without_cache(short), prompts[:1], tokens, rounds)
+    compare(name, short, without_cache(short), prompts[:1], tokens, rounds, fused)
     weights = sum(p.nbytes for p in weight_matrices(model))
     print(
         f"per token, {weights / 1e6:.0f} MB of weights: {read:.2f} ms to read,"
         f" {linear:.2f} ms with F.linear"
     )
     bandwidth = read_speed(where, rounds)
-    limit, reached = weights / bandwidth, second_half(model, prompts[:1], tokens, rounds)
+    limit, reached = weights / bandwidth, second_half(model, prompts[:1], tokens, rounds, fused)
     print(
         f"batch 1: {1e6 * reached:,.0f} us per token in the second half of the text; reading"
         f" {weights / 1e6:.0f} MB from memory at {bandwidth / 1e9:,.0f} GB/s takes"
