@@ -79,6 +79,9 @@ def capture(work: Callable[..., T], *inputs: torch.Tensor) -> Callable[..., T]:
         with torch.cuda.stream(stream):
             work(*static_inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        # So that the graph gets cuBLAS workspaces of its own. Otherwise it shares those of earlier
+        # graphs, which PyTorch 2.12 and later free together with one of these graphs.
+        torch._C._cuda_clearCublasWorkspaces()
         # thread_local: other threads, such as MLflow's, may still make calls that are forbidden
         # during a capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -1,6 +1,7 @@
 """What runs only on a GPU: CUDA graphs, the Triton kernel and compiled blocks match plain code."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -134,6 +135,17 @@ def test_captured_step_that_is_not_finite_changes_nothing(precision, compiled):
     assert step.read().problem == "loss" and step.read().steps == 2
     for name, tensor in state(step).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_graph_works_after_an_earlier_one_is_gone():
+    x = torch.randn(64, 1 << 16, device=CUDA).bfloat16()  # its product needs cuBLAS's workspace
+    earlier, later = (device.capture(lambda x: x @ x.T, x) for _ in range(2))
+    expected = later(x).clone()
+    del earlier
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = torch.zeros(1 << 28, device=CUDA)
+    assert torch.equal(later(x), expected) and not others.any()
 
 
 class Counting(torch.optim.SGD):
