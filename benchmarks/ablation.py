@@ -13,7 +13,6 @@ params: also those of other experiments, and of a store that was copied from ano
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +76,8 @@ def settings_of(values: dict[str, Any], part: str, seeds: int) -> list[Setting]:
                 found.append(Setting(name, off, range(1, seeds + 1)))
     if values["train.distill_from"] == "none":
         return found
-    return [each for each in found if not any(changes_text(values, each.changes))]
-
-
-def changes_text(values: dict[str, Any], changes: Trial) -> Iterator[bool]:
-    for name, value in changes.items():
-        yield name.startswith("prepare.") and value != values[name]
+    text = {name: value for name, value in values.items() if name.startswith("prepare.")}
+    return [each for each in found if {**text, **each.changes}.items() >= text.items()]
 
 
 def make_trials(values: dict[str, Any], settings: list[Setting]) -> dict[str, Trial]:

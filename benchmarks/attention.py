@@ -190,8 +190,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--tune", action="store_true", help="also try other tiles")
     options = parser.parse_args()
+    if min(options.batch, options.context, options.heads) < 1 or not 0 <= options.dropout < 1:
+        parser.error("--batch, --context and --heads must be at least 1, and 0 <= --dropout < 1")
     if not torch.cuda.is_available():
         raise UserError("this measures GPU kernels, and PyTorch found no GPU on this machine")
+    if not attention.supports(options.heads * options.size, options.heads):
+        raise UserError(f"--size {options.size}: it must be 16, 32, 64 or 128, and needs Triton")
     print(
         f"B={options.batch} T={options.context} heads={options.heads} D={options.size}"
         f" dropout={options.dropout} {options.precision} on {torch.cuda.get_device_name()}; ms"

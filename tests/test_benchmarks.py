@@ -12,7 +12,18 @@ import pytest
 import torch
 from conftest import ROOT, inside, run_stages
 
-from benchmarks import ablation, curve, distributed, generate, head, llmc, memory, recipe, step
+from benchmarks import (
+    ablation,
+    attention,
+    curve,
+    distributed,
+    generate,
+    head,
+    llmc,
+    memory,
+    recipe,
+    step,
+)
 from folio import device, gpus
 from folio.distributed import ONE_PROCESS
 from folio.errors import UserError, one_line_errors
@@ -280,6 +291,14 @@ def test_step_benchmark_rejects_a_number_below_one(monkeypatch, option):
     monkeypatch.setattr(sys, "argv", ["step", option, "0"])
     with inside(ROOT), pytest.raises(UserError, match=f"{option} is 0: it must be at least 1"):
         step.main()
+
+
+@pytest.mark.parametrize("option", [["--batch", "0"], ["--heads", "-1"], ["--dropout", "1"]])
+def test_attention_benchmark_rejects_numbers_out_of_range(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["attention", *option])
+    with pytest.raises(SystemExit):
+        attention.main()
+    assert "must be at least 1, and 0 <= --dropout < 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--batches", "1", "0"], ["--tokens", "0"], ["--rounds", "0"]])
