@@ -21,9 +21,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from folio import device, gpus, params, sections
 from folio.corpus import corpus
@@ -40,7 +40,9 @@ from folio.training.trainer import Trainer
 from stages import prepare
 from stages import train as train_stage
 
+T = TypeVar("T")
 Settings = dict[str, Any]
+MakeTrainer = Callable[..., Trainer]
 PREPARED = Path("data/prepared")
 HEAD = "validation: last      best   at step   training   seconds   variant"
 
@@ -110,7 +112,10 @@ def prepare_text(settings: Settings, root: Path) -> Path:
     return folder / PREPARED
 
 
-def build(settings: Settings, tokens: Path = PREPARED) -> tuple[Trainer, RuntimeParams]:
+def build(
+    settings: Settings, tokens: Path = PREPARED, make_trainer: MakeTrainer = Trainer
+) -> tuple[Trainer, RuntimeParams]:
+    """make_trainer: takes the arguments of Trainer."""
     model, train, runtime = params.check(
         apply(settings), "settings", model=ModelParams, train=TrainParams, runtime=RuntimeParams
     )
@@ -120,17 +125,19 @@ def build(settings: Settings, tokens: Path = PREPARED) -> tuple[Trainer, Runtime
     found = teachers.find(train.distill_from, Path.cwd())
     data = token_files.read(tokens)
     token_files.check_length(data.val, "validation", model.block_size)
-    trainer = Trainer(model, train, data, where, precision, initial, teachers=found)
+    trainer = make_trainer(model, train, data, where, precision, initial, teachers=found)
     return trainer, runtime
 
 
-def measure(settings: Settings, shown: str, tokens: Path) -> tuple[float, str]:
-    """Train with the settings. Returns the last validation loss, and a row.
+def measure(
+    settings: Settings, shown: str, tokens: Path, make_trainer: MakeTrainer = Trainer
+) -> tuple[float, str]:
+    """Train with the settings. Prints a row. Returns the last validation loss, and the row.
 
     Call it in a process of its own: it may restrict the process to some of the GPUs.
     """
     gpus.reserve(Path.cwd())
-    trainer, runtime = build(settings, tokens)
+    trainer, runtime = build(settings, tokens, make_trainer)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train_stage.train(trainer, runtime, Path(folder), NoLogger())
@@ -142,10 +149,21 @@ def measure(settings: Settings, shown: str, tokens: Path) -> tuple[float, str]:
     return last["val_loss"], row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=1, help="variants to train at once")
-    parser.add_argument("--variant", help="one of variants/, to which the lines are applied")
+def in_processes(function: Callable[..., T], tasks: list[tuple[Any, ...]], jobs: int) -> list[T]:
+    """Call the function with the arguments in each task, each in a new process, `jobs` at once."""
+    (runtime,) = params.load(runtime=RuntimeParams)
+    os.environ |= sweep.job_environment(jobs, device.resolve_device(runtime.device).type)
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        results = pool.starmap(function, tasks, chunksize=1)
+        pool.close()
+        pool.join()  # a process that is terminated would leave semaphores behind
+    return results
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Settings]:
+    """The options, with --jobs, --variant and --corpus, and the settings of the last two."""
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--variant", help="one of variants/, instead of params.yaml alone")
     parser.add_argument("--corpus", help="instead of that of params.yaml and the variant")
     options = parser.parse_args()
     if options.jobs < 1:
@@ -153,6 +171,11 @@ def main() -> None:
     base = variants.read(options.variant) if options.variant else {}
     if options.corpus:
         base["prepare.corpus"] = options.corpus
+    return options, base
+
+
+def main() -> None:
+    options, base = parse(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     lines = read_lines(sys.stdin.buffer, base)
     with tempfile.TemporaryDirectory() as root:
         tasks = []
@@ -162,13 +185,7 @@ def main() -> None:
             shown = " ".join(f"{key.split('.')[1]}={value}" for key, value in line.items())
             tasks.append((settings, shown, tokens))
         print(HEAD, flush=True)
-        (runtime,) = params.load(runtime=RuntimeParams)
-        kind = device.resolve_device(runtime.device).type
-        os.environ |= sweep.job_environment(options.jobs, kind)
-        with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-            results = pool.starmap(measure, tasks, chunksize=1)
-            pool.close()
-            pool.join()  # a process that is terminated would leave semaphores behind
+        results = in_processes(measure, tasks, options.jobs)
     if len(results) > 1:
         print(HEAD.replace("validation", "best first"))
         print(*(row for _, row in sorted(results)), sep="\n")
