@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 HALF = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
 
 
-def gpt(dropout=0.0, shared=True, checkpointing=False):
+def gpt(dropout=0.0, shared=True, checkpointing=False, width=64):
     """A model in which some tokens share the last row."""
     torch.manual_seed(1)
     multiplicity = np.ones(ROWS)
     multiplicity[-1] = 50
-    params = ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=dropout)
+    params = ModelParams(n_layer=2, n_head=2, n_embd=width, block_size=32, dropout=dropout)
     model = GPT(params, ROWS, multiplicity if shared else None).to(CUDA)
     model.gradient_checkpointing = checkpointing
     model.unseen_probability, model.distill_weight = 0.02, 0.4
@@ -224,15 +224,16 @@ def test_kernel_of_mixed_targets_agrees_with_pytorch(size, dtype, bias, soft, _)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("windows", [3, 140])  # with 140, there are more than 4,096 tokens
+@pytest.mark.parametrize(("windows", "width"), [(3, 64), (140, 64), (7, 96)])
+@pytest.mark.parametrize("step", [1, 3, 30])  # from one occurrence of a token to its next
 @pytest.mark.parametrize(("_", "dtype"), HALF)
-def test_gradients_of_embeddings_agree_with_exact_sums(dtype, windows, dropout, _):
-    assert 3 * 30 <= embeddings._FEW < 140 * 30
-    model = gpt(dropout).to(dtype)
-    fused, C = embeddings.FusedEmbeddings(model), 64
+def test_gradients_of_embeddings_agree_with_exact_sums(dtype, step, windows, width, dropout, _):
+    model = gpt(dropout, width=width).to(dtype)
+    fused = embeddings.FusedEmbeddings(model)
     ids = torch.randint(ROWS, (windows, 30), device=CUDA)
-    ids[:, ::3] = 5  # a frequent token
-    d_x, d_tokens = (torch.randn(*n, C, device=CUDA, dtype=dtype) for n in ((windows, 30), (ROWS,)))
+    ids[:, ::step] = 5
+    shapes = [(windows, 30, width), (ROWS, width)]
+    d_x, d_tokens = (torch.randn(shape, device=CUDA, dtype=dtype) for shape in shapes)
     with torch.no_grad():
         for weight in (model.transformer.wte.weight, model.transformer.wpe.weight):
             weight.fill_(1)
@@ -247,7 +248,7 @@ def test_gradients_of_embeddings_agree_with_exact_sums(dtype, windows, dropout, 
     assert torch.equal(*found)
     assert abs(kept.float().mean().item() - (1 - dropout)) < 0.05
     assert apart(found[0], expected) < (0.01 if dtype == torch.bfloat16 else 0.002)
-    positions = torch.zeros(32, C, device=CUDA, dtype=torch.double)
+    positions = torch.zeros(32, width, device=CUDA, dtype=torch.double)
     positions[:30] = rows.sum(0)
     gradient = model.transformer.wpe.weight.grad
     assert apart(gradient, positions) < 0.01 and not gradient[30:].any()

@@ -3,10 +3,9 @@
 B, T, C and V are those of model.py, and N = B * T. The token embedding is also the head's weight,
 so its gradient is added to what the head has written.
 
-Few tokens (N up to _FEW) find their rows' gradients themselves, in one kernel: a program for each
-position compares all ids with its own one, and the program of an id's first position adds up the
-rows of all of them in their order. For more tokens, PyTorch sorts the ids. Either way, sums have a
-fixed order, so they are bitwise reproducible.
+The rows of a token's gradient are added up in the order of their positions in the batch. A second
+CUDA stream sorts the ids while the passes run, so that only the additions come after them. Every
+sum has a fixed order, so it is bitwise reproducible.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from folio import device
+from folio.gpt.fused.side_stream import SideStream
 
 if device.can_compile():
     import triton
@@ -22,8 +22,8 @@ if device.can_compile():
 if TYPE_CHECKING:
     from folio.gpt.model import GPT
 
-_FEW = 4096  # tokens
-_IDS, _COLUMNS, _WINDOWS = 128, 64, 16  # that a program of the backward pass reads at once
+_ROWS, _COLUMNS, _WINDOWS = 32, 64, 16  # that a program of the backward pass reads at once
+_STAGES = 3  # rounds of such a program whose inputs are under way at once
 
 
 class FusedEmbeddings:
@@ -35,7 +35,9 @@ class FusedEmbeddings:
     def __init__(self, model: "GPT"):
         self.model = model
         self._gradient = torch.empty_like(model.transformer.wpe.weight)
-        self._ids = torch.empty(0)
+        self._side = SideStream(self._gradient.device)
+        # Of all ids: sorted, their positions in the batch, and where each id's last one ends.
+        self._sorted: tuple[torch.Tensor, ...] = ()
         self._dropout = 0.0
         self._seed: torch.Tensor | None = None
 
@@ -44,7 +46,8 @@ class FusedEmbeddings:
         t, (B, T) = self.model.transformer, ids.shape
         tokens, positions, C = t.wte.weight, t.wpe.weight, self.model.params.n_embd
         assert self.model.params.block_size >= T, "more tokens than the context"
-        self._ids = ids.contiguous()
+        ids = ids.contiguous()
+        self._side.run(self._sort, ids)
         self._dropout = self.model.params.dropout if self.model.training else 0.0
         # From the device's generator, whose state a CUDA graph advances.
         draw = self._dropout > 0
@@ -52,7 +55,7 @@ class FusedEmbeddings:
         x = tokens.new_empty(B, T, C)
         block = min(1024, triton.next_power_of_2(C))
         _embed[(B * T, triton.cdiv(C, block))](
-            *(self._ids, tokens, positions, x, self._seed, T, C, self._dropout),
+            *(ids, tokens, positions, x, self._seed, T, C, self._dropout),
             *(draw, block),
             num_warps=max(1, block // 256),
         )
@@ -71,17 +74,17 @@ class FusedEmbeddings:
             grid = (triton.cdiv(d_x.numel(), block),)
             _drop_[grid](d_x, self._seed, d_x.numel(), self._dropout, block)
         positions.grad = self._gradient
-        few = B * T <= _FEW
+        self._side.join()
         rows = len(positions)
-        _embed_backward[(rows + B * T if few else rows, triton.cdiv(C, _COLUMNS))](
-            *(self._ids, d_x, d_tokens, self._gradient, B, T, C, rows),
-            *(_IDS, _COLUMNS, _WINDOWS),
+        _embed_backward[(triton.cdiv(B * T, _ROWS) + rows, triton.cdiv(C, _COLUMNS))](
+            *(*self._sorted, d_x, d_tokens, self._gradient, B, T, C, rows),
+            *(_ROWS, _COLUMNS, _WINDOWS, _STAGES),
             num_warps=4,
         )
-        if not few:
-            # as in the backward pass of torch.nn.functional.embedding
-            dense = torch.ops.aten.embedding_dense_backward
-            d_tokens += dense(d_x, self._ids, len(d_tokens), -1, False)
+
+    def _sort(self, ids: torch.Tensor) -> None:
+        ids, order = ids.flatten().int().sort(stable=True)
+        self._sorted = ids, order, torch.searchsorted(ids, ids, right=True)
 
 
 if device.can_compile():
@@ -124,6 +127,8 @@ if device.can_compile():
     @triton.jit
     def _embed_backward(
         ids,
+        order,
+        ends,
         d_x,
         d_tokens,
         d_positions,
@@ -131,22 +136,26 @@ if device.can_compile():
         length,
         width,
         rows,
-        block_ids: tl.constexpr,
+        block_rows: tl.constexpr,
         block_columns: tl.constexpr,
         block_windows: tl.constexpr,
+        stages: tl.constexpr,
     ):
-        """The first `rows` programs: a position each. The others, if any: a token each."""
-        row = tl.program_id(0)
+        """The last `rows` programs: a position each. The others: a part of the sorted ids each."""
+        program = tl.program_id(0)
+        row = program - (tl.num_programs(0) - rows)
         column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
-        if row < rows:
+        if row < 0:
+            first, count = program * block_rows, batch_size * length
+            _add_tokens(
+                ids, order, ends, d_x, d_tokens, first, column, count, width, block_rows, stages
+            )
+        else:
             total = _sum_windows(
                 d_x, row, column, batch_size, length, width, block_windows, block_columns
             )
             gradient = d_positions + row.to(tl.int64) * width + column
             tl.store(gradient, total.to(gradient.dtype.element_ty), column < width)
-        else:
-            number, count = row - rows, batch_size * length
-            _add_token(ids, d_x, d_tokens, number, column, count, width, block_ids, block_columns)
 
     @triton.jit
     def _sum_windows(
@@ -170,32 +179,40 @@ if device.can_compile():
         return total
 
     @triton.jit
-    def _add_token(
+    def _add_tokens(
         ids,
+        order,
+        ends,
         d_x,
         d_tokens,
-        number,
+        first,
         column,
         count,
         width,
-        block_ids: tl.constexpr,
-        block_columns: tl.constexpr,
+        block_rows: tl.constexpr,
+        stages: tl.constexpr,
     ):
-        """Add up the rows of d_x that have the id of row `number`, if it is the first of them."""
-        own = tl.load(ids + number)
-        earlier = tl.zeros([8 * block_ids], tl.int32)
-        for start in range(0, number, 8 * block_ids):
-            at = start + tl.arange(0, 8 * block_ids)
-            earlier += (tl.load(ids + at, at < number, other=-1) == own).to(tl.int32)
-        if tl.sum(earlier, 0) == 0:
-            total = tl.zeros([block_columns], tl.float32)
-            for start in range(number // block_ids * block_ids, count, block_ids):
-                at = start + tl.arange(0, block_ids)
-                is_own = tl.load(ids + at, at < count, other=-1) == own
-                if tl.sum(is_own.to(tl.int32), 0) > 0:
-                    tile = d_x + at.to(tl.int64)[:, None] * width + column[None, :]
-                    mask = is_own[:, None] & (column < width)[None, :]
-                    total += tl.sum(tl.load(tile, mask, other=0.0).to(tl.float32), 0)
-            gradient = d_tokens + own.to(tl.int64) * width + column
-            total += tl.load(gradient, column < width, other=0.0).to(tl.float32)
-            tl.store(gradient, total.to(gradient.dtype.element_ty), column < width)
+        """Add up all rows of the tokens whose first one is among the block_rows sorted ids from
+        `first` on, by a product with a matrix of 0 and 1.
+
+        Only the last of these tokens can have more rows, which follow directly.
+        """
+        at = first + tl.arange(0, block_rows)
+        own = tl.load(ids + at, at < count, other=-1)
+        last = tl.minimum(first + block_rows, count) - 1
+        if tl.load(ids + last) != tl.load(ids + first - 1, first > 0, other=-1):
+            is_first = own != tl.load(ids + at - 1, (at > 0) & (at < count), other=-1)
+            mask = is_first[:, None] & (column < width)[None, :]
+            gradient = d_tokens + own.to(tl.int64)[:, None] * width + column[None, :]
+            before = tl.load(gradient, mask, other=0.0)
+            total = tl.zeros([block_rows, column.shape[0]], tl.float32)
+            end = tl.load(ends + last).to(tl.int32)
+            for start in tl.range(first, end, block_rows, num_stages=stages):
+                other = start + tl.arange(0, block_rows)
+                row = tl.load(order + other, other < end, other=0).to(tl.int64)
+                tile = d_x + row[:, None] * width + column[None, :]
+                x = tl.load(tile, (other < end)[:, None] & (column < width)[None, :], other=0.0)
+                same = own[:, None] == tl.load(ids + other, other < end, other=-1)[None, :]
+                total = tl.dot(same.to(x.dtype), x, total)
+            total += before.to(tl.float32)
+            tl.store(gradient, total.to(gradient.dtype.element_ty), mask)
