@@ -71,6 +71,8 @@ class Batches:
         self._first = np.zeros_like(self._lengths)
         self._mask = (1 << 8 * tokens.itemsize) - 1
         self._read: Callable[[int, int], torch.Tensor] = self._read_windows
+        # On a GPU, windows are read on a stream of their own, while the previous step still runs.
+        self._stream: torch.cuda.Stream | None = None
         if self.windows_per_epoch > SHUFFLED:
             for array in arrays:
                 mapping.advise_random_reads(array)
@@ -80,14 +82,27 @@ class Batches:
             else:
                 self._read = ReadAhead(self._read_pinned)
             self._rows = self._rows if self._rows is None else self._rows.to(device)
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # it copies the tokens
 
     def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x and y of the windows number `first` >= 0 to first + count - 1 of the stream,
         both [count, T] int64; y is x shifted by one token.
 
-        On a GPU, the host does not wait for them.
+        On a GPU, the host does not wait for them, and they do not wait for the current CUDA stream.
         """
         assert first >= 0 and count > 0
+        if self._stream is None:
+            return self._windows(first, count)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            x, y = self._windows(first, count)
+        current.wait_stream(self._stream)
+        for tensor in (x, y):
+            tensor.record_stream(current)  # which still reads it when nothing refers to it
+        return x, y
+
+    def _windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         # PyTorch cannot index uint16, so the tokens are signed; the mask undoes the sign extension.
         ids = self._read(first, count).to(self.device, non_blocking=True).long() & self._mask
         ids = ids if self._rows is None else self._rows[ids]

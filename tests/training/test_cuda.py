@@ -248,6 +248,23 @@ def test_batches_on_gpu_equal_those_on_cpu(monkeypatch, block_size, share, segme
             assert gpu.is_cuda and torch.equal(cpu, gpu.cpu())
 
 
+def test_batches_on_gpu_do_not_wait_for_earlier_work():
+    text = np.random.default_rng(0).integers(1 << 16, size=1_000, dtype=np.uint16)
+    here, there = (Batches(text, 8, 5, where) for where in (torch.device("cpu"), CUDA))
+    sums = torch.zeros(20, dtype=torch.int64, device=CUDA)
+    for _ in range(2):  # the second time, all kernels are loaded
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)
+        for number in range(len(sums)):
+            x, y = there.windows(4 * number, 4)
+            sums[number] = (x - 2 * y).sum()  # later, when nothing refers to x and y
+        there._stream.synchronize()
+        is_asleep = not torch.cuda.current_stream().query()
+    assert is_asleep
+    expected = [here.windows(4 * number, 4) for number in range(len(sums))]
+    assert sums.tolist() == [(x - 2 * y).sum().item() for x, y in expected]
+
+
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_captured_generation_equals_uncached_one_beyond_context(prompts):
     model = gpt().eval()
