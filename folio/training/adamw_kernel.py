@@ -147,7 +147,9 @@ if device.can_compile():
 
     @triton.jit
     def _square_sums(table, sums, half: tl.constexpr, aligned: tl.constexpr, chunk: tl.constexpr):
-        row = tl.program_id(0)
+        # The first chunks come last: they are still in the cache when _update, which starts with
+        # them, reads them again.
+        row = tl.num_programs(0) - 1 - tl.program_id(0)
         entry = table + row * 8
         gradient = _pointer(entry + 3, half, 16 if aligned else half.primitive_bitwidth // 8)
         at = tl.arange(0, chunk)
@@ -282,14 +284,15 @@ if device.can_compile():
         at = tl.arange(0, chunk)
         mask = at < _count(entry, aligned)
         g = tl.load(gradient + at, mask).to(tl.float32) * tl.load(verdict)
-        p = tl.load(weight + at, mask)
-        m = tl.load(exp_avg + at, mask)
-        v = tl.load(exp_avg_sq + at, mask)
+        # The cache keeps what is read again soon: gradients, and copies, by the next forward pass.
+        p = tl.load(weight + at, mask, eviction_policy="evict_first")
+        m = tl.load(exp_avg + at, mask, eviction_policy="evict_first")
+        v = tl.load(exp_avg_sq + at, mask, eviction_policy="evict_first")
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         p -= tl.load(row) * p
         p -= tl.load(row + 1) * (m / (tl.sqrt(v) * tl.load(row + 2) + eps))
-        tl.store(weight + at, p, mask)
-        tl.store(exp_avg + at, m, mask)
-        tl.store(exp_avg_sq + at, v, mask)
+        tl.store(weight + at, p, mask, eviction_policy="evict_first")
+        tl.store(exp_avg + at, m, mask, eviction_policy="evict_first")
+        tl.store(exp_avg_sq + at, v, mask, eviction_policy="evict_first")
         tl.store(copy + at, p.to(half), mask)
