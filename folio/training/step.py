@@ -96,9 +96,9 @@ class TrainStep:
         # the device.
         capturable = optimizer.defaults.get("capturable", False)
         self.captures = capturable and self.optimizer_skips and weights.can_capture
-        self._learning_rates = [
-            torch.zeros((), device=device) if capturable else None for _ in optimizer.param_groups
-        ]
+        # The rate of all groups with this lr_scale. One of them takes a kernel in each step.
+        scales = {group.get("lr_scale", 1.0) for group in optimizer.param_groups if capturable}
+        self._rates = {scale: torch.zeros((), device=device) for scale in scales}
         self._graph: Callable[..., None] | None = None
         self._state_checked = False  # whether checkpoints can contain the optimizer's state
         self._direct: direct_update.DirectUpdate | None = None
@@ -115,9 +115,11 @@ class TrainStep:
         A parameter group's rate is learning_rate times its `lr_scale` (1 by default). The first
         update raises UserError if the optimizer's state cannot be saved.
         """
-        for group, buffer in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
-            rate = learning_rate * group.get("lr_scale", 1.0)
-            group["lr"] = rate if buffer is None else buffer.fill_(rate)
+        for scale, rate in self._rates.items():
+            rate.fill_(learning_rate * scale)
+        for group in self.optimizer.param_groups:
+            scale = group.get("lr_scale", 1.0)
+            group["lr"] = self._rates.get(scale, learning_rate * scale)
         inputs = [t.to(self.device, non_blocking=True) for batch in batches for t in batch]
         if self.captures and self._graph is None:
             before = self.stats.clone()

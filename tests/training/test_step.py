@@ -345,18 +345,20 @@ def test_fused_capturable_optimizer_works_without_a_cuda_device():
     assert not torch.equal(weights(model), weights(Matrices()))
 
 
-def test_group_may_have_a_peak_learning_rate_of_its_own(model, batch):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {}), (torch.optim.AdamW, {"capturable": True, "weight_decay": 0.0})],
+)
+def test_group_may_have_a_peak_learning_rate_of_its_own(model, batch, kind, options):
+    whole = copy.deepcopy(model)
+    before = [p.detach().clone() for p in model.parameters()]
     first, *others = model.parameters()
     groups = [{"params": [first], "lr_scale": 0.0}, {"params": others, "lr_scale": 0.5}]
-    step = TrainStep(Weights(model, "fp32"), torch.optim.SGD(groups, fused=True), NEVER)
-    plain = sgd(copy.deepcopy(model))
-    before = [p.detach().clone() for p in model.parameters()]
-    for each in (step, plain):
-        each([batch], learning_rate=1.0)
+    for each, parameters in ((model, groups), (whole, whole.parameters())):
+        step = TrainStep(Weights(each, "fp32"), kind(parameters, fused=True, **options), NEVER)
+        step([batch], learning_rate=1.0)
     assert torch.equal(first, before[0])
-    for p, q, start in zip(
-        model.parameters(), plain.weights.model.parameters(), before, strict=True
-    ):
+    for p, q, start in zip(model.parameters(), whole.parameters(), before, strict=True):
         if p is not first:
             torch.testing.assert_close(p - start, 0.5 * (q - start))
 
