@@ -254,6 +254,27 @@ def test_gradients_of_embeddings_agree_with_exact_sums(dtype, step, windows, wid
     assert apart(gradient, positions) < 0.01 and not gradient[30:].any()
 
 
+@pytest.mark.parametrize("windows", [4, 140])  # PyTorch sorts 4,200 ids by other kernels
+def test_captured_gradients_of_embeddings_repeat_their_bits(windows):
+    fused = embeddings.FusedEmbeddings(gpt().bfloat16())
+
+    @torch.no_grad()
+    def gradient(ids, d_x, d_tokens):
+        fused.forward(ids)
+        result = d_tokens.clone()
+        fused.backward(d_x, result)
+        return result
+
+    first, other = torch.randint(ROWS, (2, windows, 30), device=CUDA)
+    d_x, d_tokens = (
+        torch.randn(*shape, 64, device=CUDA).bfloat16() for shape in ((windows, 30), (ROWS,))
+    )
+    captured = device.capture(gradient, first, d_x, d_tokens)
+    for ids in (first, other):
+        expected = gradient(ids, d_x, d_tokens)
+        assert torch.equal(captured(ids, d_x, d_tokens), expected)
+
+
 @pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize(("_", "dtype"), HALF)
 def test_adamw_kernel_makes_the_updates_of_pytorch(dtype, offset, _):
