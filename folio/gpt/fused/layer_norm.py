@@ -89,7 +89,7 @@ def add_norm_backward(
         rows=rows,
         block=block,
         stages=_STAGES if rounds > 1 else 1,
-        num_warps=min(max(1, block // 256), 16),
+        num_warps=min(max(1, rows * block // 512), 16),  # 16 elements per thread
     )
     return dx, dy
 
@@ -103,7 +103,7 @@ if device.can_compile():
         Philox returns four numbers at once, which are for four adjacent columns.
         """
         counter = row * (block // 4) + tl.arange(0, rows * block // 4)
-        a, b, c, d = tl.randint4x(tl.load(seed), counter, n_rounds=7)
+        a, b, c, d = tl.randint4x(seed, counter, n_rounds=7)
         bits = tl.join(tl.join(a, b), tl.join(c, d)).reshape(rows, block)
         kept = (bits.to(tl.uint32, bitcast=True) >> 8) >= int(dropout * 2**24)
         return tl.where(kept, 1.0 / (1.0 - dropout), 0.0)
@@ -133,7 +133,7 @@ if device.can_compile():
         if has_y:
             added = tl.load(y + offset, inside, other=0.0).to(tl.float32)
             if dropout > 0:
-                added *= _dropout_factor(seed, row, dropout, 1, block).reshape(block)
+                added *= _dropout_factor(tl.load(seed), row, dropout, 1, block).reshape(block)
             stored = (value + added).to(total.dtype.element_ty)
             tl.store(total + offset, stored, inside)
             value = stored.to(tl.float32)  # the backward pass has no other
@@ -150,6 +150,62 @@ if device.can_compile():
     @triton.jit
     def _add_pairs(a, b, c, d):
         return a + c, b + d
+
+    @triton.jit
+    def _rows_backward(
+        d_normed,
+        d_sum,
+        total,
+        mean,
+        rstd,
+        weight,
+        seed,
+        dx,
+        dy,
+        start,
+        length,
+        width: tl.constexpr,
+        dropout: tl.constexpr,
+        has_d_sum: tl.constexpr,
+        rows: tl.constexpr,
+        block: tl.constexpr,
+        once: tl.constexpr,
+    ):
+        """Write dx and dy of some rows, from row `start` on.
+
+        Returns [block] in fp32 each: what these rows add to the gradients of weight, bias and y.
+        once: whether these are all the rows of a program. If not, `weight` [block] is loaded, in
+        fp32, and otherwise it is loaded here: to wait for it first would take twice as long.
+        """
+        row = tl.arange(0, rows)
+        column = tl.arange(0, block)
+        exists = row < length - start
+        mask = exists[:, None] & (column < width)[None, :]
+        offset = tl.cast(start, tl.int64) * width + row[:, None] * width + column[None, :]
+        above = tl.load(d_normed + offset, mask, other=0.0).to(tl.float32)
+        value = tl.load(total + offset, mask, other=0.0).to(tl.float32)
+        if has_d_sum:
+            beside = tl.load(d_sum + offset, mask, other=0.0).to(tl.float32)
+        average = tl.load(mean + start + row, exists, other=0.0)[:, None]
+        inverse = tl.load(rstd + start + row, exists, other=0.0)[:, None]
+        if once:
+            weight = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
+        if dropout > 0:  # while the loads are under way
+            factor = _dropout_factor(seed, start, dropout, rows, block)
+        normal = value * inverse - average * inverse
+        weight_sum, bias_sum = tl.reduce((above * normal, above), 0, _add_pairs)
+        above *= weight[None, :]
+        below = above * inverse
+        if has_d_sum:
+            below += beside
+        along, level = tl.reduce((above * normal, above), 1, _add_pairs)
+        share = inverse * (-1.0 / width)
+        below += normal * (along[:, None] * share) + level[:, None] * share
+        tl.store(dx + offset, below.to(dx.dtype.element_ty), mask)
+        if dropout > 0:
+            below *= factor
+            tl.store(dy + offset, below.to(dy.dtype.element_ty), mask)
+        return weight_sum, bias_sum, tl.sum(below, 0)
 
     @triton.jit(do_not_specialize_on_alignment=["seed"])
     def _add_norm_backward(
@@ -172,38 +228,29 @@ if device.can_compile():
         block: tl.constexpr,
         stages: tl.constexpr,
     ):
-        row = tl.arange(0, rows)
         column = tl.arange(0, block)
         inside = column < width
-        offset = row[:, None] * width + column[None, :]
-        scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)[None, :]
-        weight_sum = tl.zeros([block], tl.float32)
-        bias_sum = tl.zeros([block], tl.float32)
-        y_sum = tl.zeros([block], tl.float32)
-        step = tl.num_programs(0) * rows
-        for start in tl.range(tl.program_id(0) * rows, length, step, num_stages=stages):
-            first = tl.cast(start, tl.int64) * width
-            exists = row < length - start
-            mask = exists[:, None] & inside[None, :]
-            above = tl.load(d_normed + first + offset, mask, other=0.0).to(tl.float32)
-            value = tl.load(total + first + offset, mask, other=0.0).to(tl.float32)
-            if has_d_sum:
-                beside = tl.load(d_sum + first + offset, mask, other=0.0)
-            average = tl.load(mean + start + row, exists, other=0.0)[:, None]
-            inverse = tl.load(rstd + start + row, exists, other=0.0)[:, None]
-            normal = (value - average) * inverse
-            weight_sum += tl.sum(above * normal, 0)
-            bias_sum += tl.sum(above, 0)
-            above *= scale
-            along, level = tl.reduce((above * normal, above), 1, _add_pairs)
-            below = (above - (normal * along[:, None] + level[:, None]) * (1.0 / width)) * inverse
-            if has_d_sum:
-                below += beside.to(tl.float32)
-            tl.store(dx + first + offset, below.to(dx.dtype.element_ty), mask)
-            if dropout > 0:
-                below *= _dropout_factor(seed, start, dropout, rows, block)
-                tl.store(dy + first + offset, below.to(dy.dtype.element_ty), mask)
-            y_sum += tl.sum(below, 0)
+        if dropout > 0:
+            seed = tl.load(seed)
+        start, step = tl.program_id(0) * rows, tl.num_programs(0) * rows
+        if stages == 1:
+            weight_sum, bias_sum, y_sum = _rows_backward(
+                d_normed, d_sum, total, mean, rstd, weight, seed, dx, dy, start, length,
+                width, dropout, has_d_sum, rows, block, True,
+            )  # fmt: skip
+        else:
+            weight = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+            weight_sum = tl.zeros([block], tl.float32)
+            bias_sum = tl.zeros([block], tl.float32)
+            y_sum = tl.zeros([block], tl.float32)
+            for row in tl.range(start, length, step, num_stages=stages):
+                sums = _rows_backward(
+                    d_normed, d_sum, total, mean, rstd, weight, seed, dx, dy, row, length,
+                    width, dropout, has_d_sum, rows, block, False,
+                )  # fmt: skip
+                weight_sum += sums[0]
+                bias_sum += sums[1]
+                y_sum += sums[2]
         partials += tl.program_id(0) * stride + column
         tl.store(partials, weight_sum, inside)
         tl.store(partials + width, bias_sum, inside)
