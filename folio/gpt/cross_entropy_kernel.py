@@ -5,6 +5,8 @@ sum of exponentials (Milakov and Gimelshein 2018, "Online normalizer calculation
 algorithm 3). When it replaces a row with its gradient, the row is still in the GPU's cache.
 """
 
+import math
+
 import torch
 
 from folio import device
@@ -12,6 +14,8 @@ from folio import device
 if device.can_compile():
     import triton
     from triton import language as tl
+
+    _LOG2_E = tl.constexpr(1 / math.log(2))
 
 _BLOCK, _WARPS = 8192, 32  # logits per iteration, 8 per thread; warps of 32 threads per program
 
@@ -91,9 +95,7 @@ def _launch(
         *(soft, soft_share, last_share, bias is not None, mixed, soft is not None),
         block=_BLOCK,
         num_warps=_WARPS,
-        # With at most 32 registers per thread, a multiprocessor runs two programs at once. Without
-        # mixed targets, the compiler needs no more than these.
-        maxnreg=32 if mixed else None,
+        maxnreg=32,  # per thread, so that a multiprocessor runs two programs at once
     )
     return losses
 
@@ -121,10 +123,15 @@ if device.can_compile():
         return z, column
 
     @triton.jit
+    def _exp(x):
+        """Of its 5 instructions, tl.exp takes 3 for results below 2^-126, which are 0 here."""
+        return tl.exp2(x * _LOG2_E)
+
+    @triton.jit
     def _accumulate(z, maximum, total):
         """Update each thread's running maximum and sum of exponentials with its logits z."""
         higher = tl.maximum(maximum, tl.max(z, 1))
-        return higher, total * tl.exp(maximum - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        return higher, total * _exp(maximum - higher) + tl.sum(_exp(z - higher[:, None]), 1)
 
     @triton.jit
     def _load_soft(soft, column, size):
@@ -166,6 +173,7 @@ if device.can_compile():
             if has_bias:
                 last_logit += tl.load(bias + size - 1)
         factor = tl.load(factor)
+        unroll: tl.constexpr = 1 if has_bias or has_soft else 2  # more would not fit in registers
         # Each thread keeps a maximum and a sum. Columns of the last block beyond the vocabulary are
         # lower than any logit, so they vanish when the threads' sums are rescaled to one maximum.
         whole = size // block * block
@@ -174,7 +182,7 @@ if device.can_compile():
         if has_soft:
             soft += row * size
             weighted = tl.zeros([block // 8], tl.float32)
-        for start in range(0, whole, block):
+        for start in tl.range(0, whole, block, loop_unroll_factor=unroll):
             z, column = _load(logits, bias, start, size, has_bias, False, block)
             maximum, total = _accumulate(z, maximum, total)
             if has_soft:
@@ -182,7 +190,7 @@ if device.can_compile():
         z, last = _load(logits, bias, whole, size, has_bias, True, block)
         maximum, total = _accumulate(z, maximum, total)
         highest = tl.max(maximum, 0)
-        norm = tl.sum(total * tl.exp(maximum - highest), 0)
+        norm = tl.sum(total * _exp(maximum - highest), 0)
         mean = correct
         if mixed:
             mean_last = last_logit
@@ -195,22 +203,22 @@ if device.can_compile():
             mean += soft_share * tl.sum(weighted, 0)
         tl.store(losses + row, highest + tl.log(norm) - mean)
         share = factor / norm
-        gradient = tl.exp(z - highest) * share
+        gradient = _exp(z - highest) * share
         if has_soft:
             gradient -= factor * soft_share * _load_soft(soft, last, size)
         tl.store(logits + last, gradient.to(logits.dtype.element_ty), last < width)
-        for start in range(0, whole, block):
+        for start in tl.range(0, whole, block, loop_unroll_factor=unroll):
             z, column = _load(logits, bias, start, size, has_bias, False, block)
-            gradient = tl.exp(z - highest) * share
+            gradient = _exp(z - highest) * share
             if has_soft:
                 gradient -= factor * soft_share * _load_soft(soft, column, size)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty))
         tl.debug_barrier()  # the target's gradient must overwrite what the loops have stored
-        gradient = tl.exp(correct - highest) * share - factor
+        gradient = _exp(correct - highest) * share - factor
         if mixed:
             is_last = target == size - 1
             gradient += factor * (soft_share + tl.where(is_last, 0.0, last_share))
-            last_gradient = tl.exp(last_logit - highest) * share - factor * last_share
+            last_gradient = _exp(last_logit - highest) * share - factor * last_share
             if has_soft:
                 gradient -= factor * soft_share * tl.load(soft + target).to(tl.float32)
                 soft_last = tl.load(soft + size - 1).to(tl.float32)
