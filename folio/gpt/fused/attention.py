@@ -52,7 +52,7 @@ class Tile:
 # By direction, whether T is short, and whether D is above 64. benchmarks/attention.py --tune tries
 # others.
 TILES = {
-    ("forward", False, False): Tile(128, 64, 8, 3),
+    ("forward", False, False): Tile(64, 64, 4, 3),
     ("forward", False, True): Tile(128, 64, 8, 3),
     ("forward", True, False): Tile(64, 64, 4, 2),
     ("forward", True, True): Tile(64, 64, 4, 2),
