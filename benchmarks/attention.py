@@ -49,14 +49,11 @@ class Inputs:
         self.flops = 2 * B * T * T * C  # of a forward pass
 
     def ours(
-        self,
-        implementation: str = "triton",
-        forward_tile: Tile | None = None,
-        backward_tile: Tile | None = None,
+        self, forward_tile: Tile | None = None, backward_tile: Tile | None = None
     ) -> tuple[Callable, Callable]:
         """Functions that compute the output, and the gradient."""
         qkv = self.qkv.detach()
-        options = (self.heads, self.dropout, self.seed, implementation)
+        options = (self.heads, self.dropout, self.seed)
         forward = partial(attention.attend, qkv, *options, forward_tile)
         saved = (self.d_out, qkv, *forward())
         return forward, partial(attention.attend_backward, *saved, *options, backward_tile)
@@ -100,9 +97,6 @@ def compare(inputs: Inputs) -> None:
     for name, (backend, exact) in PYTORCH.items():
         contenders[name] = partial(time_pytorch, inputs, backend, exact)
     contenders["ours"] = lambda: time_both(*inputs.ours())
-    if not inputs.dropout:
-        for name in ("flash", "mixed"):
-            contenders[f"{name}, deterministic"] = partial(time_direct, inputs, name)
     for name, measure in contenders.items():
         try:
             forward, backward = measure()
@@ -120,11 +114,6 @@ def compare(inputs: Inputs) -> None:
 def time_pytorch(inputs: Inputs, backend: SDPBackend, exact: bool) -> tuple[float, float]:
     with sdpa_kernel(backend), device.deterministic(exact):
         return time_both(*inputs.pytorch())
-
-
-def time_direct(inputs: Inputs, implementation: str) -> tuple[float, float]:
-    with device.deterministic(True):
-        return time_both(*inputs.ours(implementation=implementation))
 
 
 def time_both(forward: Callable, backward: Callable) -> tuple[float, float]:
@@ -166,7 +155,7 @@ def tune_tiles(inputs: Inputs, index: int, way: str, expected: torch.Tensor) -> 
         line += f"{tile.registers or '':>11}{'yes' if tile.whole else '':>7}"
         choice = (None, tile) if index else (tile, None)
         try:
-            work = inputs.ours("triton", *choice)[index]
+            work = inputs.ours(*choice)[index]
             times[tile] = ms = milliseconds(work)
         except OutOfResources as problem:
             print(f"{line}  {str(problem).splitlines()[0]}", flush=True)

@@ -134,17 +134,6 @@ def test_captured_attention_follows_its_inputs(length):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("implementation", ["flash", "mixed"])
-def test_other_implementation_matches_fp32(implementation):
-    qkv, d_out = tensors(256, 64, torch.bfloat16)
-    out, logsumexp = attention.attend(qkv, HEADS, 0.0, None, implementation)
-    arguments = (d_out, qkv, out, logsumexp, HEADS, 0.0, None, implementation)
-    with device.deterministic(True):
-        found = out, attention.attend_backward(*arguments)
-    for x, expected in zip(found, reference(qkv, d_out, None, 0.0), strict=True):
-        assert relative_error(x, expected) < LIMITS[torch.bfloat16]
-
-
 @pytest.mark.parametrize(
     ("n_embd", "n_head", "dtype", "expected"),
     [

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from folio import device
-from folio.gpt.fused import pytorch_attention
 
 if device.can_compile():
     from folio.gpt.fused.attention_backward import (
@@ -79,20 +78,15 @@ def attend(
     n_head: int,
     dropout: float,
     seed: torch.Tensor | None,
-    implementation: str = "triton",
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal self-attention of n_head heads: the output, and what attend_backward needs.
 
     qkv [B, T, 3C], contiguous, has the queries, keys and values of all heads one after another.
     dropout: the probability to drop an attention probability; its mask is a function of `seed`, an
-    integer tensor with one element on the device, or None without dropout. implementation: also
-    "flash" or "mixed" (see pytorch_attention.py), without dropout. Returns out [B, T, C],
+    integer tensor with one element on the device, or None without dropout. Returns out [B, T, C],
     and the base-2 logarithm of the softmax's sums, [B, n_head, T] in fp32.
     """
-    if implementation != "triton":
-        assert not dropout
-        return pytorch_attention.attend(qkv, n_head, cudnn=implementation == "mixed")
     B, T, size = _sizes(qkv, n_head)
     tile = tile or TILES["forward", T <= _SHORT, size > 64]
     out = qkv.new_empty(B, T, n_head * size)
@@ -113,15 +107,12 @@ def attend_backward(
     n_head: int,
     dropout: float,
     seed: torch.Tensor | None,
-    implementation: str = "triton",
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """The gradient w.r.t. qkv, [B, T, 3C], given that w.r.t. out, [B, T, C], contiguous.
 
     The other arguments are those of `attend` and what it returned.
     """
-    if implementation != "triton":
-        return pytorch_attention.attend_backward(d_out, qkv, out, logsumexp, n_head)
     B, T, size = _sizes(qkv, n_head)
     assert d_out.is_contiguous() and out.is_contiguous() and logsumexp.is_contiguous()
     tile = tile or TILES["backward", T <= _SHORT, size > 64]
