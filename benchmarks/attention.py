@@ -23,12 +23,11 @@ from folio.gpt.fused import attention
 from folio.gpt.fused.attention import Tile
 
 CALLS, ROUNDS = 10, 15
-# Rows kept, rows per iteration, warps and, for attention_backward_split, the limit of registers.
-FORWARD = [(32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8)]
-FORWARD += [(128, 128, 8)]
-SPLIT = [(32, 32, 4, None), (64, 32, 4, None), (64, 64, 4, None), (64, 64, 4, 168)]
-SPLIT += [(64, 64, 8, None), (128, 32, 8, None), (128, 32, 8, 128), (128, 64, 8, None)]
-WHOLE = [(32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)]
+# Rows kept, rows per iteration, warps, and the limit of registers.
+FORWARD = [(32, 32, 4, None), (64, 32, 4, None), (64, 64, 4, None), (128, 32, 4, None)]
+FORWARD += [(128, 64, 4, None), (128, 64, 8, None), (128, 128, 8, None)]
+BACKWARD = [(32, 32, 4, None), (64, 32, 4, None), (64, 64, 4, None), (64, 64, 4, 168)]
+BACKWARD += [(64, 64, 8, None), (128, 32, 8, None), (128, 32, 8, 128), (128, 64, 8, None)]
 PYTORCH = {
     "PyTorch, flash": (SDPBackend.FLASH_ATTENTION, False),
     "PyTorch, flash, deterministic": (SDPBackend.FLASH_ATTENTION, True),
@@ -123,14 +122,8 @@ def time_both(forward: Callable, backward: Callable) -> tuple[float, float]:
 def tiles(way: str) -> Iterator[Tile]:
     """The tiles to try: those whose loops keep everything in registers at 64 channels a head."""
     for stages in (2, 3):
-        if way == "forward":
-            for outer, inner, warps in FORWARD:
-                yield Tile(outer, inner, warps, stages)
-            continue
-        for outer, inner, warps, registers in SPLIT:
+        for outer, inner, warps, registers in FORWARD if way == "forward" else BACKWARD:
             yield Tile(outer, inner, warps, stages, registers)
-        for outer, inner, warps in WHOLE:
-            yield Tile(outer, inner, warps, stages, whole=True)
 
 
 def tune(inputs: Inputs) -> None:
@@ -148,11 +141,11 @@ def tune(inputs: Inputs) -> None:
 def tune_tiles(inputs: Inputs, index: int, way: str, expected: torch.Tensor) -> None:
     from triton.runtime.errors import OutOfResources
 
-    print(f"\n{way:8}  outer  inner  warps  stages  registers  whole        ms   TFLOP/s     error")
+    print(f"\n{way:8}  outer  inner  warps  stages  registers        ms   TFLOP/s     error")
     flops, times = inputs.flops * (2.5 if index else 1.0), {}
     for tile in tiles(way):
         line = f"{tile.outer:15}{tile.inner:7}{tile.warps:7}{tile.stages:8}"
-        line += f"{tile.registers or '':>11}{'yes' if tile.whole else '':>7}"
+        line += f"{tile.registers or '':>11}"
         choice = (None, tile) if index else (tile, None)
         try:
             work = inputs.ours(*choice)[index]

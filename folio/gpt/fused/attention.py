@@ -16,11 +16,7 @@ import torch
 from folio import device
 
 if device.can_compile():
-    from folio.gpt.fused.attention_backward import (
-        attention_backward_split,
-        attention_backward_whole,
-        attention_delta,
-    )
+    from folio.gpt.fused.attention_backward import attention_backward, attention_delta
     from folio.gpt.fused.attention_forward import attention_forward
 
 _SHORT = 128  # sequences of up to so many tokens are launch-bound and have other tiles
@@ -35,7 +31,6 @@ class Tile:
     warps: int
     stages: int  # iterations in flight
     registers: int | None = None  # limit per thread; fewer let more programs share a processor
-    whole: bool = False  # backward only: a program per head (see attention_backward.py)
 
     def options(self) -> dict[str, Any]:
         """Arguments of a kernel."""
@@ -120,20 +115,14 @@ def attend_backward(
     masked = T % tile.outer > 0
     fold = T <= _SHORT
     d_qkv, heads = torch.empty_like(qkv), B * n_head
-    padded = blocks * tile.outer  # buffers have whole blocks of rows
-    delta = logsumexp.new_empty(heads, 1 if fold else padded)
-    tensors = [d_out, qkv, out, logsumexp, delta, d_qkv]
-    if tile.whole:
-        kernel, grid = attention_backward_whole, (heads,)
-        tensors.insert(5, logsumexp.new_empty(heads, 1 if blocks == 1 else padded, size))
-    else:
-        kernel, grid = attention_backward_split, (2 * heads * blocks,)
-        if not fold:
-            attention_delta[(heads * blocks,)](
-                out, d_out, delta, T, n_head, masked=masked, size=size, count=tile.outer
-            )
-    kernel[grid](
-        *tensors, seed if dropout else None, T, n_head, *_numbers(size, dropout),
+    delta = logsumexp.new_empty(heads, 1 if fold else blocks * tile.outer)
+    if not fold:
+        attention_delta[(heads * blocks,)](
+            out, d_out, delta, T, n_head, masked=masked, size=size, count=tile.outer
+        )
+    attention_backward[(2 * heads * blocks,)](
+        d_out, qkv, out, logsumexp, delta, d_qkv, seed if dropout else None, T, n_head,
+        *_numbers(size, dropout),
         masked=masked, fold_delta=fold, size=size, **tile.options(),
     )  # fmt: skip
     return d_qkv

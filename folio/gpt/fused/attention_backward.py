@@ -7,9 +7,8 @@ With P = softmax(scale * Q K^T) and the gradient dO of the output O, the gradien
     dQ = scale * dS K    dK = scale * dS^T Q
 
 dK and dV are sums over queries, and dQ one over keys. Other implementations sum dQ by atomic
-additions, in an order that changes from run to run. Here there are two ways with a fixed order:
-attention_backward_split computes S and dP twice, in programs for keys and programs for queries;
-attention_backward_whole has a program per head, which alone adds to the dQ of that head.
+additions, in an order that changes from run to run. Here S and dP are computed twice instead, in
+programs for keys and programs for queries, so each sum has a fixed order.
 """
 
 from folio import device
@@ -51,7 +50,7 @@ if device.can_compile():
         tl.store(delta + head.to(tl.int64) * blocks * count + start + tl.arange(0, count), value)
 
     @triton.jit
-    def attention_backward_split(
+    def attention_backward(
         d_out,
         qkv,
         out,
@@ -98,12 +97,12 @@ if device.can_compile():
             # The diagonal comes last: if a loop of one iteration came first, ptxas would not let
             # matrix products overlap with anything (its warning C7515).
             for i in range(start + outer, length, inner):
-                dk, dv, _ = add_queries(
+                dk, dv = add_queries(
                     dk, dv, k, v, tensors, i, keys, length, channels, scale, dropout,
                     False, masked, fold_delta, inner, size,
                 )  # fmt: skip
             for i in range(start, tl.minimum(start + outer, length), inner):
-                dk, dv, _ = add_queries(
+                dk, dv = add_queries(
                     dk, dv, k, v, tensors, i, keys, length, channels, scale, dropout,
                     True, masked, fold_delta, inner, size,
                 )  # fmt: skip
@@ -134,81 +133,3 @@ if device.can_compile():
                 )  # fmt: skip
             dq *= scale * _LN_2
             store_rows(dq_rows, dq, start, length, 3 * channels, masked, outer, size)
-
-    @triton.jit
-    def _sum_pointers(sums, start, inner: tl.constexpr, size: tl.constexpr):
-        """Where the sum of dQ over the keys so far is, transposed, [size, inner]."""
-        tile = tl.arange(0, size)[:, None] * inner + tl.arange(0, inner)[None, :]
-        return sums + start * size + tile
-
-    @triton.jit
-    def attention_backward_whole(
-        d_out,
-        qkv,
-        out,
-        logsumexp,
-        delta,
-        sums,
-        d_qkv,
-        seed,
-        length,
-        n_head,
-        scale,
-        threshold,
-        keep_factor,
-        masked: tl.constexpr,
-        fold_delta: tl.constexpr,
-        size: tl.constexpr,
-        outer: tl.constexpr,
-        inner: tl.constexpr,
-    ):
-        """dQ, dK and dV of a head. Grid: heads.
-
-        Loops over blocks of `outer` keys, and for each one over blocks of `inner` queries from the
-        diagonal on. sums [heads, length rounded up to whole blocks, size] in fp32 is a buffer for
-        dQ over the keys so far, whose part in use stays in the cache. The last block of keys that a
-        query attends to is that on the diagonal. delta [heads, length rounded up to whole blocks]:
-        a buffer, not used if fold_delta. Others as in attention_backward_split.
-        """
-        head = tl.program_id(0)
-        channels = n_head * size
-        q_rows = head_rows(qkv, head, length, n_head, 3 * channels, size)
-        do_rows = head_rows(d_out, head, length, n_head, channels, size)
-        o_rows = head_rows(out, head, length, n_head, channels, size)
-        dq_rows = head_rows(d_qkv, head, length, n_head, 3 * channels, size)
-        logsumexp += head.to(tl.int64) * length
-        padded = tl.cdiv(length, outer) * outer
-        sums += head.to(tl.int64) * padded * size
-        if not fold_delta:
-            delta += head.to(tl.int64) * padded
-            for i in range(0, length, inner):
-                do = load_rows(do_rows, i, length, channels, masked, inner, size)
-                value = load_delta(o_rows, do, i, length, channels, masked, inner, size)
-                tl.store(delta + i + tl.arange(0, inner), value)
-        dropout = None if seed is None else head_dropout(seed, head, threshold, keep_factor)
-        tensors = (q_rows, do_rows, o_rows, logsumexp, delta)
-        for start in range(0, length, outer):
-            tl.debug_barrier()  # other threads have stored delta, and the sums of the last block
-            k = load_rows(q_rows + channels, start, length, 3 * channels, masked, outer, size)
-            v = load_rows(q_rows + 2 * channels, start, length, 3 * channels, masked, outer, size)
-            keys = start + tl.arange(0, outer)
-            dk, dv = tl.zeros([outer, size], tl.float32), tl.zeros([outer, size], tl.float32)
-            for i in range(start, tl.minimum(start + outer, length), inner):
-                dq = tl.load(_sum_pointers(sums, i, inner, size), start > 0, other=0.0)
-                dk, dv, ds = add_queries(
-                    dk, dv, k, v, tensors, i, keys, length, channels, scale, dropout,
-                    True, masked, fold_delta, inner, size,
-                )  # fmt: skip
-                dq = tl.trans(tl.dot(tl.trans(k), ds, dq)) * (scale * _LN_2)
-                store_rows(dq_rows, dq, i, length, 3 * channels, masked, inner, size)
-            for i in range(start + outer, length, inner):
-                pointers = _sum_pointers(sums, i, inner, size)
-                dq = tl.load(pointers, start > 0, other=0.0)
-                dk, dv, ds = add_queries(
-                    dk, dv, k, v, tensors, i, keys, length, channels, scale, dropout,
-                    False, masked, fold_delta, inner, size,
-                )  # fmt: skip
-                tl.store(pointers, tl.dot(tl.trans(k), ds, dq))
-            dk *= scale * _LN_2
-            store_rows(dq_rows + channels, dk, start, length, 3 * channels, masked, outer, size)
-            store_rows(dq_rows + 2 * channels, dv, start, length, 3 * channels, masked, outer, size)

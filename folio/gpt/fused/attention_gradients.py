@@ -73,8 +73,7 @@ if device.can_compile():
     ):
         """Add what queries start ... start + inner contribute to dK and dV of a block of keys.
 
-        tensors: where q, dO, O, logsumexp and, unless fold_delta, delta of the head start. Also
-        returns the transposed dS, [keys, inner].
+        tensors: where q, dO, O, logsumexp and, unless fold_delta, delta of the head start.
         """
         q_rows, do_rows, o_rows, logsumexp, delta_rows = tensors
         q = load_rows(q_rows, start, length, 3 * channels, masked, inner, size)
@@ -96,8 +95,7 @@ if device.can_compile():
             diagonal,
         )
         dv = tl.dot(p.to(do.dtype), do, dv)
-        ds = ds.to(q.dtype)
-        return tl.dot(ds, q, dk), dv, ds
+        return tl.dot(ds.to(q.dtype), q, dk), dv
 
     @triton.jit
     def add_keys(
