@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from folio import device
-from folio.gpt.fused import column_sums, gelu, gelu_products, layer_norm
+from folio.gpt.fused import column_sums, gelu, layer_norm
 from folio.gpt.fused.blocks import FusedBlocks
 from folio.gpt.model import GPT, ModelParams
 
@@ -29,17 +29,6 @@ def blocks(size, dtype, dropout=0.0, checkpointing=False):
     half = copy.deepcopy(model).to(dtype)
     half.gradient_checkpointing = checkpointing
     return model.to(CUDA), FusedBlocks(half)
-
-
-@pytest.fixture(params=[False, True], ids=["separate GELU", "GELU in products"])
-def fuse_gelu(request, monkeypatch):
-    skip_without_hopper(request.param)
-    monkeypatch.setattr(FusedBlocks, "FUSE_GELU", request.param)
-
-
-def skip_without_hopper(needed=True):
-    if needed and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("this GPU has no tensor memory accelerator")
 
 
 def embeddings(size, dtype, number=0):
@@ -80,7 +69,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_fused_passes_are_as_exact_as_autograd_in_half_precision(size, dtype, fuse_gelu):
+def test_fused_passes_are_as_exact_as_autograd_in_half_precision(size, dtype):
     model, fused = blocks(size, dtype)
     x, d = embeddings(size, dtype)
     expected = autograd(model, x.float(), d.float())
@@ -93,7 +82,7 @@ def test_fused_passes_are_as_exact_as_autograd_in_half_precision(size, dtype, fu
 
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_fused_passes_repeat_their_bits_with_and_without_checkpointing(size, dropout, fuse_gelu):
+def test_fused_passes_repeat_their_bits_with_and_without_checkpointing(size, dropout):
     x, d = embeddings(size, torch.bfloat16)
     _, fused = blocks(size, torch.bfloat16, dropout)
     _, checkpointed = blocks(size, torch.bfloat16, dropout, checkpointing=True)
@@ -105,7 +94,7 @@ def test_fused_passes_repeat_their_bits_with_and_without_checkpointing(size, dro
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_captured_fused_passes_equal_plain_ones(dropout, checkpointing, fuse_gelu):
+def test_captured_fused_passes_equal_plain_ones(dropout, checkpointing):
     _, plain = blocks(SMALL, torch.bfloat16, dropout, checkpointing)
     _, captured = blocks(SMALL, torch.bfloat16, dropout, checkpointing)
 
@@ -185,31 +174,3 @@ def test_gelu_and_column_sums_agree_with_pytorch(rows, columns):
     right = (expected, slope, d.double().sum(0), slope.sum(0))
     for ours, theirs in zip((found, gradient, *sums), right, strict=True):
         assert ours.isfinite().all() and distance(ours, theirs) < 4e-3
-
-
-@pytest.mark.parametrize("shape", [(1024, 384), (1000, 384), (5000, 768), (8192, 768)])
-@pytest.mark.parametrize("dtype", HALF)
-def test_products_with_gelu_agree_with_pytorch(shape, dtype):
-    skip_without_hopper()
-    (rows, channels), g = shape, torch.Generator(CUDA).manual_seed(1)
-    x, d = torch.randn(2, rows, channels, device=CUDA, generator=g).to(dtype)
-    weight = torch.randn(4 * channels, channels, device=CUDA, generator=g).to(dtype)
-    weight = weight / channels**0.5
-    bias = torch.randn(4 * channels, device=CUDA, generator=g).to(dtype)
-    before, after = gelu_products.linear_gelu(x, weight, bias)
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    precision = 4e-3 if dtype == torch.bfloat16 else 1e-3
-    assert distance(before, exact) < precision
-    assert distance(after, F.gelu(exact, approximate="tanh")) < precision
-    assert torch.equal(after, gelu.gelu(before))
-    transposed = weight.T.contiguous()  # [channels, 4 * channels], as that of mlp.c_proj
-    found, partials = gelu_products.gelu_linear_backward(d, transposed, before)
-    preactivation = before.double().requires_grad_()
-    activation = F.gelu(preactivation, approximate="tanh")
-    expected = torch.autograd.grad(activation, preactivation, d.double() @ transposed.double())[0]
-    sums = torch.empty(4 * channels, device=CUDA)
-    column_sums.add_partials(partials, sums)
-    assert distance(found, expected) < precision
-    assert distance(sums, expected.sum(0)) < 1e-4
-    again = gelu_products.gelu_linear_backward(d, transposed, before)
-    assert torch.equal(found, again[0]) and torch.equal(partials, again[1])

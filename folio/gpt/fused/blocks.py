@@ -15,7 +15,6 @@ from torch import nn
 from folio.gpt.fused import attention
 from folio.gpt.fused.column_sums import add_partials, column_sums, partial_count
 from folio.gpt.fused.gelu import gelu, gelu_backward_
-from folio.gpt.fused.gelu_products import gelu_linear_backward, linear_gelu
 from folio.gpt.fused.gradients import Gradients
 from folio.gpt.fused.layer_norm import Normed, add_norm, add_norm_backward
 from folio.gpt.fused.side_stream import SideStream
@@ -47,8 +46,6 @@ class FusedBlocks:
     If the model has gradient_checkpointing, forward keeps only the residual stream before each
     block, and backward computes the block again from it, with the same dropout: the same bits.
     """
-
-    FUSE_GELU = False  # in the epilogues of Triton's products, instead of after cuBLAS's
 
     def __init__(self, model: "GPT"):
         self.model, self._blocks = model, cast("list[Block]", list(model.transformer.h))
@@ -93,9 +90,8 @@ class FusedBlocks:
         side = self._side = self._side or SideStream(d_hidden.device)
         gradients.place()
         for i in reversed(range(len(self._blocks))):
-            width = 0 if self.FUSE_GELU else 4 * C  # c_fc's
-            partials = _partials(len(d_normed), 9 * C + width, d_hidden.device)
-            parts = partials.split([3 * C, 3 * C, 3 * C, width], 1)
+            partials = _partials(len(d_normed), 13 * C, d_hidden.device)
+            parts = partials.split([3 * C, 3 * C, 3 * C, 4 * C], 1)
             dx, dy = self._add_norm_backward(d_normed, dx, norm, scale, parts[0], 3 * i + 2)
             activations = self._kept.pop()
             if isinstance(activations, torch.Tensor):
@@ -103,7 +99,7 @@ class FusedBlocks:
                 activations = self._block(i, norm)
             dx, d_normed = self._block_backward(i, activations, dx, dy, parts[1:], side)
             norm, scale = activations.norm_1, self._blocks[i].ln_1.weight
-            side.run(add_partials, partials, gradients.vectors[i][: partials.shape[1]])
+            side.run(add_partials, partials, gradients.vectors[i])
             side.advance()
         partials = _partials(len(d_normed), 3 * C, d_hidden.device)
         dx, _ = self._add_norm_backward(d_normed, dx, norm, scale, partials)
@@ -119,12 +115,9 @@ class FusedBlocks:
         attended, logsumexp = attention.attend(qkv, n_head, dropout, seed)
         y = _linear(attended.view(norm.sum.shape), block.attn.c_proj)
         norm_2 = self._add_norm(norm.sum, y, block.ln_2, 3 * i + 1)
-        if self.FUSE_GELU:
-            mlp = linear_gelu(norm_2.normed, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-        else:
-            preactivation = _linear(norm_2.normed, block.mlp.c_fc)
-            mlp = preactivation, gelu(preactivation)
-        return _Activations(norm, qkv, attended, logsumexp, norm_2, *mlp)
+        preactivation = _linear(norm_2.normed, block.mlp.c_fc)
+        activation = gelu(preactivation)
+        return _Activations(norm, qkv, attended, logsumexp, norm_2, preactivation, activation)
 
     def _block_backward(
         self,
@@ -143,12 +136,8 @@ class FusedBlocks:
         block, seed = self._blocks[i], self._seed(3 * i)
         attn, mlp = block.attn, block.mlp
         side.run(_weight_gradient, mlp.c_proj, dy, a.activation)
-        if self.FUSE_GELU:
-            d_fc, sums = gelu_linear_backward(dy, mlp.c_proj.weight, a.preactivation)
-            side.run(add_partials, sums, mlp.c_fc.bias.grad)
-        else:
-            d_fc = dy @ mlp.c_proj.weight
-            gelu_backward_(d_fc, a.preactivation, partials[2])
+        d_fc = dy @ mlp.c_proj.weight
+        gelu_backward_(d_fc, a.preactivation, partials[2])
         side.run(_weight_gradient, mlp.c_fc, d_fc, a.norm_2.normed)
         d_normed, scale = d_fc @ mlp.c_fc.weight, block.ln_2.weight
         dx, dy = self._add_norm_backward(d_normed, dx, a.norm_2, scale, partials[0], 3 * i + 1)
