@@ -19,10 +19,13 @@ import numpy as np
 import torch
 
 from folio import device
+from folio.training.loss_scale import LossScale
 
 if device.can_compile():
     import triton
     from triton import language as tl
+
+    from folio.training.loss_scale import check_and_scale
 
 _CHUNK = 4096  # elements per program
 _SUMS = 4096  # of chunks, added up per iteration
@@ -46,19 +49,6 @@ class Parameter:
     def whole(self) -> tuple[torch.Tensor, ...]:
         """The tensors of the parameter's shape."""
         return self.weight, self.exp_avg, self.exp_avg_sq, self.gradient, self.copy
-
-
-@dataclass(frozen=True)
-class LossScale:
-    """What decides whether an update is made, and the sums of TrainStep: see check_and_scale."""
-
-    stats: torch.Tensor  # the fields of StepStats
-    scale: torch.Tensor
-    updates: torch.Tensor
-    grad_clip: float
-    fp16: bool
-    min_scale: float
-    double_after: int
 
 
 class AdamWKernel:
@@ -92,9 +82,8 @@ class AdamWKernel:
                 first += len(table)
         count = len(self._parameters)
         _check_and_scale[(1,)](
-            *(self._sums, len(self._sums), loss, state.stats, state.scale, state.updates),
+            *(self._sums, len(self._sums), loss, *state.arguments),
             *(self._scalars, self._decays, self._coefficients, self._verdict, count),
-            *(state.grad_clip, state.min_scale if state.fp16 else 1.0, state.double_after),
             *(math.log(self._betas[0]), math.log(self._betas[1]), state.fp16),
             *(_SUMS, triton.next_power_of_2(count)),
             num_warps=8,
@@ -164,54 +153,32 @@ if device.can_compile():
         stats,
         scale,
         updates,
+        grad_clip,
+        min_scale,
+        double_after,
         scalars,
         decays,
         coefficients,
         verdict,
         parameters,
-        grad_clip,
-        min_scale,
-        double_after,
         log_beta1: tl.constexpr,
         log_beta2: tl.constexpr,
         fp16: tl.constexpr,
         block: tl.constexpr,
         width: tl.constexpr,
     ):
-        """One program: like check_and_scale in folio/training/step.py, and the step sizes."""
+        """One program: check_and_scale, with the gradient norm, and the step sizes."""
         at = tl.arange(0, block)
         squares = tl.zeros([block], tl.float32)
         for start in range(0, chunks, block):
             squares += tl.load(sums + start + at, start + at < chunks, other=0.0)
-        before, new_loss, found = tl.load(scale), tl.load(loss), tl.load(stats + 4)
-        loss_sum, norm_sum = tl.load(stats), tl.load(stats + 1)
-        norms, steps, number = tl.load(stats + 2), tl.load(stats + 3), tl.load(updates)
-        scaled_norm = tl.sqrt_rn(tl.sum(squares, 0))
-        norm = scaled_norm / before
-        infinity = float("inf")
-        finite = scaled_norm < infinity  # false if it is NaN
-        problem = tl.where(finite | (before > min_scale), 0.0, 2.0)
-        problem = tl.where(tl.abs(new_loss) < infinity, problem, 1.0)
-        found = tl.where(found > 0, found, problem)
-        running = found == 0
-        updated = running & finite
+        norm = tl.sqrt_rn(tl.sum(squares, 0))
+        limits = (grad_clip, min_scale, double_after)
+        divisor, updated = check_and_scale(norm, loss, stats, scale, updates, *limits, fp16)
         _set_coefficients(
             scalars, decays, coefficients, updated, parameters, log_beta1, log_beta2, width
         )
-        tl.debug_barrier()  # all threads must have read what is overwritten now
-        tl.store(stats, loss_sum + tl.where(running, new_loss, 0.0))
-        tl.store(stats + 1, norm_sum + tl.where(updated, norm, 0.0))
-        tl.store(stats + 2, norms + tl.where(updated, 1.0, 0.0))
-        tl.store(stats + 3, steps + tl.where(running, 1.0, 0.0))
-        tl.store(stats + 4, found)
-        if fp16:
-            full = number + 1 == double_after
-            rescaled = tl.where(finite, tl.where(full, 2 * before, before), before / 2)
-            number_after = tl.where(finite & (full == 0), number + 1, 0.0)
-            tl.store(scale, tl.where(running, rescaled, before))
-            tl.store(updates, tl.where(running, number_after, number))
-        clipping = tl.where(norm > grad_clip, norm / grad_clip, 1.0)
-        tl.store(verdict, 1 / (before * clipping))
+        tl.store(verdict, 1 / divisor)
         tl.store(verdict + 1, tl.where(updated, 0.0, 1.0))
 
     @triton.jit

@@ -9,7 +9,7 @@ import torch
 
 from folio.training.adamw import AdamW
 from folio.training.adamw_kernel import AdamWKernel, Parameter
-from folio.training.adamw_kernel import LossScale as LossScale
+from folio.training.loss_scale import LossScale
 from folio.training.weights import Weights
 
 

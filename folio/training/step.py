@@ -15,6 +15,7 @@ import torch
 from folio.device import capture, deterministic
 from folio.errors import UserError
 from folio.training import direct_update, optimizer_state
+from folio.training.loss_scale import LossScale
 from folio.training.weights import Weights
 
 # In fp16 the loss is scaled (Micikevicius et al. 2018, section 3.2): the scale doubles after
@@ -76,7 +77,7 @@ class TrainStep:
         device = weights.device
         _check_capturable(optimizer, device)
         self.weights, self.optimizer = weights, optimizer
-        self.device, self.grad_clip, self.windows = device, grad_clip, windows
+        self.device, self.windows = device, windows
         self.input_noise, self.teachers = input_noise, teachers
         self.exact = exact and device.type == "cuda"  # steps on a CPU are always reproducible
         self.fp16 = weights.precision == "fp16"
@@ -85,13 +86,12 @@ class TrainStep:
         self.updates = torch.zeros((), device=device)  # since the scale changed
         # The fields of StepStats, of which the last one is an index into _PROBLEMS.
         self.stats = torch.zeros(len(fields(StepStats)), device=device)
-        self.check_and_scale = _check_and_scale
+        limits = (grad_clip, self.fp16, _MIN_SCALE, _DOUBLE_AFTER)
+        self._loss_scale = LossScale(self.stats, self.scale, self.updates, *limits)
         if fused:
             weights.fuse()
         if compiled and not weights.fused:
             weights.compile()
-        if weights.compiled or weights.fused:
-            self.check_and_scale = torch.compile(_check_and_scale, fullgraph=True, dynamic=False)
         # A graph can be captured of an optimizer that reads the learning rate and found_inf from
         # the device.
         capturable = optimizer.defaults.get("capturable", False)
@@ -103,9 +103,7 @@ class TrainStep:
         self._state_checked = False  # whether checkpoints can contain the optimizer's state
         self._direct: direct_update.DirectUpdate | None = None
         if direct_update.is_possible(weights, optimizer):
-            limits = (grad_clip, self.fp16, _MIN_SCALE, _DOUBLE_AFTER)
-            state = direct_update.LossScale(self.stats, self.scale, self.updates, *limits)
-            self._direct = direct_update.DirectUpdate(weights, optimizer, state)
+            self._direct = direct_update.DirectUpdate(weights, optimizer, self._loss_scale)
 
     def __call__(
         self, batches: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
@@ -162,8 +160,7 @@ class TrainStep:
 
         norm: of the gradients, before unscaling.
         """
-        state = (self.stats, self.scale, self.updates)
-        divisor, skip = self.check_and_scale(loss, norm, *state, self.grad_clip, self.fp16)
+        divisor, skip = self._loss_scale.check_and_scale(loss, norm)
         if self.optimizer_skips:
             setattr(self.optimizer, "grad_scale", divisor)  # noqa: B010 (for mypy)
             setattr(self.optimizer, "found_inf", skip)  # noqa: B010
@@ -228,28 +225,3 @@ def _check_capturable(optimizer: torch.optim.Optimizer, device: torch.device) ->
                 f"{type(optimizer).__name__} with capturable=True needs a CUDA device, not"
                 f" {device.type}; set capturable only on cuda, as folio/training/optimizers.py does"
             )
-
-
-def _check_and_scale(loss, norm, stats, scale, updates, grad_clip, fp16):
-    """Return the divisor for the gradients, and 1.0 if the update must be skipped, else 0.0.
-
-    All arguments except the last two are tensors on the device; all of those except stats are
-    scalars. norm is the gradient norm before unscaling. Updates stats and, in fp16, scale and
-    updates.
-    """
-    divisor = scale * (norm / scale / grad_clip).clamp(min=1)
-    finite = norm.isfinite()
-    fatal = ~finite & (scale <= (_MIN_SCALE if fp16 else 1.0))
-    problem = (2 * fatal).masked_fill(~loss.isfinite(), 1)
-    stats[-1] = torch.where(stats[-1] > 0, stats[-1], problem)
-    running = stats[-1] == 0
-    one = torch.ones_like(loss)
-    new = torch.stack([loss, norm / scale, one, one])
-    counted = torch.stack([running, running & finite, running & finite, running])
-    stats[:-1] += new.masked_fill(~counted, 0)
-    if fp16:
-        full = updates + 1 == _DOUBLE_AFTER
-        rescaled = torch.where(finite, torch.where(full, 2 * scale, scale), scale / 2)
-        scale.copy_(torch.where(running, rescaled, scale))
-        updates.copy_(torch.where(running, (updates + 1) * (finite & ~full), updates))
-    return divisor, (~(running & finite)).float()

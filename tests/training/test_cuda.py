@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from folio.inference import generation
 from folio.tokens import vocabulary
 from folio.tokens.batches import Batches
 from folio.training import optimizer_state, optimizers
+from folio.training.loss_scale import LossScale
 from folio.training.step import TrainStep
 from folio.training.teachers import Teachers
 from folio.training.weights import Weights
@@ -207,7 +209,24 @@ def test_step_is_compiled_as_one_graph():
     torch._dynamo.reset()
     counted.clear()
     advance(steps(gpt(), "bf16", compiled=True), 0, 2)
-    assert counted["stats"]["unique_graphs"] == 2  # the other is check_and_scale
+    assert counted["stats"]["unique_graphs"] == 1
+
+
+def test_kernel_of_loss_scale_agrees_with_pytorch():
+    infinity, nan = float("inf"), float("nan")
+    for fp16, norm, loss, scale, updates, problem in itertools.product(
+        *([False, True], [0.0, 3.0, 1e5, infinity, nan], [2.5, infinity, nan]),
+        *([1.0, 2.0**-10, 2.0**16], [0.0, 1999.0], [0.0, 1.0, 2.0]),
+    ):
+        found = []
+        for where in (torch.device("cpu"), CUDA):
+            numbers = ([1.0, 2.0, 3.0, 4.0, problem], scale, updates, loss, norm)
+            *tensors, loss_there, norm_there = (torch.tensor(x, device=where) for x in numbers)
+            state = LossScale(*tensors, 1.5, fp16, 2.0**-10, 2000)
+            divisor, skip = state.check_and_scale(loss_there, norm_there)
+            divisor.masked_fill_(skip > 0, 0)  # of no use then
+            found.append([*tensors[0].tolist(), *map(float, (*tensors[1:], divisor, skip))])
+        assert found[1] == pytest.approx(found[0])
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])

@@ -17,7 +17,8 @@ from folio.gpt.fused.passes import FusedPasses
 from folio.gpt.model import GPT, ModelParams
 from folio.tokens import vocabulary
 from folio.training import adamw_kernel, optimizer_state, optimizers
-from folio.training.adamw_kernel import AdamWKernel, LossScale, Parameter
+from folio.training.adamw_kernel import AdamWKernel, Parameter
+from folio.training.loss_scale import LossScale
 from folio.training.step import TrainStep
 from folio.training.teachers import Teachers
 from folio.training.weights import Weights
