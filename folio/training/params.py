@@ -18,7 +18,8 @@ class TrainParams:
     accumulation: Annotated[int, ">= 1"]  # micro-batches per optimizer step
     precision: Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 on a GPU with bf16, else fp32
     deterministic: bool  # bitwise reproducible; slower on a GPU with a long context
-    compile: Literal["auto", "always", "never"]  # torch.compile on a GPU; auto: for long runs
+    compile: Literal["auto", "always", "never"]  # fused kernels on a GPU, and for models that they
+    # do not support torch.compile (auto: for long runs); never: PyTorch's own kernels
     parallel: Literal["auto", "none", "ddp", "fsdp"]  # with several processes: see below
     gradient_checkpointing: bool  # recompute activations in the backward pass to save memory
     tie_unseen_tokens: bool  # one embedding row for all tokens that never occur in training

@@ -58,20 +58,21 @@ class TrainStep:
         windows: int | None = None,
         input_noise: float = 0.0,
         teachers: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        fused: bool = False,
+        fused: bool = True,
     ):
         """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
         fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
         other, TrainStep does both, and the host waits for the device.
 
-        compiled: torch.compile the model if possible, that is, on a GPU in half precision.
+        compiled: torch.compile the model if possible, that is, on a GPU in half precision, and if
+        the passes are not fused.
         exact: make repeated steps bitwise reproducible.
         windows: the number of windows in all processes' micro-batches of a step. None: those of
         this process.
         input_noise: the share of input tokens that are replaced by random ones.
         teachers: given x, return the probabilities that the targets partly are.
-        fused: use the passes of folio/gpt/fused instead of compiling the model, if possible. With
-        AdamW in one process, a step with one micro-batch also updates all weights at once.
+        fused: use the passes of folio/gpt/fused, if possible (see Weights.fuse). With AdamW in one
+        process, a step with one micro-batch also updates all weights at once.
         Raises UserError if the optimizer is capturable but does not work on this device.
         """
         device = weights.device
@@ -173,6 +174,10 @@ class TrainStep:
             optimizer_state.save(self.optimizer)
             self._state_checked = True
 
+    def release_graph(self) -> None:
+        """Free the memory of the CUDA graph. The next step captures another one."""
+        self._graph = None
+
     def read(self) -> StepStats:
         """Wait for the device, and return the sums since `reset`."""
         loss, norm, norms, steps, problem = self.stats.tolist()
@@ -190,7 +195,7 @@ class TrainStep:
         self.reset()
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
-        self._graph = None  # it refers to the optimizer's previous tensors
+        self.release_graph()  # it refers to the optimizer's previous tensors
         if self._direct:
             self._direct.reset()
         self.weights.sync_from_master()

@@ -27,9 +27,9 @@ from folio.training.pretrained import PretrainedWeights
 from folio.training.step import NonFiniteError, StepStats, TrainStep
 from folio.training.teachers import TeacherFolders, Teachers
 
-# If train.compile is auto, the model is compiled when training takes at least this many operations
-# (6 per parameter and token): compiling takes some 20 s and then saves an eighth of each step. An
-# H200 computes this many in three minutes.
+# If train.compile is auto, a model that the fused kernels do not support is compiled when training
+# takes at least this many operations (6 per parameter and token): compiling takes some 20 s and
+# then saves an eighth of each step. An H200 computes this many in three minutes.
 _LONG = 6e16
 
 
@@ -72,6 +72,7 @@ class Trainer:
             windows=params.windows,
             input_noise=params.input_noise,
             teachers=self._load_teachers(),
+            fused=params.compile != "never",
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
         self._batches = Batches(
@@ -265,7 +266,7 @@ class Trainer:
         return stats
 
     def _wants_compile(self) -> bool:
-        """Whether to compile the model, if possible."""
+        """Whether to compile the model, if possible and if the kernels are not fused."""
         if self.params.compile != "auto":
             return self.params.compile == "always"
         parameters = sum(p.numel() for p in self.model.parameters())  # of shards: all of them
@@ -281,5 +282,6 @@ class Trainer:
     def _machine(self) -> str:
         """The device, precision and software that bitwise reproducibility depends on."""
         where = f"on {self.machine} in {self.precision}"
-        compiled = ", compiled" if self.weights.compiled else ""
-        return f"{where} with PyTorch {torch.__version__}{compiled}"
+        kernels = ", fused kernels" if self.weights.fused else ""
+        kernels = ", compiled" if self.weights.compiled else kernels
+        return f"{where} with PyTorch {torch.__version__}{kernels}"

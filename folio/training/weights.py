@@ -67,9 +67,10 @@ class Weights:
             self.compute_model.compile(fullgraph=True, dynamic=False)
 
     def fuse(self) -> None:
-        """Use the passes of folio/gpt/fused if possible, that is, on a GPU in half precision."""
+        """Use the passes of folio/gpt/fused if possible, that is, on a GPU in half precision, if
+        they support the GPU and the model's sizes."""
         if self.is_half and self.device.type == "cuda" and can_compile():
-            from folio.gpt.fused import passes  # most runs do not need it
+            from folio.gpt.fused import passes  # runs on a CPU do not need it
 
             if passes.supports(self.compute_model):
                 self._passes = passes.FusedPasses(self.compute_model)

@@ -35,19 +35,24 @@ def gpt():
     return GPT(PARAMS, ROWS).to(CUDA)
 
 
-def steps(model, precision, compiled=False):
-    """compiled: a bool, or "options" for a step with every option of small texts."""
-    if compiled == "options":
+def steps(model, precision, way="plain"):
+    """way: "plain" or "compiled", with AdamW; or "options" for every option of small texts, with
+    plain passes, or "fused options". (test_cuda_fused_step.py has fused passes with AdamW.)"""
+    if "options" in way:
         weights, known = Weights(model, precision), vocabulary.full_vocabulary(ROWS)
         optimizer = optimizers.build(weights, replace(TRAIN, **OPTIONS), known)
         teacher = Teachers([Weights(gpt().eval(), precision).compute_model])
         model.distill_weight = weights.compute_model.distill_weight = 0.5
-        return TrainStep(weights, optimizer, 1.0, input_noise=0.2, teachers=teacher)
+        options = {"input_noise": 0.2, "teachers": teacher, "fused": way == "fused options"}
+        step = TrainStep(weights, optimizer, 1.0, **options)
+        assert weights.fused == options["fused"]
+        return step
     return TrainStep(
         Weights(model, precision),
         optimizers.adamw(model.parameters(), 0.1, (0.9, 0.95)),
         1.0,
-        compiled,
+        compiled=way == "compiled",
+        fused=False,
     )
 
 
@@ -93,13 +98,13 @@ def assert_equal(step, other):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-WAYS = [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True), ("fp32", False)]
-WAYS += [("bf16", "options"), ("fp16", "options"), ("fp32", "options")]
+WAYS = [(p, way) for p in ("bf16", "fp16") for way in ("plain", "compiled", "fused options")]
+WAYS += [(p, "options") for p in ("bf16", "fp16", "fp32")] + [("fp32", "plain")]
 
 
-@pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_captured_step_equals_plain_step(precision, compiled):
-    captured, plain = (steps(gpt(), precision, compiled) for _ in range(2))
+@pytest.mark.parametrize(("precision", "way"), WAYS)
+def test_captured_step_equals_plain_step(precision, way):
+    captured, plain = (steps(gpt(), precision, way) for _ in range(2))
     plain.captures = False
     for step in (captured, plain):
         advance(step, 0, 5)
@@ -107,14 +112,14 @@ def test_captured_step_equals_plain_step(precision, compiled):
     assert_equal(captured, plain)
 
 
-@pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_resumed_step_with_new_graph_equals_uninterrupted_one(precision, compiled):
-    whole, first = (steps(gpt(), precision, compiled) for _ in range(2))
+@pytest.mark.parametrize(("precision", "way"), WAYS)
+def test_resumed_step_with_new_graph_equals_uninterrupted_one(precision, way):
+    whole, first = (steps(gpt(), precision, way) for _ in range(2))
     advance(whole, 0, 8)
     advance(first, 0, 5)
     tensors = {name: t.cpu().clone() for name, t in state(first).items()}
     _, rest = optimizer_state.save(first.optimizer)
-    for second in (steps(gpt(), precision, compiled), whole):  # a used graph is replaced
+    for second in (steps(gpt(), precision, way), whole):  # a used graph is replaced
         if second is whole:
             expected = copy.deepcopy(state(whole))
         restore(second, tensors, rest)
@@ -125,9 +130,9 @@ def test_resumed_step_with_new_graph_equals_uninterrupted_one(precision, compile
             assert_equal(second, whole)
 
 
-@pytest.mark.parametrize(("precision", "compiled"), WAYS)
-def test_captured_step_that_is_not_finite_changes_nothing(precision, compiled):
-    step = steps(gpt(), precision, compiled)
+@pytest.mark.parametrize(("precision", "way"), WAYS)
+def test_captured_step_that_is_not_finite_changes_nothing(precision, way):
+    step = steps(gpt(), precision, way)
     advance(step, 0, 2)
     with torch.no_grad():
         step.weights.model.transformer.ln_f.weight[0] = float("nan")
@@ -197,7 +202,9 @@ def test_fused_adam_and_adamw_make_the_same_updates_as_plain_ones(precision):
 def test_compiled_step_agrees_with_plain_step(precision):
     torch.manual_seed(1)
     model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=64, block_size=32, dropout=0.0), ROWS)
-    compiled, plain = (steps(copy.deepcopy(model).to(CUDA), precision, c) for c in (True, False))
+    compiled, plain = (
+        steps(copy.deepcopy(model).to(CUDA), precision, way) for way in ("compiled", "plain")
+    )
     for step in (compiled, plain):
         advance(step, 0, 1)
     assert compiled.read().loss == pytest.approx(plain.read().loss, rel=1e-3)
@@ -208,7 +215,7 @@ def test_step_is_compiled_as_one_graph():
     counted = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counted.clear()
-    advance(steps(gpt(), "bf16", compiled=True), 0, 2)
+    advance(steps(gpt(), "bf16", "compiled"), 0, 2)
     assert counted["stats"]["unique_graphs"] == 1
 
 
@@ -313,15 +320,15 @@ def test_deterministic_step_repeats_its_bits_at_long_context(precision):
     assert_equal(once, again)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gradient_checkpointing_changes_no_step(compiled):
+@pytest.mark.parametrize("way", ["plain", "compiled"])
+def test_gradient_checkpointing_changes_no_step(way):
     found = []
     for checkpointing in (False, True):
         model = gpt()
         model.gradient_checkpointing = checkpointing
-        step = steps(model, "bf16", compiled)
+        step = steps(model, "bf16", way)
         assert step.captures != checkpointing
         advance(step, 0, 4)
         found.append(step.read())
-    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-3 if not compiled else 2e-2)
-    assert found[1].norm == pytest.approx(found[0].norm, rel=2e-2 if not compiled else 1e-1)
+    assert found[1].loss == pytest.approx(found[0].loss, rel=1e-3 if way == "plain" else 2e-2)
+    assert found[1].norm == pytest.approx(found[0].norm, rel=2e-2 if way == "plain" else 1e-1)

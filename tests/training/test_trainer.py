@@ -34,12 +34,14 @@ MODEL, TRAIN = settings("model", ModelParams), settings("train", TrainParams)
 TRAIN = replace(TRAIN, optimizer="adamw", factored_embedding=False, unseen_probability=0.0)
 
 
-def make_trainer(model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS, segmented=()):
+def make_trainer(
+    model=MODEL, train=TRAIN, precision="fp32", group=ONE_PROCESS, segmented=(), where=CPU
+):
     ids = np.random.default_rng(1).integers(97, size=700).astype(np.uint16)
     counts = np.bincount(ids[:600], minlength=97)
     more = sum((np.bincount(each, minlength=97) for each in segmented), np.zeros(97, int))
     data = TokenData(ids[:600], ids[600:], {"vocabulary": 97}, "digest", counts, segmented, more)
-    return Trainer(model, train, data, CPU, precision, None, group)
+    return Trainer(model, train, data, where, precision, None, group)
 
 
 def advance(trainer, steps):

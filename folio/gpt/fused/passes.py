@@ -8,13 +8,18 @@ from folio.gpt.fused.embeddings import FusedEmbeddings
 from folio.gpt.fused.head import FusedHead
 from folio.gpt.model import GPT
 
+_MAX_CHANNELS = 4096  # for more, a kernel of the layer norms has too little shared memory
+
 
 def supports(model: torch.nn.Module) -> bool:
-    """Whether FusedPasses can do what the model's loss does."""
-    if type(model) is not GPT:
+    """Whether FusedPasses can do what the model's loss does, on this GPU: NVIDIA's, from Ampere on,
+    since Triton's matrix products are slow on older ones."""
+    if type(model) is not GPT or not torch.version.cuda:
         return False
-    p = model.params
-    return attention.supports(p.n_embd, p.n_head, model.transformer.wte.weight.dtype)
+    p, weight = model.params, model.transformer.wte.weight
+    is_new = torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    sizes = p.n_embd <= _MAX_CHANNELS and attention.supports(p.n_embd, p.n_head, weight.dtype)
+    return is_new and sizes
 
 
 class FusedPasses:
