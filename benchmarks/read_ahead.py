@@ -73,7 +73,7 @@ def measure(ways: dict[str, Batches], work: Work, rounds: int, steps: int) -> No
     model = GPT(work.size, tokenizer.VOCAB_SIZE).to(work.where)
     optimizer = optimizers.adamw(model.parameters(), WEIGHT_DECAY, BETAS)
     weights = Weights(model, work.precision)
-    take_step = TrainStep(weights, optimizer, CLIP, compiled=work.where.type == "cuda")
+    take_step = TrainStep(weights, optimizer, CLIP)
     wait = torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     firsts = dict.fromkeys(ways, 0)

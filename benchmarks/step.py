@@ -5,16 +5,17 @@
     python -m benchmarks.step --variant gpt2-124m --nanogpt ../nanoGPT --llmc ../llm.c
 
 All use the same model size, batch size and precision, no dropout, and random tokens. Each contender
-trains in a separate process, as it would in normal use, and they take turns. --nanogpt is the path
-to a clone of github.com/karpathy/nanoGPT, and --llmc that of a clone of github.com/karpathy/llm.c
-with the program that benchmarks/llmc.py describes.
+trains in a separate process, as it would in normal use, and they take turns; while it waits, it
+frees the GPU memory of its activations.
+
+--nanogpt is the path to a clone of github.com/karpathy/nanoGPT, and --llmc that of a clone of
+github.com/karpathy/llm.c with the program that benchmarks/llmc.py describes.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
-import itertools
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -70,7 +71,24 @@ Build = Callable[[Work], Step]
 Contender = Callable[[Work, int, Connection], None]  # steps per round, and see run_contender
 
 
-def build_folio(work: Work, tie: bool = False, **options: Any) -> Step:
+@dataclass
+class FolioStep:
+    """A training step on the next windows of a random text."""
+
+    train: TrainStep
+    batches: Batches
+    count: int  # windows per step
+    first: int = 0  # the number of the next window
+
+    def __call__(self) -> None:
+        self.train([self.batches.windows(self.first, self.count)], RATE)
+        self.first += self.count
+
+
+def build_folio(
+    work: Work, tie: bool = False, checkpointing: bool = False, **options: Any
+) -> FolioStep:
+    """options: those of TrainStep."""
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
@@ -80,13 +98,12 @@ def build_folio(work: Work, tie: bool = False, **options: Any) -> Step:
         else vocabulary.full_vocabulary(size)
     )
     model = GPT(work.size, known.rows, known.multiplicity).to(work.where)
+    model.gradient_checkpointing = checkpointing
     optimizer = optimizers.adamw(model.parameters(), WEIGHT_DECAY, BETAS)
     step = TrainStep(Weights(model, work.precision), optimizer, CLIP, **options)
     text = np.random.default_rng(0).integers(len(ids), size=200_000, dtype=np.uint16)
     rows = known.rows_of(text)
-    batches = Batches(rows, work.size.block_size, 0, work.where)
-    firsts = itertools.count(step=work.batch_size)
-    return lambda: step([batches.windows(next(firsts), work.batch_size)], RATE)
+    return FolioStep(step, Batches(rows, work.size.block_size, 0, work.where), work.batch_size)
 
 
 def plain_step(
@@ -151,23 +168,29 @@ def build_transformers(work: Work) -> Step:
 
 def run_contender(build: Build, work: Work, steps: int, pipe: Connection) -> None:
     """Run in a contender's process: whenever True is received, run some steps and send their
-    ms/step; at the end, send the peak memory in GB. Between two rounds, others can use the GPU
-    memory of the activations."""
+    ms/step; at the end, send the peak memory in GB."""
+
+    def free() -> None:
+        """Between two rounds, others can use the GPU memory of the activations."""
+        if isinstance(step, FolioStep):
+            step.train.release_graph()
+        torch.cuda.empty_cache()
+
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     step, wait = build(work), torch.cuda.synchronize if work.where.type == "cuda" else lambda: None
     for _ in range(2):
         step()
-    torch.cuda.empty_cache()
+    free()
     while pipe.recv():
-        step()  # not timed: allocates the memory again
+        step()  # not timed: allocates the memory again, and captures Folio's CUDA graph
         wait()
         started = time.perf_counter()
         for _ in range(steps):
             step()
         wait()
         taken = 1000 * (time.perf_counter() - started) / steps
-        torch.cuda.empty_cache()
+        free()
         pipe.send(taken)
     pipe.send(torch.cuda.max_memory_allocated() / 1e9 if work.where.type == "cuda" else 0.0)
 
@@ -234,6 +257,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, help="steps per round; default: 3, or 20 on a GPU")
     parser.add_argument("--contenders", nargs="*", help="names of contenders; default: all")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="also Folio with gradient checkpointing"
+    )
     options = parser.parse_args()
     if options.nanogpt and not (options.nanogpt / "model.py").exists():
         parser.error(f"--nanogpt: {options.nanogpt} is not a clone of nanoGPT: it has no model.py")
@@ -243,12 +269,12 @@ def main() -> None:
         builds["nanoGPT"] = partial(build_nanogpt, clone=options.nanogpt)
     builds |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
-        builds["Folio, compiled"] = partial(build_folio, compiled=True)
-        name = "Folio, compiled, deterministic: false"
-        builds[name] = partial(build_folio, compiled=True, exact=False)
-        builds["Folio, fused"] = partial(build_folio, fused=True)
-        name = "Folio, fused, deterministic: false"
-        builds[name] = partial(build_folio, fused=True, exact=False)
+        builds["Folio, deterministic: false"] = partial(build_folio, exact=False)
+        builds["Folio, compiled"] = partial(build_folio, fused=False, compiled=True)
+        builds["Folio, plain"] = partial(build_folio, fused=False)
+    if options.checkpointing:
+        name = "Folio, gradient checkpointing"
+        builds[name] = partial(build_folio, checkpointing=True)
     builds["Folio, unseen tokens tied"] = partial(build_folio, tie=True)
     contenders: dict[str, Contender] = {}
     if options.llmc:
@@ -262,7 +288,7 @@ def main() -> None:
     on = f"{work.precision}, {device.describe(work.where)}, PyTorch {torch.__version__}"
     print(f"{title}, {on}; medians, rounds: {options.rounds}")
     results = measure_in_turn(contenders, work, options.rounds, steps)
-    peers = [name for name in results if not name.startswith("Folio")]
+    peers = [name for name in results if name == "Folio" or not name.startswith("Folio")]
     width = max(map(len, results))
     speeds = (f"  vs. {p}" for p in peers)
     print(f"{'':{width}}    ms/step   tokens/s   peak GB", *speeds, sep="")

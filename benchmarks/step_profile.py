@@ -1,7 +1,7 @@
 """Where a training step spends its time, and two lower bounds for it on this machine.
 
     python -m benchmarks.step_profile [--variant seed-30m] [--batch 8] [--tie]
-                                      [--compiled | --fused]
+                                      [--compiled | --plain]
 
 The lower bounds are the step's arithmetic at the speed of a large matrix product, and the memory
 traffic of weights, gradients and AdamW's moments at the speed of a copy. Both speeds are measured
@@ -102,11 +102,12 @@ def main() -> None:
         "--tie", action="store_true", help="one embedding row for all unseen tokens"
     )
     passes = parser.add_mutually_exclusive_group()
-    passes.add_argument("--compiled", action="store_true", help="compile the model")
-    passes.add_argument("--fused", action="store_true", help="use the passes of folio/gpt/fused")
+    passes.add_argument("--compiled", action="store_true", help="torch.compile, not fused kernels")
+    passes.add_argument("--plain", action="store_true", help="PyTorch's own kernels")
     options = parser.parse_args()
     work, title = read_options(options)
-    step = build_folio(work, options.tie, compiled=options.compiled, fused=options.fused)
+    fused = not (options.compiled or options.plain)
+    step = build_folio(work, options.tie, compiled=options.compiled, fused=fused)
     whole = 1000 * measure(step, work.where)
     print(f"{title}: {whole:.2f} ms/step")
     found = profile_step(step, work.where)
