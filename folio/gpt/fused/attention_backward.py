@@ -49,7 +49,7 @@ if device.can_compile():
         value = load_delta(rows, do, start, length, channels, masked, count, size)
         tl.store(delta + head.to(tl.int64) * blocks * count + start + tl.arange(0, count), value)
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=["seed"])
     def attention_backward(
         d_out,
         qkv,

@@ -50,7 +50,7 @@ if device.can_compile():
             p *= dropout_factor(queries[:, None], keys[None, :], dropout)
         return tl.dot(p.to(v.dtype), v, out * shrink[:, None]), higher, total
 
-    @triton.jit
+    @triton.jit(do_not_specialize_on_alignment=["seed"])
     def attention_forward(
         qkv,
         out,
