@@ -21,7 +21,7 @@ from folio.training.adamw_kernel import AdamWKernel, Parameter
 from folio.training.loss_scale import LossScale
 from folio.training.step import TrainStep
 from folio.training.teachers import Teachers
-from folio.training.weights import Weights
+from folio.training.weights import ReplicatedWeights, Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -165,6 +165,20 @@ def test_fused_step_that_is_not_finite_changes_nothing(precision, train):
     assert step.read().problem == "loss" and step.read().steps == 2
     for name, tensor in state(step).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_fused_step_of_replicated_weights_equals_that_of_one_process():
+    class Alone:
+        def sum_(self, tensor):
+            return tensor
+
+    weights = ReplicatedWeights(gpt(dropout=0.1), "bf16", Alone())
+    optimizer = optimizers.build(weights, TRAIN, vocabulary.full_vocabulary(ROWS))
+    usual, replicated = steps("bf16", model=gpt(dropout=0.1)), TrainStep(weights, optimizer, 1.0)
+    assert weights.fused and replicated._direct is None
+    for step in (usual, replicated):
+        advance(step, 0, 4)  # with several micro-batches per step, neither update is direct
+    assert_equal(usual, replicated)
 
 
 def test_fused_step_with_noise_and_teachers_agrees_with_plain_step():
