@@ -40,7 +40,9 @@ def embeddings(size, dtype, number=0):
 
 def passes(fused, x, d, seed=3):
     device.seed_step(seed, 0, CUDA)
-    return fused.forward(x), fused.backward(d)
+    found = fused.forward(x), fused.backward(d)
+    fused.join()
+    return found
 
 
 def results(fused, x, d):
@@ -99,7 +101,9 @@ def test_captured_fused_passes_equal_plain_ones(dropout, checkpointing):
     _, captured = blocks(SMALL, torch.bfloat16, dropout, checkpointing)
 
     def work(x, d):
-        return captured.forward(x), captured.backward(d)
+        found = captured.forward(x), captured.backward(d)
+        captured.join()
+        return found
 
     with device.deterministic(True):
         replay = device.capture(work, *embeddings(SMALL, torch.bfloat16))

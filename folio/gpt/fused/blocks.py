@@ -80,7 +80,8 @@ class FusedBlocks:
         """Map the gradient of forward's result, [B, T, C], to the gradient of x, [B, T, C].
 
         Writes the gradients of the parameters of the blocks and of the final layer norm to `grad`.
-        Call it once after each forward: it frees what that has kept.
+        They must not be used before `join`. Call backward once after each forward: it frees what
+        that has kept.
         """
         t, C = self.model.transformer, self.model.params.n_embd
         assert self._last is not None, "forward comes first"
@@ -104,8 +105,12 @@ class FusedBlocks:
         partials = _partials(len(d_normed), 3 * C, d_hidden.device)
         dx, _ = self._add_norm_backward(d_normed, dx, norm, scale, partials)
         side.run(add_partials, partials[:, : 2 * C], gradients.vectors[-1])
-        side.join()
         return dx.view(self._shape)
+
+    def join(self) -> None:
+        """Let the current CUDA stream wait for the gradients of the parameters."""
+        if self._side:
+            self._side.join()
 
     def _block(self, i: int, norm: Normed) -> _Activations:
         """Block i, from its first layer norm to the input of its last product."""

@@ -70,4 +70,5 @@ class FusedPasses:
         d_x = self.blocks.backward(d_rows.view_as(hidden))
         self.head.join()
         self.embeddings.backward(d_x, self.head.gradient)
+        self.blocks.join()
         return loss
