@@ -8,13 +8,13 @@ threshold, with a pass over the row per step. One uniform random number then pic
 import torch
 
 from folio.device import can_compile
-from folio.inference.decode_kernels import launch_options
+from folio.inference.handover import STAGES, launch_options
 
 if can_compile():
     import triton
     from triton import language as tl
 
-    from folio.inference.decode_kernels import let_next_start, wait
+    from folio.inference.handover import let_next_start, wait
 
 # Logits per iteration, as many as the registers hold, and warps of 32 threads per program.
 _GREEDY, _SAMPLING = (16_384, 16), (8_192, 32)
@@ -38,8 +38,16 @@ class Chooser:
         self.seed.fill_(seed)
         self.draws.zero_()
 
-    def __call__(self, logits: torch.Tensor, texts: torch.Tensor, positions: torch.Tensor) -> None:
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        texts: torch.Tensor,
+        positions: torch.Tensor,
+        clock: torch.Tensor,
+    ) -> None:
         """Append an id to each text: increase positions[b] and write to texts[b, positions[b]].
+
+        Advances the clock [1], int32, of handover.py's tags.
 
         logits [B, V]; texts [B, length] and positions [B] are int64. The random numbers are those
         of the seed, of the text and of the number of draws. Writes -1 (generation.NOT_FINITE) if a
@@ -50,9 +58,10 @@ class Chooser:
         block, warps = _SAMPLING if self._inverse else _GREEDY
         _choose[(B,)](
             logits, self._weights, texts, positions, self.seed, self.draws, V, logits.stride(0),
-            texts.stride(0), self._inverse, self._top_k, self._top_p,
+            texts.stride(0), self._inverse, self._top_k, self._top_p, clock,
             samples=self._inverse > 0, has_top_k=self._top_k > 0, has_top_p=self._top_p < 1,
-            block=min(block, triton.next_power_of_2(V)), num_warps=warps, **launch_options(logits)
+            block=min(block, triton.next_power_of_2(V)), stages=STAGES, num_warps=warps,
+            **launch_options(logits)
         )  # fmt: skip
 
 
@@ -114,9 +123,9 @@ if can_compile():
     @triton.jit
     def _choose(
         logits, weights, texts, positions, seed, draws, size, stride, text_stride,
-        inverse, top_k, top_p,
+        inverse, top_k, top_p, clock,
         samples: tl.constexpr, has_top_k: tl.constexpr, has_top_p: tl.constexpr,
-        block: tl.constexpr, early: tl.constexpr,
+        block: tl.constexpr, stages: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         wait(early)
@@ -156,3 +165,5 @@ if can_compile():
         id = tl.where(is_finite, id, -1)
         tl.store(texts + b.to(tl.int64) * text_stride + position, id.to(tl.int64))
         tl.store(positions + b, position)
+        if b == 0:
+            tl.store(clock, tl.load(clock) + stages)

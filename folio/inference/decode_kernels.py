@@ -1,11 +1,9 @@
 """Triton kernels for one token per sequence: embedding, products, attention, residual + layer norm.
 
 A step of generation reads every weight once and computes little with it, so the time of a kernel is
-that of its memory accesses and of its launch. The kernels therefore do as much as they can at once,
-and each of them first loads its weights and only then waits for the kernel before it ("programmatic
-dependent launch", CUDA programming guide, from compute capability 9.0): memory is busy while the
-previous kernel ends. The residual stream x [B, C] and all sums are in fp32. Nothing depends on the
-order in which programs run.
+that of its memory accesses and of its start. The kernels therefore do as much as they can at once,
+load their weights first, and take over from each other as described in handover.py. The residual
+stream x [B, C] and all sums are in fp32. Nothing depends on the order in which programs run.
 """
 
 import os
@@ -13,15 +11,24 @@ import os
 import torch
 
 from folio import device
+from folio.inference import handover
+from folio.inference.handover import launch_options
 
 if device.can_compile():
     import triton
     from triton import language as tl
-    from triton.language.extra import cuda
+
+    from folio.inference.handover import (
+        let_next_start,
+        receive,
+        receive_one,
+        receive_some,
+        send,
+        wait,
+    )
 
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
-EARLY = True  # whether a kernel may start before the previous one has ended
-_CHUNK = 256  # columns of a weight matrix: in half precision, 8 for each thread of a warp
+_CHUNK = 1_024  # columns of a weight matrix that are multiplied at once
 _PROGRAMS = 132  # wanted at least: an H100 has as many multiprocessors
 
 
@@ -30,21 +37,15 @@ def run_on(x: torch.Tensor) -> bool:
     return device.can_compile() and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def launch_options(x: torch.Tensor) -> dict[str, bool]:
-    """The options of a launch that starts before the previous kernel has ended, if possible."""
-    early = EARLY and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"early": early, "launch_pdl": early} if early else {"early": False}
-
-
-def embed(texts, positions, wte, wpe, x) -> None:
+def embed(texts, positions, wte, wpe, x, clock, stage=0) -> None:
     """Write wte[texts[b, positions[b]]] + wpe[positions[b]] to x [B, C]; a negative id counts as 0.
 
-    texts [B, length] and positions [B] are int64.
+    texts [B, length] and positions [B] are int64. If x is int64, its values have tags.
     """
     B, C = x.shape
     _embed[(B,)](
-        texts, positions, wte, wpe, x, texts.stride(0), C, block=triton.next_power_of_2(C),
-        num_warps=4, **launch_options(x)
+        texts, positions, wte, wpe, x, clock, stage, texts.stride(0), C,
+        block=triton.next_power_of_2(C), num_warps=4, **launch_options(x)
     )  # fmt: skip
 
 
@@ -57,58 +58,57 @@ def normalise(x, delta, gain, shift, y) -> None:
     )  # fmt: skip
 
 
-def project(a, weight, bias, out, norm=None, gelu=False, add=False) -> None:
-    """Write (or add, if `add`) weight [N, K] times each row of a [B, K], plus bias, to out [B, N].
+def project(a, weight, bias, out, clock, stage, norm=None, gelu=False, add_to=None) -> None:
+    """Write weight [N, K] times each row of a [B, K], plus bias, to out [B, N].
 
-    norm: weight and bias of a layer norm of `a`, or None. gelu: of the result. For at most
-    SMALL_BATCH rows. The rows of out may be apart.
+    For at most SMALL_BATCH rows. a is int64, with the tags of the stage before; so is out, with
+    those of `stage`, or it is fp32 without tags, and its rows may be apart. norm: weight and bias
+    of a layer norm of `a`, or None. gelu: of the result. add_to: the stage whose values in `out`
+    the result is added to, or None.
     """
     N, K = weight.shape
     gain, shift = norm or (None, None)
     chunk = min(_CHUNK, K & -K)  # the largest power of two that divides K
-    warps = 8 if triton.cdiv(N, 8) >= 8 * _PROGRAMS else 4
-    rows = warps * max(1, 512 // (chunk * weight.element_size()))  # a thread loads 16 bytes at once
+    rows = max(1, 512 // (chunk * weight.element_size()))  # of a warp, with 16 bytes per thread
+    while rows > 1 and rows * K > 4_096:
+        rows //= 2  # all weights of a program are in registers
+    warps = 8 if 5 * rows * _PROGRAMS <= N else 4
+    rows *= warps * (2 if 2 * warps * rows * _PROGRAMS <= N and K <= 1_280 else 1)
     _project[(triton.cdiv(N, rows),)](
-        a, weight, bias, gain, shift, out, N, out.stride(0), batch=len(a), inputs=K, chunk=chunk,
-        rows=rows, norm=norm is not None, has_bias=bias is not None, gelu=gelu, add=add,
+        a, weight, bias, gain, shift, out, clock, stage, add_to or 0, N, out.stride(0),
+        batch=len(a), inputs=K, chunk=chunk, rows=rows, norm=norm is not None,
+        has_bias=bias is not None, gelu=gelu, add=add_to is not None, poll=handover.POLL,
         num_warps=warps, **launch_options(out)
     )  # fmt: skip
 
 
-def attend(qkv, keys_values, positions, y) -> None:
+def attend(qkv, keys_values, positions, y, clock, stage=0) -> None:
     """Append keys and values to the cache, and attend to all tokens up to positions[b].
 
     qkv [B, 3 C]; keys_values [2, B, n_head, T, D] is the cache of a layer; the result is y [B, C].
+    If qkv is int64, it has the tags of the stage before, and y those of `stage`.
     The tokens of a head are split over the warps of one program. Several multiprocessors would have
     to wait for each other, which takes longer than what they save in GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
     warps = 4 if B * n_head >= _PROGRAMS else 16
-    block = warps * 32 // keys_values.element_size()  # tokens; a thread loads 64 bytes of keys
+    size = keys_values.element_size()
+    block = warps * 32 // (size * max(1, D // 64))  # tokens; a thread loads 64 bytes of keys
+    tagged = qkv.dtype == torch.int64
     _attend[(B * n_head,)](
-        qkv, keys_values, positions, y, D**-0.5, T, B * n_head * T * D, n_head=n_head, head_dim=D,
-        block=block, num_warps=warps, **launch_options(qkv)
+        qkv, keys_values, positions, y, clock, stage, D**-0.5, T, B * n_head * T * D,
+        n_head=n_head, head_dim=D, block=block, tagged=tagged, poll=handover.POLL and tagged,
+        num_warps=warps, **launch_options(qkv)
     )  # fmt: skip
 
 
 if device.can_compile():
 
-    @triton.jit
-    def let_next_start(early: tl.constexpr):
-        """Let the next kernel start as soon as all programs of this one have."""
-        if early:
-            cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def wait(early: tl.constexpr):
-        """Wait until the previous kernel has ended and its results can be read."""
-        if early:
-            cuda.gdc_wait()
-
-    @triton.jit
+    @triton.jit(do_not_specialize=["stage"])
     def _embed(
-        texts, positions, wte, wpe, x, stride, channels, block: tl.constexpr, early: tl.constexpr
-    ):
+        texts, positions, wte, wpe, x, clock, stage, stride, channels,
+        block: tl.constexpr, early: tl.constexpr,
+    ):  # fmt: skip
         let_next_start(early)
         wait(early)
         b = tl.program_id(0)
@@ -117,7 +117,10 @@ if device.can_compile():
         id = tl.maximum(tl.load(texts + b * stride + position), 0)
         token = tl.load(wte + id * channels + c, c < channels, other=0.0).to(tl.float32)
         place = tl.load(wpe + position * channels + c, c < channels, other=0.0).to(tl.float32)
-        tl.store(x + b * channels + c, token + place, c < channels)
+        if x.dtype.element_ty == tl.int64:
+            send(x + b * channels + c, token + place, tl.load(clock) + stage, c < channels)
+        else:
+            tl.store(x + b * channels + c, token + place, c < channels)
 
     @triton.jit
     def _layer_norm(v, gain, shift, inside, channels):
@@ -145,59 +148,56 @@ if device.can_compile():
         normal = _layer_norm(v, gain, shift, inside, channels)
         tl.store(y + place, normal.to(y.dtype.element_ty), inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stage", "added"])
     def _project(
-        a, weight, bias, gain, shift, out, outputs, stride,
+        a, weight, bias, gain, shift, out, clock, stage, added, outputs, stride,
         batch: tl.constexpr, inputs: tl.constexpr, chunk: tl.constexpr, rows: tl.constexpr,
         norm: tl.constexpr, has_bias: tl.constexpr, gelu: tl.constexpr, add: tl.constexpr,
-        early: tl.constexpr,
+        poll: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
-        """A layer norm is applied after the product, so that both take a single sum over a row:
-        W (gain (x - mean) / std + shift) = (W gain x - mean W gain) / std + W shift."""
         let_next_start(early)
-        n = tl.program_id(0) * rows + tl.arange(0, rows)
+        program = tl.program_id(0)
+        n = program * rows + tl.arange(0, rows)
         inside = n < outputs
-        k = tl.broadcast_to(tl.arange(0, chunk)[None, :], (rows, chunk))
-        place = weight + n[:, None] * inputs + k
-        w = ()
-        for i in tl.static_range(inputs // chunk):
+        k = tl.arange(0, chunk)
+        parts: tl.constexpr = inputs // chunk
+        place = weight + n[:, None] * inputs + k[None, :]
+        w, gains, shifts = (), (), ()
+        for i in tl.static_range(parts):
             w += (tl.load(place + i * chunk, inside[:, None], other=0.0),)  # type: ignore
-        offset, slope = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
-        if norm:
-            gains = ()
-            with_gain = tl.zeros([rows, chunk], tl.float32)
-            with_shift = tl.zeros([rows, chunk], tl.float32)
-            for i in tl.static_range(inputs // chunk):
-                gains += (tl.load(gain + k + i * chunk).to(tl.float32),)  # type: ignore
-                with_gain += w[i].to(tl.float32) * gains[i]
-                with_shift += w[i].to(tl.float32) * tl.load(shift + k + i * chunk).to(tl.float32)
-            offset, slope = tl.sum(with_shift, 1), tl.sum(with_gain, 1)
+            if norm:
+                gains += (tl.load(gain + i * chunk + k).to(tl.float32),)  # type: ignore
+                shifts += (tl.load(shift + i * chunk + k).to(tl.float32),)  # type: ignore
+        offset = tl.zeros([rows], tl.float32)
         if has_bias:
             offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
-        wait(early)
+        now = tl.load(clock)
+        wait(early and not poll)
+        before = ()  # the values that the results are added to
         for b in tl.static_range(batch):
+            if add:
+                before += (receive_some(out + b * stride + n, now + added, inside),)  # type: ignore
+        receive_one(a + program * rows % inputs, now + stage - 1)  # each program another one
+        for b in tl.static_range(batch):
+            v, first, second = receive(a + b * inputs, chunk, now + stage - 1, parts, chunk)
+            mean = first / inputs
+            scale = 1 / tl.sqrt(tl.maximum(second / inputs - mean * mean, 0.0) + 1e-5)
             dot = tl.zeros([rows, chunk], tl.float32)
-            first = tl.zeros([rows, chunk], tl.float32)
-            second = tl.zeros([rows, chunk], tl.float32)
-            for i in tl.static_range(inputs // chunk):
-                v = tl.load(a + b * inputs + k + i * chunk).to(tl.float32)
+            for i in tl.static_range(parts):
+                u = v[i]
                 if norm:
-                    first += v
-                    second += v * v
-                    v *= gains[i]
-                dot += w[i].to(tl.float32) * v
-            y = tl.sum(dot, 1)
-            if norm:
-                mean = tl.sum(first, 1) / inputs
-                variance = tl.maximum(tl.sum(second, 1) / inputs - mean * mean, 0.0)
-                y = (y - mean * slope) / tl.sqrt(variance + 1e-5)
-            y += offset
+                    u = (u - mean) * scale * gains[i] + shifts[i]
+                dot += w[i].to(tl.float32) * u[None, :]
+            y = tl.sum(dot, 1) + offset
             if gelu:  # the tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
                 y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-            result = out + b * stride + n
             if add:
-                y += tl.load(result, inside, other=0.0)
-            tl.store(result, y.to(out.dtype.element_ty), inside)
+                y += before[b]
+            if out.dtype.element_ty == tl.int64:
+                send(out + b * stride + n, y, now + stage, inside)
+            else:
+                tl.store(out + b * stride + n, y, inside)
+        wait(early and poll)  # a kernel ends after all earlier ones
 
     @triton.jit
     def _load(keys, offset, start, end, head_dim: tl.constexpr, block: tl.constexpr):
@@ -217,23 +217,32 @@ if device.can_compile():
         total = total * before[:, None] + exp[:, None] * v.to(tl.float32)
         return higher, norm * before + exp, total
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stage"])
     def _attend(
-        qkv, keys_values, positions, y, scale, context, values_offset,
-        n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
+        qkv, keys_values, positions, y, clock, stage, scale, context, values_offset,
+        n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+        tagged: tl.constexpr, poll: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
         b, d = program // n_head, tl.arange(0, head_dim)
         keys = keys_values + program.to(tl.int64) * context * head_dim
-        # Earlier steps have written the position and the cache up to there.
+        # Earlier steps have written the position, the clock and the cache up to there.
         end = tl.load(positions + b).to(tl.int32)
         k0, v0 = _load(keys, values_offset, 0, end, head_dim, block)
         k1, v1 = _load(keys, values_offset, block, end, head_dim, block)
-        wait(early)
-        own = qkv + (b * 3 * n_head + program % n_head) * head_dim + d
-        q = tl.load(own).to(tl.float32) * scale
-        k, v = tl.load(own + n_head * head_dim), tl.load(own + 2 * n_head * head_dim)
+        now = tl.load(clock)
+        wait(early and not poll)
+        own = qkv + (b * 3 * n_head + program % n_head) * head_dim
+        if tagged:
+            receive_one(own, now + stage - 1)
+            new, _, _ = receive(own, n_head * head_dim, now + stage - 1, 3, head_dim)
+            q, k, v = new[0], new[1], new[2]
+        else:
+            q = tl.load(own + d).to(tl.float32)
+            k, v = tl.load(own + n_head * head_dim + d), tl.load(own + 2 * n_head * head_dim + d)
+        q *= scale
+        k, v = k.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k)
         tl.store(keys + values_offset + end * head_dim + d, v)
         # Each lane has a maximum and sums of its own, so that the loop exchanges nothing.
@@ -250,4 +259,8 @@ if device.can_compile():
         factor, exp = tl.exp(maximum - top), tl.exp(score - top)
         result = tl.sum(total * factor[:, None], 0) + exp * v.to(tl.float32)
         result /= tl.sum(norm * factor, 0) + exp
-        tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))
+        if tagged:
+            send(y + program * head_dim + d, result, now + stage, d < head_dim)
+        else:
+            tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))
+        wait(early and poll)

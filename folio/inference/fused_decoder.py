@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from folio.device import capture
 from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
+from folio.inference import handover
 from folio.inference.choose_kernel import Chooser, Options
 
 
@@ -22,6 +23,9 @@ def can_fuse(model: GPT) -> bool:
     """Whether the kernels run where the model is, and support its sizes."""
     p = model.params
     supported = p.n_embd // p.n_head in (16, 32, 64, 128) and p.n_embd <= 2048
+    # The kernels are unrolled over the parts of a row that are powers of two.
+    supported = supported and p.n_embd // (p.n_embd & -p.n_embd) <= 32
+    supported = supported and 5 * p.n_layer + 1 < handover.STAGES
     return supported and kernels.run_on(model.transformer.wte.weight)
 
 
@@ -62,9 +66,14 @@ class FusedDecoder:
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
         # The texts in the context, and one token more; the position of the last token of each.
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
-        self.x, self.normal = exact((batch, n)), half((batch, n))  # residual stream, layer norm
-        self.qkv, self.mlp = half((batch, 3 * n)), half((batch, 4 * n))
-        self.attended = half((batch, n))
+        self.clock = torch.zeros(1, dtype=torch.int32, device=where)  # of the tags
+        # The residual stream and what the kernels compute from it; of a small batch with tags.
+        self.x = zeros((batch, n)) if self.is_small else exact((batch, n))
+        self.attended = zeros((batch, n)) if self.is_small else half((batch, n))
+        if self.is_small:
+            self.qkv, self.mlp = zeros((batch, 3 * n)), zeros((batch, 4 * n))
+        else:
+            self.normal = half((batch, n))
         rows = len(t.wte.weight)
         self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
         self.chooser = Chooser(batch, rows, options, where)
@@ -102,26 +111,30 @@ class FusedDecoder:
         return captured
 
     def _choose(self, logits: torch.Tensor) -> None:
-        self.chooser(logits, self.texts, self.positions)
+        self.chooser(logits, self.texts, self.positions, self.clock)
 
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
-        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
+        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x, self.clock)
         self._choose(self._small_logits() if self.is_small else self._large_logits())
 
     def _small_logits(self) -> torch.Tensor:
-        """The logits [B, V] after the last tokens, in five kernels per layer."""
-        project, t, x = kernels.project, self.transformer, self.x
+        """The logits [B, V] after the last tokens, in five kernels per layer.
+
+        Stage 0 is the embedding. The stages of a layer are `first` + 1 to `first` + 5.
+        """
+        project, t, x, clock = kernels.project, self.transformer, self.x, self.clock
         for layer, block in enumerate(self.blocks):
+            first, cache = 5 * layer, self.cache.keys_values[layer]
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            project(x, attn_w, attn_b, self.qkv, norm=(g1, b1))
-            kernels.attend(self.qkv, self.cache.keys_values[layer], self.positions, self.attended)
-            project(self.attended, proj_w, proj_b, x, add=True)
-            project(x, fc_w, fc_b, self.mlp, norm=(g2, b2), gelu=True)
-            project(self.mlp, out_w, out_b, x, add=True)
-        kernels.normalise(x, None, t.ln_f.weight, t.ln_f.bias, self.normal)
-        project(self.normal, t.wte.weight, None, self.logits)
+            project(x, attn_w, attn_b, self.qkv, clock, first + 1, norm=(g1, b1))
+            kernels.attend(self.qkv, cache, self.positions, self.attended, clock, first + 2)
+            project(self.attended, proj_w, proj_b, x, clock, first + 3, add_to=first)
+            project(x, fc_w, fc_b, self.mlp, clock, first + 4, norm=(g2, b2), gelu=True)
+            project(self.mlp, out_w, out_b, x, clock, first + 5, add_to=first + 3)
+        norm, last = (t.ln_f.weight, t.ln_f.bias), 5 * len(self.blocks) + 1
+        project(x, t.wte.weight, None, self.logits, clock, last, norm=norm)
         return self.logits
 
     def _large_logits(self) -> torch.Tensor:
@@ -132,7 +145,9 @@ class FusedDecoder:
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
             kernels.normalise(x, delta, g1, b1, normal)
             qkv = F.linear(normal, attn_w, attn_b)
-            kernels.attend(qkv, self.cache.keys_values[layer], self.positions, self.attended)
+            kernels.attend(
+                qkv, self.cache.keys_values[layer], self.positions, self.attended, self.clock
+            )
             kernels.normalise(x, F.linear(self.attended, proj_w, proj_b), g2, b2, normal)
             mlp = F.gelu(F.linear(normal, fc_w, fc_b), approximate="tanh")
             delta = F.linear(mlp, out_w, out_b)

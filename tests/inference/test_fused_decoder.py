@@ -8,7 +8,7 @@ import torch
 
 from folio import device
 from folio.gpt.model import GPT, ModelParams
-from folio.inference import decode_kernels, fused_decoder
+from folio.inference import decode_kernels, fused_decoder, handover
 from folio.inference.generation import NOT_FINITE, generate_batch
 
 CUDA = torch.device("cuda")
@@ -60,12 +60,28 @@ def test_fused_kernels_run_on_no_cpu(model):
         next(generate_batch(model, torch.ones(1, 2, dtype=torch.long), 1, 0.0, fused=True))
 
 
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "supported"),
+    [(12, 12, 768, True), (48, 25, 1600, True), (2, 25, 2000, False), (2, 3, 120, False)]
+    + [(204, 1, 64, True), (205, 1, 64, False)],
+)
+def test_fused_kernels_support_the_usual_sizes(monkeypatch, n_layer, n_head, n_embd, supported):
+    monkeypatch.setattr(decode_kernels, "run_on", lambda x: True)
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": 8}
+    with torch.device("meta"):
+        model = GPT(ModelParams(**sizes, dropout=0.0), 9)
+    assert fused_decoder.can_fuse(model) == supported
+
+
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 9, 64])
-@pytest.mark.parametrize("early", [True, False])
-def test_fused_greedy_text_is_the_plain_one_except_for_ties(monkeypatch, precision, batch, early):
-    monkeypatch.setattr(decode_kernels, "EARLY", early)
+@pytest.mark.parametrize(("early", "poll"), [(True, True), (True, False), (False, False)])
+def test_fused_greedy_text_is_the_plain_one_except_for_ties(
+    monkeypatch, precision, batch, early, poll
+):
+    monkeypatch.setattr(handover, "EARLY", early)
+    monkeypatch.setattr(handover, "POLL", poll)
     model, prompts = gpt(precision=precision), random_prompts(batch, 7)
     found = generate(model, prompts, fused=True)
     assert_equal_except_ties(model, prompts, found, generate(model, prompts))
