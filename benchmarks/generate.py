@@ -60,7 +60,7 @@ def build_model(
     return model.to(dtype)
 
 
-def with_folio(model: GPT, fused: bool) -> Generate:
+def with_folio(model: GPT, fused: bool | None) -> Generate:
     def generate(prompts: torch.Tensor, tokens: int) -> torch.Tensor:
         return torch.stack([*generate_batch(model, prompts, tokens, 0.0, fused=fused)], 1)
 
@@ -128,7 +128,7 @@ def compare(
     prompts: torch.Tensor,
     tokens: int,
     rounds: int,
-    fused: bool,
+    fused: bool | None,
 ) -> None:
     """Print a row. Exit if the ids differ by more than rounding can explain."""
     ours = with_folio(model, fused)
@@ -159,7 +159,9 @@ def compare(
         print(f"where texts differ, the logits differ by {widest:.1e} standard deviations: a tie")
 
 
-def second_half(model: GPT, prompt: torch.Tensor, tokens: int, rounds: int, fused: bool) -> float:
+def second_half(
+    model: GPT, prompt: torch.Tensor, tokens: int, rounds: int, fused: bool | None
+) -> float:
     """The seconds per token in the second half of a text of one prompt [1, T], median: without the
     prompt, and after the first CUDA graphs have been captured."""
     taken = []
@@ -215,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=device.DTYPES)
     parser.add_argument("--size", type=parse_size, default="6/6/384", metavar="layers/heads/width")
-    parser.add_argument("--fused", action="store_true", help="Folio with its fused kernels")
+    parser.add_argument("--plain", action="store_true", help="Folio without its fused kernels")
     options = parser.parse_args()
     if min(options.tokens, options.rounds, *options.batches, 1) < 1:
         parser.error("--tokens, --rounds and --batches must be at least 1")
@@ -224,10 +226,10 @@ def main() -> None:
     prompts = torch.randint(VOCAB_SIZE, (max([1, *options.batches]), PROMPT_TOKENS), device=where)
     print(f"on {device.describe(where)}; tokens/s, medians, rounds: {rounds}")
     print(f"{'Folio, compared with':<34} batch tokens     Folio     other  ratio   same text")
-    dtype, fused = device.DTYPES[options.precision], options.fused
+    dtype, fused = device.DTYPES[options.precision], False if options.plain else None
     model = build_model(options.size, 1_024, where, dtype)
-    if fused and not can_fuse(model):
-        parser.error("--fused needs a GPU with Triton, and heads of 16, 32, 64 or 128 channels")
+    kernels = "plain" if options.plain or not can_fuse(model) else "fused"
+    print(f"Folio's kernels: {kernels}")
     theirs = with_transformers(model, where)
     for batch in options.batches:
         name = "transformers, context 1,024"

@@ -33,8 +33,13 @@ _PROGRAMS = 132  # wanted at least: an H100 has as many multiprocessors
 
 
 def run_on(x: torch.Tensor) -> bool:
-    """Whether the kernels can run on a tensor: on a GPU, or in Triton's interpreter."""
-    return device.can_compile() and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether the kernels can run on a tensor: on an Nvidia GPU from compute capability 8.0 on
+    (Triton supports no older one well), or in Triton's interpreter."""
+    if not device.can_compile():
+        return False
+    if x.is_cuda and torch.version.hip is None:
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def embed(texts, positions, wte, wpe, x, clock, stage=0) -> None:

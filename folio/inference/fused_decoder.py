@@ -38,18 +38,24 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """generation.generate_batch for a model that can_fuse.
 
-    The decoder, with its graphs and its cache, is kept for the next call with the same model,
-    number of prompts and options: capturing a graph takes as long as hundreds of tokens.
+    The decoder, with its graphs and its cache, is kept for the next text of the same model, number
+    of prompts and options, also if this one is not read to its end: capturing a graph takes as long
+    as hundreds of tokens. Only the last decoder is kept, and only as long as its model exists.
     """
     assert can_fuse(model), "the fused kernels need a GPU with Triton"
-    key = (len(prompts), options, *(p.data_ptr() for p in model.parameters()))
-    kept_key, decoder = _kept.pop(model, (None, None))
+    weights = list(model.parameters())
+    key = (len(prompts), options, weights[0].dtype, *(p.data_ptr() for p in weights))
+    kept_key, decoder = _kept.pop(model, (None, None))  # no other thread can use it meanwhile
     if decoder is None or kept_key != key:
         decoder = None  # frees its memory
+        _kept.clear()
         decoder = FusedDecoder(model, len(prompts), options)
     decoder.chooser.reset(int(torch.randint(2**62, (1,), generator=generator)))
-    yield from decoder.generate(model, prompts, tokens)
-    _kept[model] = key, decoder
+    try:
+        yield from decoder.generate(model, prompts, tokens)
+    finally:
+        _kept.clear()
+        _kept[model] = key, decoder
 
 
 class FusedDecoder:

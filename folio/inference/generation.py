@@ -49,7 +49,7 @@ def generate_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts [B, T], T >= 1, by `tokens` tokens each, and yield the ids [B] of each step.
 
@@ -58,9 +58,10 @@ def generate_batch(
     al. 2020, section 3.1), and at least the most likely token. The prompts take turns drawing from
     the generator. The id is NOT_FINITE for a prompt whose logits are NaN or infinite.
 
-    fused: use the kernels of fused_decoder, which must support the model (can_fuse). They are
-    faster; their ids differ from the others where rounding decides between two, and in which ids
-    sampling draws for a seed.
+    fused: whether to use the kernels of fused_decoder; by default, wherever they run and support
+    the model (can_fuse), that is, on most GPUs. They are faster. The same seed gives the same text
+    on the same GPU, but not the text of the other path, because they have random numbers of their
+    own, keep all tokens as likely as the last one that top_k or top_p keeps, and round differently.
 
     Once the text is longer than the context, each token requires a full forward pass over the last
     block_size tokens, because the position of every token has changed.
@@ -69,7 +70,7 @@ def generate_batch(
     assert model.log_multiplicity is None, "tokens that share a row have no logits of their own"
     assert math.isfinite(temperature), "temperature must be a number"
     temperature = 0 if temperature < _MIN_TEMPERATURE else temperature
-    if fused:
+    if fused or (fused is None and fused_decoder.can_fuse(model)):
         options = (temperature, top_k, top_p)
         yield from fused_decoder.generate(model, prompts, tokens, options, generator)
         return

@@ -1,6 +1,7 @@
 """Generation with fused kernels on a GPU: the texts of the plain path, and its distributions."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -28,9 +29,10 @@ def gpt(n_layer=2, n_head=3, n_embd=192, rows=ROWS, precision="fp32"):
     return model.eval().to(CUDA, device.DTYPES[precision])
 
 
-def generate(model, prompts, tokens=TOKENS, temperature=0.0, seed=1, **options):
+def generate(model, prompts, tokens=TOKENS, temperature=0.0, seed=1, fused=False, **options):
     generator = torch.Generator().manual_seed(seed)
-    steps = generate_batch(model, prompts, tokens, temperature, generator=generator, **options)
+    options |= {"generator": generator, "fused": fused}
+    steps = generate_batch(model, prompts, tokens, temperature, **options)
     return torch.stack([*steps], 1)
 
 
@@ -56,6 +58,7 @@ def assert_equal_except_ties(model, prompts, found, expected):
 
 def test_fused_kernels_run_on_no_cpu(model):
     assert not fused_decoder.can_fuse(model)
+    next(generate_batch(model, torch.ones(1, 2, dtype=torch.long), 1, 0.0))
     with pytest.raises(AssertionError, match="need a GPU"):
         next(generate_batch(model, torch.ones(1, 2, dtype=torch.long), 1, 0.0, fused=True))
 
@@ -121,6 +124,43 @@ def test_fused_decoder_is_kept_for_the_next_text_but_not_for_other_weights():
     model.half()  # other tensors
     generate(model, prompts, fused=True)
     assert fused_decoder._kept[model][1] is not decoder
+
+
+@needs_gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_gpu_generates_with_the_fused_kernels_by_default(temperature):
+    model, prompts = gpt(precision="bf16"), random_prompts(1, 7)
+    found = [generate(model, prompts, 50, temperature, fused=fused) for fused in (None, True)]
+    assert torch.equal(*found) and model in fused_decoder._kept
+
+
+@needs_gpu
+def test_last_decoder_is_kept_also_after_a_text_that_was_not_read_to_its_end():
+    models, prompts = (gpt(), gpt()), random_prompts(1, 7)
+    for model in models:
+        expected = generate(model, prompts, 50, fused=True)
+        assert list(fused_decoder._kept) == [model]
+        decoder = fused_decoder._kept[model][1]
+        steps = generate_batch(model, prompts, 50, 0.0, fused=True)
+        begun = [next(steps) for _ in range(20)]
+        assert not fused_decoder._kept
+        steps.close()
+        assert fused_decoder._kept[model][1] is decoder
+        assert torch.equal(torch.stack(begun, 1), expected[:, :20])
+        assert torch.equal(generate(model, prompts, 50, fused=True), expected)
+    del models, model, steps
+    gc.collect()
+    assert not fused_decoder._kept
+
+
+@needs_gpu
+def test_texts_that_are_generated_in_turn_do_not_mix():
+    model, prompts = gpt(), random_prompts(2, 7)
+    expected = [generate(model, prompts[i : i + 1], 50, fused=True) for i in range(2)]
+    texts = [generate_batch(model, prompts[i : i + 1], 50, 0.0, fused=True) for i in range(2)]
+    found = zip(*zip(*texts, strict=True), strict=True)
+    for text, right in zip(found, expected, strict=True):
+        assert torch.equal(torch.stack(text, 1), right)
 
 
 OPTIONS = [(1.0, None, None), (2.5, None, None), (1.0, 5, None), (1.5, None, 0.7), (2.0, 40, 0.8)]
