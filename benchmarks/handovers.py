@@ -4,9 +4,9 @@
 
 Compares the settings of folio/inference/handover.py. For each, prints the time per token in the
 second half of a text; and the same if all layers have the weights of the first, which then are in
-the GPU's cache: what remains is the latency of the kernels, and reading the head. The first texts
-of all settings must be equal. Then prints the time of each kernel if none starts early. Requires a
-GPU, and no data.
+the GPU's cache: what remains is the latency of the kernels, and reading the head. The texts of all
+settings must be equal. Then prints the time per token with sampling, and the time of each kernel if
+none starts early. Requires a GPU, and no data.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SETTINGS = [
     ("early, waiting for that end", True, False),
     ("early, waiting for tags", True, True),
 ]
-GREEDY = (0.0, None, None)
+GREEDY, SAMPLING = (0.0, None, None), (0.8, None, 0.95)  # temperature, top_k, top_p
 PROFILED = 20  # tokens
 
 
@@ -102,8 +102,10 @@ def main() -> None:
             print(line, flush=True)
         equal = "equal" if all(text == texts[0] for text in texts) else "DIFFERENT"
         print(f"batch {batch:2} the texts are {equal}", flush=True)
-    handover.EARLY = handover.POLL = False
     prompts = torch.randint(VOCAB_SIZE, (1, PROMPT_TOKENS), device=where)
+    _, seconds = write(FusedDecoder(model, 1, SAMPLING), model, prompts, options.tokens)
+    print(f"batch  1 sampling, the last setting: {1e6 * seconds:.1f}", flush=True)
+    handover.EARLY = handover.POLL = False
     times = kernel_times(FusedDecoder(model, 1, GREEDY), model, prompts)
     for name, taken in sorted(times.items(), key=lambda item: -sum(item[1])):
         print(f"{len(taken) / PROFILED:6.1f} a token, {median(taken):7.2f} us each: {name}")
