@@ -27,11 +27,13 @@ from folio.gpt.model import GPT
 from folio.inference import handover
 from folio.inference.fused_decoder import FusedDecoder, can_fuse
 
-# The slowest and safest first: the name, EARLY, POLL.
+# The slowest and safest first: the name, EARLY, POLL, PREFETCH.
 SETTINGS = [
-    ("each after the end of the one before", False, False),
-    ("early, waiting for that end", True, False),
-    ("early, waiting for tags", True, True),
+    ("each after the end of the one before", False, False, False),
+    ("early, waiting for that end", True, False, False),
+    ("early, waiting for that end, prefetch", True, False, True),
+    ("early, waiting for tags", True, True, False),
+    ("early, waiting for tags, prefetch", True, True, True),
 ]
 GREEDY, SAMPLING = (0.0, None, None), (0.8, None, 0.95)  # temperature, top_k, top_p
 PROFILED = 20  # tokens
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=parse_size, default="12/12/768", metavar="layers/heads/width"
     )
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1])
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--precision", default="bf16", choices=device.DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
@@ -90,7 +92,7 @@ def main() -> None:
     for batch in options.batches:
         prompts = torch.randint(VOCAB_SIZE, (batch, PROMPT_TOKENS), device=where)
         texts = []
-        for name, handover.EARLY, handover.POLL in SETTINGS:
+        for name, handover.EARLY, handover.POLL, handover.PREFETCH in SETTINGS:
             decoder = FusedDecoder(model, batch, GREEDY)
             shared = FusedDecoder(model, batch, GREEDY)
             shared.blocks = shared.blocks[:1] * len(shared.blocks)

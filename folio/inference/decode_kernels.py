@@ -20,6 +20,7 @@ if device.can_compile():
 
     from folio.inference.handover import (
         let_next_start,
+        prefetch,
         receive,
         receive_one,
         receive_some,
@@ -29,6 +30,7 @@ if device.can_compile():
 
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
 _CHUNK = 1_024  # columns of a weight matrix that are multiplied at once
+_PREFETCHED = 1 << 22  # weights at most, a part of the L2 cache
 _PROGRAMS = 132  # wanted at least: an H100 has as many multiprocessors
 
 
@@ -63,13 +65,15 @@ def normalise(x, delta, gain, shift, y) -> None:
     )  # fmt: skip
 
 
-def project(a, weight, bias, out, clock, stage, norm=None, gelu=False, add_to=None) -> None:
+def project(
+    a, weight, bias, out, clock, stage, norm=None, gelu=False, add_to=None, later=None
+) -> None:
     """Write weight [N, K] times each row of a [B, K], plus bias, to out [B, N].
 
     For at most SMALL_BATCH rows. a is int64, with the tags of the stage before; so is out, with
     those of `stage`, or it is fp32 without tags, and its rows may be apart. norm: weight and bias
     of a layer norm of `a`, or None. gelu: of the result. add_to: the stage whose values in `out`
-    the result is added to, or None.
+    the result is added to, or None. later: the weights of a later kernel, to prefetch, or None.
     """
     N, K = weight.shape
     gain, shift = norm or (None, None)
@@ -79,11 +83,16 @@ def project(a, weight, bias, out, clock, stage, norm=None, gelu=False, add_to=No
         rows //= 2  # all weights of a program are in registers
     warps = 8 if 5 * rows * _PROGRAMS <= N else 4
     rows *= warps * (2 if 2 * warps * rows * _PROGRAMS <= N and K <= 1_280 else 1)
-    _project[(triton.cdiv(N, rows),)](
-        a, weight, bias, gain, shift, out, clock, stage, add_to or 0, N, out.stride(0),
+    programs, options, lines, size = triton.cdiv(N, rows), launch_options(out), 0, 0
+    if options["early"] and handover.PREFETCH and later is not None:
+        size = min(later.numel(), _PREFETCHED)
+        share = triton.cdiv(size * later.element_size(), 128 * programs)
+        lines = max(32 * warps, triton.next_power_of_2(share))
+    _project[(programs,)](
+        a, weight, bias, gain, shift, out, later, clock, stage, add_to or 0, N, out.stride(0), size,
         batch=len(a), inputs=K, chunk=chunk, rows=rows, norm=norm is not None,
-        has_bias=bias is not None, gelu=gelu, add=add_to is not None, poll=handover.POLL,
-        num_warps=warps, **launch_options(out)
+        has_bias=bias is not None, gelu=gelu, add=add_to is not None, lines=lines,
+        poll=handover.POLL, num_warps=warps, **options
     )  # fmt: skip
 
 
@@ -155,10 +164,10 @@ if device.can_compile():
 
     @triton.jit(do_not_specialize=["stage", "added"])
     def _project(
-        a, weight, bias, gain, shift, out, clock, stage, added, outputs, stride,
+        a, weight, bias, gain, shift, out, later, clock, stage, added, outputs, stride, size,
         batch: tl.constexpr, inputs: tl.constexpr, chunk: tl.constexpr, rows: tl.constexpr,
         norm: tl.constexpr, has_bias: tl.constexpr, gelu: tl.constexpr, add: tl.constexpr,
-        poll: tl.constexpr, early: tl.constexpr,
+        lines: tl.constexpr, poll: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
@@ -177,6 +186,8 @@ if device.can_compile():
         if has_bias:
             offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
         now = tl.load(clock)
+        if lines > 0:
+            prefetch(later, size, lines)
         wait(early and not poll)
         before = ()  # the values that the results are added to
         for b in tl.static_range(batch):

@@ -131,14 +131,23 @@ class FusedDecoder:
         Stage 0 is the embedding. The stages of a layer are `first` + 1 to `first` + 5.
         """
         project, t, x, clock = kernels.project, self.transformer, self.x, self.clock
-        for layer, block in enumerate(self.blocks):
+        following = [*self.blocks[1:], None]
+        for layer, (block, after) in enumerate(zip(self.blocks, following, strict=True)):
             first, cache = 5 * layer, self.cache.keys_values[layer]
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            project(x, attn_w, attn_b, self.qkv, clock, first + 1, norm=(g1, b1))
+            next_attn_w, next_proj_w = (after[2], after[4]) if after else (t.wte.weight, None)
+            project(x, attn_w, attn_b, self.qkv, clock, first + 1, norm=(g1, b1), later=fc_w)
             kernels.attend(self.qkv, cache, self.positions, self.attended, clock, first + 2)
-            project(self.attended, proj_w, proj_b, x, clock, first + 3, add_to=first)
-            project(x, fc_w, fc_b, self.mlp, clock, first + 4, norm=(g2, b2), gelu=True)
-            project(self.mlp, out_w, out_b, x, clock, first + 5, add_to=first + 3)
+            project(
+                self.attended, proj_w, proj_b, x, clock, first + 3, add_to=first, later=out_w
+            )  # fmt: skip
+            project(
+                x, fc_w, fc_b, self.mlp, clock, first + 4,
+                norm=(g2, b2), gelu=True, later=next_attn_w,
+            )  # fmt: skip
+            project(
+                self.mlp, out_w, out_b, x, clock, first + 5, add_to=first + 3, later=next_proj_w
+            )  # fmt: skip
         norm, last = (t.ln_f.weight, t.ln_f.bias), 5 * len(self.blocks) + 1
         project(x, t.wte.weight, None, self.logits, clock, last, norm=norm)
         return self.logits

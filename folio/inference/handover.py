@@ -23,6 +23,7 @@ if device.can_compile():
 
 EARLY = True  # whether a kernel may start before the previous one has ended
 POLL = True  # whether such a kernel waits for tags; otherwise for the end of the previous kernel
+PREFETCH = False  # whether such a kernel brings the weights of a later one into the L2 cache
 STAGES = 1_024  # by which the clock of the tags advances with each token; at most that many stages
 
 
@@ -45,6 +46,17 @@ if device.can_compile():
         """Wait until the previous kernel has ended and its results can be read."""
         if early:
             cuda.gdc_wait()
+
+    @triton.jit
+    def prefetch(weights, size, lines: tl.constexpr):
+        """Bring this program's share of an array into the L2 cache: `lines` lines of 128 bytes."""
+        line = tl.program_id(0) * lines + tl.arange(0, lines)
+        elements: tl.constexpr = 1_024 // weights.dtype.element_ty.primitive_bitwidth
+        place = weights + tl.minimum(line * elements, size - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
     @triton.jit
     def send(place, values, tag, inside):

@@ -79,12 +79,10 @@ def test_fused_kernels_support_the_usual_sizes(monkeypatch, n_layer, n_head, n_e
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8, 9, 64])
-@pytest.mark.parametrize(("early", "poll"), [(True, True), (True, False), (False, False)])
-def test_fused_greedy_text_is_the_plain_one_except_for_ties(
-    monkeypatch, precision, batch, early, poll
-):
-    monkeypatch.setattr(handover, "EARLY", early)
-    monkeypatch.setattr(handover, "POLL", poll)
+@pytest.mark.parametrize("setting", ["none", "EARLY", "EARLY POLL", "EARLY POLL PREFETCH"])
+def test_fused_greedy_text_is_the_plain_one_except_for_ties(monkeypatch, precision, batch, setting):
+    for name in ("EARLY", "POLL", "PREFETCH"):
+        monkeypatch.setattr(handover, name, name in setting.split())
     model, prompts = gpt(precision=precision), random_prompts(batch, 7)
     found = generate(model, prompts, fused=True)
     assert_equal_except_ties(model, prompts, found, generate(model, prompts))
