@@ -22,7 +22,7 @@ if device.can_compile():
     from triton.language.extra import cuda
 
 EARLY = True  # whether a kernel may start before the previous one has ended
-POLL = True  # whether such a kernel waits for tags; otherwise for the end of the previous kernel
+POLL = False  # whether such a kernel waits for tags; otherwise for the end of the previous one
 PREFETCH = False  # whether such a kernel brings the weights of a later one into the L2 cache
 STAGES = 1_024  # by which the clock of the tags advances with each token; at most that many stages
 
