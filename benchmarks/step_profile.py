@@ -1,7 +1,7 @@
 """Where a training step spends its time, and two lower bounds for it on this machine.
 
     python -m benchmarks.step_profile [--variant seed-30m] [--batch 8] [--tie]
-                                      [--compiled | --plain]
+                                      [--compiled | --plain] [--kernels 20]
 
 The lower bounds are the step's arithmetic at the speed of a large matrix product, and the memory
 traffic of weights, gradients and AdamW's moments at the speed of a copy. Both speeds are measured
@@ -74,8 +74,11 @@ def copy_rate(where: torch.device) -> float:
     return 2 * 4 * a.numel() / measure(lambda: b.copy_(a), where)
 
 
-def profile_step(step: Callable[[], object], where: torch.device) -> Counter[str]:
-    """ms/step by kind of operator, or on a GPU by kind of kernel."""
+def profile_step(
+    step: Callable[[], object], where: torch.device
+) -> tuple[Counter[str], dict[str, tuple[float, float]]]:
+    """ms/step by kind of operator, or on a GPU by kind of kernel; and calls and ms per step of each
+    operator or kernel."""
     kind = ProfilerActivity.CUDA if where.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[kind]) as profiled:
         for _ in range(STEPS):
@@ -83,6 +86,7 @@ def profile_step(step: Callable[[], object], where: torch.device) -> Counter[str
         if where.type == "cuda":
             torch.cuda.synchronize()
     found: Counter[str] = Counter()
+    each: dict[str, tuple[float, float]] = {}
     for event in profiled.key_averages():
         taken = event.self_device_time_total if where.type == "cuda" else event.self_cpu_time_total
         if where.type == "cuda":
@@ -92,7 +96,8 @@ def profile_step(step: Callable[[], object], where: torch.device) -> Counter[str
         else:
             is_kind = (k for k, starts in OPERATORS.items() if event.key.startswith(starts))
         found[next(is_kind, "other")] += taken / 1000 / STEPS
-    return found
+        each[event.key] = event.count / STEPS, taken / 1000 / STEPS
+    return found, each
 
 
 def main() -> None:
@@ -104,15 +109,19 @@ def main() -> None:
     passes = parser.add_mutually_exclusive_group()
     passes.add_argument("--compiled", action="store_true", help="torch.compile, not fused kernels")
     passes.add_argument("--plain", action="store_true", help="PyTorch's own kernels")
+    parser.add_argument("--kernels", type=int, default=0, help="also show so many operators")
     options = parser.parse_args()
     work, title = read_options(options)
     fused = not (options.compiled or options.plain)
     step = build_folio(work, options.tie, compiled=options.compiled, fused=fused)
     whole = 1000 * measure(step, work.where)
     print(f"{title}: {whole:.2f} ms/step")
-    found = profile_step(step, work.where)
+    found, each = profile_step(step, work.where)
     for kind, ms in found.most_common():
         print(f"  {kind:<28}{ms:9.2f} ms{ms / found.total():7.1%}")
+    slowest = sorted(each.items(), key=lambda item: -item[1][1])[: options.kernels]
+    for name, (calls, ms_each) in slowest:
+        print(f"  {ms_each:9.4f} ms, {calls:6.1f} calls: {name[:80]}")
     p, tokens = work.size, work.batch_size * work.size.block_size
     matrices = 12 * p.n_layer * p.n_embd**2 + work.rows(options.tie) * p.n_embd
     # the backward pass takes twice the forward pass; attention computes the causal half
