@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from folio.gpt.model import GPT
 
 _ROWS, _COLUMNS, _WINDOWS = 32, 64, 16  # that a program of the backward pass reads at once
-_STAGES = 3  # rounds of such a program whose inputs are under way at once
+# Of the compiler's pipeline. Half of them are for the rows' positions, which are loaded first, so
+# the inputs of three rounds of such a program are under way at once.
+_STAGES = 7
 
 
 class FusedEmbeddings:
