@@ -10,6 +10,9 @@ from folio import signals
 from folio.run import Record, Run
 from folio.signals import Stopped
 
+# Here, since the thread may still be importing store.py when the time to exit is over.
+INCOMPLETE = "MLflow does not have all of this run yet: `python -m folio sync` sends the rest"
+
 
 class NoLogger:
     """Logs nothing: the logger of a process that is not the main one."""
@@ -70,9 +73,7 @@ class RunLogger:
             while self._thread.is_alive() and signals.seconds_left() != 0:
                 self._thread.join(0.1)
             if self._failed or self._thread.is_alive():
-                from folio.tracking import store
-
-                print(store.INCOMPLETE, file=sys.stderr)
+                print(INCOMPLETE, file=sys.stderr)
         if not problem:
             signals.check()
 

@@ -22,6 +22,7 @@ from folio.errors import UserError
 from folio.run import project_root
 from folio.tracking import failures, local_store, ui
 from folio.tracking.failures import SYNC
+from folio.tracking.logger import INCOMPLETE
 
 # Hides, for example, "Creating initial MLflow database tables".
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -36,7 +37,6 @@ _latest = ""  # the URI of the store that was opened last
 EXPERIMENT = "folio"
 # ImportError: a database or an artifact store needs a package that is not installed.
 STORE_ERRORS = (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError)
-INCOMPLETE = f"MLflow does not have all of this run yet: {SYNC} sends the rest"
 
 
 class Store:

@@ -28,8 +28,8 @@ from folio.gpt import huggingface
 from folio.run import Record, Run, read_evaluation, write_record
 from folio.signals import Stopped
 from folio.tracking import logged_models, queries
-from folio.tracking.logger import RunLogger
-from folio.tracking.store import INCOMPLETE, Store
+from folio.tracking.logger import INCOMPLETE, RunLogger
+from folio.tracking.store import Store
 from folio.tracking.system_metrics import SystemMetrics
 from folio.tracking.writer import RunWriter
 
@@ -205,12 +205,23 @@ def test_logger_warns_once_if_the_server_is_down(bare, capsys):
     )
 
 
-def test_logger_does_not_delay_sigterm_if_the_server_never_responds(bare):
+SLOW_IMPORT = """
+import sys, time
+class Finder:
+    def find_spec(name, *_):
+        if name == "folio.tracking.store":
+            time.sleep(60)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("before", ["", SLOW_IMPORT], ids=["silent", "slow import"])
+def test_logger_does_not_delay_sigterm_if_the_server_never_responds(bare, before):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        code = f"""
+        code = f"""{before}
 import os, signal, time
 from folio.run import Record, Run
 from folio.errors import one_line_errors
