@@ -19,11 +19,13 @@ if device.can_compile():
     from triton import language as tl
 
     from folio.inference.handover import (
+        everyone_has_received,
         let_next_start,
+        look,
+        moments,
         prefetch,
         receive,
         receive_one,
-        receive_some,
         send,
         wait,
     )
@@ -89,10 +91,10 @@ def project(
         share = triton.cdiv(size * later.element_size(), 128 * programs)
         lines = max(32 * warps, triton.next_power_of_2(share))
     _project[(programs,)](
-        a, weight, bias, gain, shift, out, later, clock, stage, add_to or 0, N, out.stride(0), size,
-        batch=len(a), inputs=K, chunk=chunk, rows=rows, norm=norm is not None,
+        a, weight, bias, gain, shift, out, later if lines else None, clock, stage, add_to or 0, N,
+        out.stride(0), size, batch=len(a), inputs=K, chunk=chunk, rows=rows, norm=norm is not None,
         has_bias=bias is not None, gelu=gelu, add=add_to is not None, lines=lines,
-        poll=handover.POLL, num_warps=warps, **options
+        poll=handover.POLL and options["early"], num_warps=warps, **options
     )  # fmt: skip
 
 
@@ -108,11 +110,11 @@ def attend(qkv, keys_values, positions, y, clock, stage=0) -> None:
     warps = 4 if B * n_head >= _PROGRAMS else 16
     size = keys_values.element_size()
     block = warps * 32 // (size * max(1, D // 64))  # tokens; a thread loads 64 bytes of keys
-    tagged = qkv.dtype == torch.int64
+    tagged, options = qkv.dtype == torch.int64, launch_options(qkv)
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, clock, stage, D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=block, tagged=tagged, poll=handover.POLL and tagged,
-        num_warps=warps, **launch_options(qkv)
+        n_head=n_head, head_dim=D, block=block, tagged=tagged, num_warps=warps,
+        poll=handover.POLL and tagged and options["early"], **options
     )  # fmt: skip
 
 
@@ -189,30 +191,39 @@ if device.can_compile():
         if lines > 0:
             prefetch(later, size, lines)
         wait(early and not poll)
-        before = ()  # the values that the results are added to
+        receive_one(a + program * rows % inputs, now + stage - 1, poll)  # each another one
         for b in tl.static_range(batch):
+            packed = ()
+            for i in tl.static_range(parts):
+                packed += (look(a + b * inputs + i * chunk + k, k < chunk, poll),)  # type: ignore
+            result = out + b * stride + n
+            before = tl.zeros([rows], tl.float32)
             if add:
-                before += (receive_some(out + b * stride + n, now + added, inside),)  # type: ignore
-        receive_one(a + program * rows % inputs, now + stage - 1)  # each program another one
-        for b in tl.static_range(batch):
-            v, first, second = receive(a + b * inputs, chunk, now + stage - 1, parts, chunk)
-            mean = first / inputs
-            scale = 1 / tl.sqrt(tl.maximum(second / inputs - mean * mean, 0.0) + 1e-5)
+                before += receive(look(result, inside, poll), result, now + added, inside, poll)
+            v = ()
+            for i in tl.static_range(parts):
+                place = a + b * inputs + i * chunk + k
+                v += (receive(packed[i], place, now + stage - 1, k < chunk, poll),)  # type: ignore
+            everyone_has_received(poll)
+            mean, scale = 0.0, 1.0
+            if norm:
+                first, second = moments(v, chunk, parts)
+                mean = first / inputs
+                scale = 1 / tl.sqrt(tl.maximum(second / inputs - mean * mean, 0.0) + 1e-5)
             dot = tl.zeros([rows, chunk], tl.float32)
             for i in tl.static_range(parts):
-                u = v[i]
+                u = v[i]  # type: ignore
                 if norm:
-                    u = (u - mean) * scale * gains[i] + shifts[i]
+                    u = (u - mean) * scale * gains[i] + shifts[i]  # type: ignore
                 dot += w[i].to(tl.float32) * u[None, :]
             y = tl.sum(dot, 1) + offset
             if gelu:  # the tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
                 y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-            if add:
-                y += before[b]
+            y += before
             if out.dtype.element_ty == tl.int64:
-                send(out + b * stride + n, y, now + stage, inside)
+                send(result, y, now + stage, inside)
             else:
-                tl.store(out + b * stride + n, y, inside)
+                tl.store(result, y, inside)
         wait(early and poll)  # a kernel ends after all earlier ones
 
     @triton.jit
@@ -250,13 +261,20 @@ if device.can_compile():
         now = tl.load(clock)
         wait(early and not poll)
         own = qkv + (b * 3 * n_head + program % n_head) * head_dim
+        channels: tl.constexpr = n_head * head_dim
+        receive_one(own, now + stage - 1, poll)
+        own += d
         if tagged:
-            receive_one(own, now + stage - 1)
-            new, _, _ = receive(own, n_head * head_dim, now + stage - 1, 3, head_dim)
-            q, k, v = new[0], new[1], new[2]
+            own_k, own_v, all = own + channels, own + 2 * channels, d < head_dim
+            packed_q, packed_k = look(own, all, poll), look(own_k, all, poll)
+            packed_v, tag = look(own_v, all, poll), now + stage - 1
+            q = receive(packed_q, own, tag, all, poll)
+            k = receive(packed_k, own_k, tag, all, poll)
+            v = receive(packed_v, own_v, tag, all, poll)
+            everyone_has_received(poll)
         else:
-            q = tl.load(own + d).to(tl.float32)
-            k, v = tl.load(own + n_head * head_dim + d), tl.load(own + 2 * n_head * head_dim + d)
+            q = tl.load(own).to(tl.float32)
+            k, v = tl.load(own + channels), tl.load(own + 2 * channels)
         q *= scale
         k, v = k.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k)

@@ -3,7 +3,7 @@
 - Each kernel first loads its weights, and only then needs the results of the one before it. With
   "programmatic dependent launch" (CUDA programming guide, from compute capability 9.0), it starts
   when all programs of that kernel have started, so the weights of several kernels are on their way.
-- For a small batch, a kernel does not wait for the end of the one before it, but for its results:
+- With POLL, in a small batch, it does not wait for the end of that kernel, but for its results:
   every value is stored together with a tag, in a single access of 8 bytes, and readers repeat their
   loads until the tags are the expected ones, as in NCCL's LL protocol (prims_ll.h). A program only
   waits for programs that have started before it, so none waits forever. A tag is the number of a
@@ -65,53 +65,58 @@ if device.can_compile():
         tl.store(place, bits | (tag.to(tl.int64) << 32), inside)
 
     @triton.jit
-    def _value(packed):
-        return packed.to(tl.int32).to(tl.float32, bitcast=True)
+    def receive_one(place, tag, poll: tl.constexpr):
+        """Wait for a single value: many programs that repeat large loads would delay others."""
+        if poll:
+            while (tl.load(place, volatile=True) >> 32).to(tl.int32) != tag:
+                pass
 
     @triton.jit
-    def _other_tag(packed, tag):
-        return ((packed >> 32).to(tl.int32) != tag).to(tl.int32)
+    def look(place, inside, poll: tl.constexpr):
+        """What is at `place` now, for `receive`; 0 outside."""
+        return tl.load(place, inside, other=0, volatile=poll)
 
     @triton.jit
-    def _add_each(a, b, c, d, e, f):
-        return a + d, b + e, c + f
+    def receive(packed, place, tag, inside, poll: tl.constexpr):
+        """The values of `packed`; if `poll`, those at `place` as soon as they have the tag.
+
+        Each thread waits for what it has loaded itself. A test by all threads together, with
+        tl.max, could miss some: if there are fewer values than threads, several load the same one,
+        and Triton's reductions use what one of them has loaded.
+        """
+        values = packed.to(tl.int32)
+        if poll:
+            values = tl.inline_asm_elementwise(
+                """{
+                .reg .pred other; .reg .b32 found; .reg .b64 both;
+                mov.b64 {$0, found}, $1;
+                AGAIN: setp.ne.b32 other, found, $3;
+                @!other bra DONE;
+                ld.volatile.global.b64 both, [$2];
+                mov.b64 {$0, found}, both;
+                bra AGAIN;
+                DONE: }""",
+                "=&r,l,l,r", [packed, place.to(tl.int64), tl.where(inside, tag, 0)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        return values.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _peek(place, stride, tag, parts: tl.constexpr, size: tl.constexpr):
-        """The values in `parts` arrays [size] that are `stride` apart, whatever their tags; the
-        number of tags that are not `tag`; the sum of the values, and of their squares."""
-        values = ()
-        missing = tl.zeros([size], tl.int32)
+    def everyone_has_received(poll: tl.constexpr):
+        """Before any thread sends: what it causes to be replaced, another might still wait for."""
+        if poll:
+            tl.debug_barrier()
+
+    @triton.jit
+    def add_both(a, b, c, d):
+        """For tl.reduce: two sums at once."""
+        return a + c, b + d
+
+    @triton.jit
+    def moments(values, size: tl.constexpr, parts: tl.constexpr):
+        """The sum of `parts` arrays [size], and that of the squares."""
         first, second = tl.zeros([size], tl.float32), tl.zeros([size], tl.float32)
         for i in tl.static_range(parts):
-            packed = tl.load(place + i * stride + tl.arange(0, size), volatile=True)
-            value = _value(packed)
-            missing += _other_tag(packed, tag)
-            first += value
-            second += value * value
-            values += (value,)  # type: ignore
-        missing, first, second = tl.reduce((missing, first, second), 0, _add_each)
-        return values, missing, first, second
-
-    @triton.jit
-    def receive(place, stride, tag, parts: tl.constexpr, size: tl.constexpr):
-        """The values in `parts` arrays [size] that are `stride` apart, as soon as all of them have
-        the tag; their sum and the sum of their squares."""
-        values, missing, first, second = _peek(place, stride, tag, parts, size)
-        while missing > 0:
-            values, missing, first, second = _peek(place, stride, tag, parts, size)
-        return values, first, second
-
-    @triton.jit
-    def receive_one(place, tag):
-        """Wait for a single value: many programs that repeat large loads would delay others."""
-        while _other_tag(tl.load(place, volatile=True), tag) > 0:
-            pass
-
-    @triton.jit
-    def receive_some(place, tag, inside):
-        """The values in an array of places."""
-        packed = tl.load(place, inside, other=0, volatile=True)
-        while tl.max(tl.where(inside, _other_tag(packed, tag), 0), 0) > 0:
-            packed = tl.load(place, inside, other=0, volatile=True)
-        return _value(packed)
+            first += values[i]
+            second += values[i] * values[i]
+        return tl.reduce((first, second), 0, add_both)
