@@ -10,6 +10,7 @@ import torch
 from folio import device
 from folio.gpt.model import GPT, ModelParams
 from folio.inference import decode_kernels, fused_decoder, handover
+from folio.inference.choose_kernel import Chooser
 from folio.inference.generation import NOT_FINITE, generate_batch
 
 CUDA = torch.device("cuda")
@@ -165,6 +166,18 @@ OPTIONS = [(1.0, None, None), (2.5, None, None), (1.0, 5, None), (1.5, None, 0.7
 OPTIONS += [(1.0, 1, None), (1.0, None, 1e-30), (1.0, 10**9, 1.0)]
 
 
+def kept_probabilities(logits, temperature, top_k, top_p):
+    """The probabilities that sampling from the logits [V] should have, 0 for other tokens."""
+    p = torch.softmax(logits.double() / temperature, -1).cpu()
+    descending, order = p.sort(descending=True)
+    descending = descending[:top_k] / descending[:top_k].sum()
+    kept = descending.cumsum(0) - descending < (top_p or 1.0)
+    kept[0] = True
+    expected = np.zeros(len(p))
+    expected[order[: int(kept.sum())]] = descending[kept] / descending[kept].sum()
+    return expected
+
+
 @needs_gpu
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), OPTIONS)
 @pytest.mark.parametrize("batch", [8, 2_000])
@@ -175,16 +188,33 @@ def test_fused_sampling_follows_the_probabilities(temperature, top_k, top_p, bat
         ids = generate(model, prompt.expand(batch, -1), 1, temperature, seed, **options)
         counts += np.bincount(ids.flatten().cpu(), minlength=ROWS)
     with torch.inference_mode():
-        p = torch.softmax(model(prompt)[0, -1].double() / temperature, -1).cpu()
-    descending, order = p.sort(descending=True)
-    descending = descending[:top_k] / descending[:top_k].sum()
-    kept = descending.cumsum(0) - descending < (top_p or 1.0)
-    kept[0] = True
-    expected = np.zeros(ROWS)
-    expected[order[: int(kept.sum())]] = descending[kept] / descending[kept].sum()
+        expected = kept_probabilities(model(prompt)[0, -1], temperature, top_k, top_p)
     n = counts.sum()
     assert (counts[expected == 0] == 0).all()
     assert (np.abs(counts - n * expected) <= 5 * np.sqrt(n * expected) + 5).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), OPTIONS)
+@pytest.mark.parametrize("scale", [0.1, 2.0, 8.0])  # from flat to steep
+def test_sampling_from_many_tokens(scale, temperature, top_k, top_p):
+    batch, size, draws = 200, 50_257, 100
+    torch.manual_seed(1)
+    logits = scale * torch.randn(size, device=CUDA)
+    expected = kept_probabilities(logits, temperature, top_k, top_p)
+    chooser = Chooser(batch, size, (temperature, top_k, top_p), CUDA)
+    texts = torch.zeros(batch, draws + 1, dtype=torch.int64, device=CUDA)
+    positions = torch.zeros_like(texts[:, 0])
+    clock = torch.zeros(1, dtype=torch.int32, device=CUDA)
+    for _ in range(draws):
+        chooser(logits.expand(batch, -1), texts, positions, clock)
+    counts, n = np.bincount(texts[:, 1:].flatten().cpu(), minlength=size), batch * draws
+    others = logits.cpu().numpy()[(expected == 0) & (counts > 0)]  # rounding may keep one more
+    assert (others > logits.cpu().numpy()[expected > 0].min() - 1e-3).all()
+    assert counts[expected == 0].sum() <= 10
+    groups = np.argsort(expected).reshape(-1, 29)  # of tokens with similar probabilities
+    found, right = counts[groups].sum(1), expected[groups].sum(1)
+    assert (np.abs(found - n * right) <= 5 * np.sqrt(n * right) + 10).all()
 
 
 @needs_gpu
