@@ -65,8 +65,10 @@ class FusedDecoder:
         p, t = model.params, model.transformer
         self.transformer, self.cache = t, KVCache(model, batch)
         self.blocks = [tuple(block.parameters()) for block in t.h]
-        self.context, self.is_small = p.block_size, batch <= kernels.SMALL_BATCH
         where, n = t.wte.weight.device, p.n_embd
+        # With many parts of a row, as in a width of 1,600, `project` has no registers for batches.
+        small = kernels.SMALL_BATCH if n // (n & -n) <= 8 else 1
+        self.context, self.is_small = p.block_size, batch <= small
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
         exact = partial(torch.empty, dtype=torch.float32, device=where)
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
