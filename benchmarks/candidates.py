@@ -177,7 +177,10 @@ def main() -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers such as 1,2,3") from None
 
 
 if __name__ == "__main__":

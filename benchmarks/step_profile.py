@@ -111,6 +111,8 @@ def main() -> None:
     passes.add_argument("--plain", action="store_true", help="PyTorch's own kernels")
     parser.add_argument("--kernels", type=int, default=0, help="also show so many operators")
     options = parser.parse_args()
+    if options.kernels < 0:
+        parser.error(f"--kernels is {options.kernels}: it must be at least 0")
     work, title = read_options(options)
     fused = not (options.compiled or options.plain)
     step = build_folio(work, options.tie, compiled=options.compiled, fused=fused)
