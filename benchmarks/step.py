@@ -86,17 +86,9 @@ class FolioStep:
 
 
 def build_folio(
-    work: Work,
-    tie: bool = False,
-    checkpointing: bool = False,
-    cublaslt: bool = False,
-    **options: Any,
+    work: Work, tie: bool = False, checkpointing: bool = False, **options: Any
 ) -> FolioStep:
-    """cublaslt: in this process, fused blocks use cuBLASLt's products. options: of TrainStep."""
-    if cublaslt:
-        from folio.gpt.fused.blocks import FusedBlocks  # needs Triton
-
-        FusedBlocks.CUBLASLT = True
+    """options: of TrainStep."""
     device.tune_malloc()
     size = tokenizer.VOCAB_SIZE
     ids = np.arange(UNIQUE_TOKENS if tie else size, dtype=np.uint16)
@@ -278,9 +270,6 @@ def main() -> None:
     builds |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
         builds["Folio, deterministic: false"] = partial(build_folio, exact=False)
-        builds["Folio, cuBLASLt"] = partial(build_folio, cublaslt=True)
-        name = "Folio, cuBLASLt, deterministic: false"
-        builds[name] = partial(build_folio, cublaslt=True, exact=False)
         builds["Folio, compiled"] = partial(build_folio, fused=False, compiled=True)
         builds["Folio, plain"] = partial(build_folio, fused=False)
     if options.checkpointing:

@@ -31,11 +31,6 @@ def blocks(size, dtype, dropout=0.0, checkpointing=False):
     return model.to(CUDA), FusedBlocks(half)
 
 
-@pytest.fixture(params=[False, True], ids=["PyTorch", "cuBLASLt"])
-def products(request, monkeypatch):
-    monkeypatch.setattr(FusedBlocks, "CUBLASLT", request.param)
-
-
 def embeddings(size, dtype, number=0):
     """Embeddings [B, T, C], and a gradient of the result."""
     B, T, _, C = size
@@ -74,7 +69,6 @@ def distance(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_fused_passes_are_as_exact_as_autograd_in_half_precision(size, dtype):
@@ -88,7 +82,6 @@ def test_fused_passes_are_as_exact_as_autograd_in_half_precision(size, dtype):
         assert distance(ours, right) < 1.3 * distance(theirs, right)
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_fused_passes_repeat_their_bits_with_and_without_checkpointing(size, dropout):
@@ -101,7 +94,6 @@ def test_fused_passes_repeat_their_bits_with_and_without_checkpointing(size, dro
             assert torch.equal(found, expected)
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_captured_fused_passes_equal_plain_ones(dropout, checkpointing):

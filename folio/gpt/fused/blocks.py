@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from folio.gpt.fused import attention, cublaslt
+from folio.gpt.fused import attention
 from folio.gpt.fused.column_sums import add_partials, column_sums, partial_count
-from folio.gpt.fused.cublaslt import Epilogue
 from folio.gpt.fused.gelu import gelu, gelu_backward_
 from folio.gpt.fused.gradients import Gradients
 from folio.gpt.fused.layer_norm import Normed, add_norm, add_norm_backward
@@ -48,8 +47,6 @@ class FusedBlocks:
     block, and backward computes the block again from it, with the same dropout: the same bits.
     """
 
-    CUBLASLT = False  # products by cublaslt.py, with GELU, its gradient and sums in their epilogues
-
     def __init__(self, model: "GPT"):
         self.model, self._blocks = model, cast("list[Block]", list(model.transformer.h))
         self._shape = torch.Size()  # B, T, C
@@ -72,10 +69,7 @@ class FusedBlocks:
         for i, block in enumerate(self._blocks):
             norm = self._add_norm(residual, y, block.ln_1, 3 * i - 1)
             activations = self._block(i, norm)
-            residual, y = (
-                activations.norm_2.sum,
-                self._linear(activations.activation, block.mlp.c_proj),
-            )
+            residual, y = activations.norm_2.sum, _linear(activations.activation, block.mlp.c_proj)
             self._kept.append(norm.sum if self.model.gradient_checkpointing else activations)
             del norm, activations  # the memory is free for the next block
         self._last = self._add_norm(residual, y, t.ln_f, 3 * p.n_layer - 1)
@@ -97,9 +91,8 @@ class FusedBlocks:
         side = self._side = self._side or SideStream(d_hidden.device)
         gradients.place()
         for i in reversed(range(len(self._blocks))):
-            widths = [3 * C, 3 * C] if self.CUBLASLT else [3 * C, 3 * C, 3 * C, 4 * C]
-            partials = _partials(len(d_normed), sum(widths), d_hidden.device)
-            parts = partials.split(widths, 1)
+            partials = _partials(len(d_normed), 13 * C, d_hidden.device)
+            parts = partials.split([3 * C, 3 * C, 3 * C, 4 * C], 1)
             dx, dy = self._add_norm_backward(d_normed, dx, norm, scale, parts[0], 3 * i + 2)
             activations = self._kept.pop()
             if isinstance(activations, torch.Tensor):
@@ -107,7 +100,7 @@ class FusedBlocks:
                 activations = self._block(i, norm)
             dx, d_normed = self._block_backward(i, activations, dx, dy, parts[1:], side)
             norm, scale = activations.norm_1, self._blocks[i].ln_1.weight
-            side.run(add_partials, partials, gradients.vectors[i][: sum(widths)])
+            side.run(add_partials, partials, gradients.vectors[i])
             side.advance()
         partials = _partials(len(d_normed), 3 * C, d_hidden.device)
         dx, _ = self._add_norm_backward(d_normed, dx, norm, scale, partials)
@@ -123,12 +116,13 @@ class FusedBlocks:
         """Block i, from its first layer norm to the input of its last product."""
         block, seed = self._blocks[i], self._seed(3 * i)
         n_head, dropout = self.model.params.n_head, self._dropout
-        qkv = self._linear(norm.normed, block.attn.c_attn).view(*self._shape[:2], -1)
+        qkv = _linear(norm.normed, block.attn.c_attn).view(*self._shape[:2], -1)
         attended, logsumexp = attention.attend(qkv, n_head, dropout, seed)
-        y = self._linear(attended.view(norm.sum.shape), block.attn.c_proj)
+        y = _linear(attended.view(norm.sum.shape), block.attn.c_proj)
         norm_2 = self._add_norm(norm.sum, y, block.ln_2, 3 * i + 1)
-        mlp = self._linear_gelu(norm_2.normed, block.mlp.c_fc)
-        return _Activations(norm, qkv, attended, logsumexp, norm_2, *mlp)
+        preactivation = _linear(norm_2.normed, block.mlp.c_fc)
+        activation = gelu(preactivation)
+        return _Activations(norm, qkv, attended, logsumexp, norm_2, preactivation, activation)
 
     def _block_backward(
         self,
@@ -146,71 +140,19 @@ class FusedBlocks:
         """
         block, seed = self._blocks[i], self._seed(3 * i)
         attn, mlp = block.attn, block.mlp
-        side.run(self._weight_gradient, mlp.c_proj, dy, a.activation)
-        if self.CUBLASLT:
-            d_fc, sums = torch.empty_like(a.preactivation), mlp.c_fc.bias.grad
-            epilogue = Epilogue.GELU_BACKWARD_SUMS
-            cublaslt.matmul(dy, mlp.c_proj.weight, d_fc, epilogue, sums, a.preactivation)
-        else:
-            d_fc = dy @ mlp.c_proj.weight
-            gelu_backward_(d_fc, a.preactivation, partials[2])
-        side.run(self._weight_gradient, mlp.c_fc, d_fc, a.norm_2.normed)
-        d_normed, scale = self._product(d_fc, mlp.c_fc.weight), block.ln_2.weight
+        side.run(_weight_gradient, mlp.c_proj, dy, a.activation)
+        d_fc = dy @ mlp.c_proj.weight
+        gelu_backward_(d_fc, a.preactivation, partials[2])
+        side.run(_weight_gradient, mlp.c_fc, d_fc, a.norm_2.normed)
+        d_normed, scale = d_fc @ mlp.c_fc.weight, block.ln_2.weight
         dx, dy = self._add_norm_backward(d_normed, dx, a.norm_2, scale, partials[0], 3 * i + 1)
-        side.run(self._weight_gradient, attn.c_proj, dy, a.attended.view(dy.shape))
-        d_attended = self._product(dy, attn.c_proj.weight).view(self._shape)
+        side.run(_weight_gradient, attn.c_proj, dy, a.attended.view(dy.shape))
+        d_attended = (dy @ attn.c_proj.weight).view(self._shape)
         saved = (a.qkv, a.attended, a.logsumexp, self.model.params.n_head, self._dropout, seed)
         d_qkv = attention.attend_backward(d_attended, *saved).view(len(dy), -1)
-        if not self.CUBLASLT:
-            side.run(column_sums, d_qkv, partials[1])
-        side.run(self._weight_gradient, attn.c_attn, d_qkv, a.norm_1.normed, attn.c_attn.bias.grad)
-        return dx, self._product(d_qkv, attn.c_attn.weight)
-
-    def _linear(self, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-        if not self.CUBLASLT:
-            return torch.addmm(linear.bias, x, linear.weight.T)
-        return self._product(x, linear.weight.T, Epilogue.BIAS, linear.bias)
-
-    def _linear_gelu(self, x: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product, and GELU of it."""
-        if not self.CUBLASLT:
-            preactivation = self._linear(x, linear)
-            return preactivation, gelu(preactivation)
-        preactivation = x.new_empty(len(x), len(linear.weight))
-        gelu_of = self._product(x, linear.weight.T, Epilogue.GELU, linear.bias, preactivation)
-        return preactivation, gelu_of
-
-    def _product(
-        self,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        epilogue: Epilogue = Epilogue.NONE,
-        vector: torch.Tensor | None = None,
-        matrix: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if not self.CUBLASLT:
-            return a @ b
-        out = a.new_empty(len(a), b.shape[1])
-        cublaslt.matmul(a, b, out, epilogue, vector, matrix)
-        return out
-
-    def _weight_gradient(
-        self,
-        linear: nn.Linear,
-        d_out: torch.Tensor,
-        x: torch.Tensor,
-        sums: torch.Tensor | None = None,
-    ) -> None:
-        """Write the gradient of the weight of a product, given that of its result and its argument.
-
-        cuBLASLt also writes the sums of the columns of d_out to `sums`, if given.
-        """
-        assert linear.weight.grad is not None
-        if not self.CUBLASLT:
-            torch.mm(d_out.T, x, out=linear.weight.grad)
-            return
-        epilogue = Epilogue.NONE if sums is None else Epilogue.ROW_SUMS
-        cublaslt.matmul(d_out.T, x, linear.weight.grad, epilogue, sums)
+        side.run(column_sums, d_qkv, partials[1])
+        side.run(_weight_gradient, attn.c_attn, d_qkv, a.norm_1.normed)
+        return dx, d_qkv @ attn.c_attn.weight
 
     def _add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, norm: nn.LayerNorm, seed: int = -1
@@ -238,3 +180,13 @@ class FusedBlocks:
 
 def _partials(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.empty(partial_count(rows), columns, device=device)
+
+
+def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return torch.addmm(linear.bias, x, linear.weight.T)
+
+
+def _weight_gradient(linear: nn.Linear, d_out: torch.Tensor, x: torch.Tensor) -> None:
+    """Write the gradient of the weight of a product, given that of its result and its argument."""
+    assert linear.weight.grad is not None
+    torch.mm(d_out.T, x, out=linear.weight.grad)
