@@ -74,17 +74,20 @@ def attend(
     dropout: float,
     seed: torch.Tensor | None,
     tile: Tile | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal self-attention of n_head heads: the output, and what attend_backward needs.
 
     qkv [B, T, 3C], contiguous, has the queries, keys and values of all heads one after another.
     dropout: the probability to drop an attention probability; its mask is a function of `seed`, an
-    integer tensor with one element on the device, or None without dropout. Returns out [B, T, C],
-    and the base-2 logarithm of the softmax's sums, [B, n_head, T] in fp32.
+    integer tensor with one element on the device, or None without dropout. out: memory for the
+    output. Returns out [B, T, C], and the base-2 logarithm of the softmax's sums, [B, n_head, T] in
+    fp32.
     """
     B, T, size = _sizes(qkv, n_head)
     tile = tile or TILES["forward", T <= _SHORT, size > 64]
-    out = qkv.new_empty(B, T, n_head * size)
+    out = qkv.new_empty(B, T, n_head * size) if out is None else out
+    assert out.is_contiguous()
     logsumexp = torch.empty(B, n_head, T, device=qkv.device)
     grid = (B * n_head * math.ceil(T / tile.outer),)
     attention_forward[grid](
@@ -103,18 +106,19 @@ def attend_backward(
     dropout: float,
     seed: torch.Tensor | None,
     tile: Tile | None = None,
+    d_qkv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient w.r.t. qkv, [B, T, 3C], given that w.r.t. out, [B, T, C], contiguous.
 
-    The other arguments are those of `attend` and what it returned.
+    d_qkv: memory for it. The other arguments are those of `attend` and what it returned.
     """
     B, T, size = _sizes(qkv, n_head)
-    assert d_out.is_contiguous() and out.is_contiguous() and logsumexp.is_contiguous()
+    assert all(t is None or t.is_contiguous() for t in (d_out, out, logsumexp, d_qkv))
     tile = tile or TILES["backward", T <= _SHORT, size > 64]
     blocks = math.ceil(T / tile.outer)
     masked = T % tile.outer > 0
     fold = T <= _SHORT
-    d_qkv, heads = torch.empty_like(qkv), B * n_head
+    d_qkv, heads = torch.empty_like(qkv) if d_qkv is None else d_qkv, B * n_head
     delta = logsumexp.new_empty(heads, 1 if fold else blocks * tile.outer)
     if not fold:
         attention_delta[(heads * blocks,)](

@@ -4,7 +4,8 @@ They take two kernels. The first one, often part of a kernel that reads the matr
 partial sums: P programs, each of which adds up a fixed set of rows. The second one adds up the P
 partial sums. Each sum has a fixed order, so it is bitwise reproducible.
 
-N is the number of rows, K the number of columns, and P the number of partial sums.
+G is the number of matrices, N that of their rows, K that of their columns, and P the number of
+partial sums.
 """
 
 import torch
@@ -32,24 +33,26 @@ def rows_at_once(rows: int) -> tuple[int, int]:
 
 
 def column_sums(x: torch.Tensor, partials: torch.Tensor) -> None:
-    """Write partial sums of the columns of x [N, K] to partials [P, K] in fp32.
+    """Write partial sums of the columns of x [G, N, K] to partials [G, P, K] in fp32.
 
     x is contiguous, and so are the rows of partials.
     """
-    N, K = x.shape
+    G, N, K = x.shape
     block = min(1024, triton.next_power_of_2(K))
-    grid = (len(partials), triton.cdiv(K, block))
-    _column_sums[grid](
-        x, partials, N, partials.stride(0), width=K, rows=_ROWS, block=block, num_warps=2
-    )
+    grid = (partials.shape[1], triton.cdiv(K, block), G)
+    strides = partials.stride(0), partials.stride(1)
+    _column_sums[grid](x, partials, N, *strides, width=K, rows=_ROWS, block=block, num_warps=2)
 
 
 def add_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
-    """Add up partials [P, K] in fp32 into out [K] in any precision. Rows are contiguous."""
-    P, K = partials.shape
-    grid = (triton.cdiv(K, _COLUMNS),)
-    _add_partials[grid](
-        partials, out, P, K, partials.stride(0), rows=_SUMMED, block=_COLUMNS, num_warps=8
+    """Add up partials [G, P, K] in fp32 into out [G, K] in any precision.
+
+    out is contiguous, and so are the rows of partials.
+    """
+    G, P, K = partials.shape
+    strides = partials.stride(0), partials.stride(1)
+    _add_partials[triton.cdiv(K, _COLUMNS), G](
+        partials, out, P, K, *strides, rows=_SUMMED, block=_COLUMNS, num_warps=8
     )
 
 
@@ -57,8 +60,18 @@ if device.can_compile():
 
     @triton.jit
     def _column_sums(
-        x, partials, length, stride, width: tl.constexpr, rows: tl.constexpr, block: tl.constexpr
+        x,
+        partials,
+        length,
+        matrix_stride,
+        stride,
+        width: tl.constexpr,
+        rows: tl.constexpr,
+        block: tl.constexpr,
     ):
+        matrix = tl.program_id(2).to(tl.int64)
+        x += matrix * length * width
+        partials += matrix * matrix_stride
         row = tl.arange(0, rows)[:, None]
         column = tl.program_id(1) * block + tl.arange(0, block)
         inside = column < width
@@ -70,7 +83,19 @@ if device.can_compile():
         tl.store(partials + tl.program_id(0) * stride + column, total, inside)
 
     @triton.jit
-    def _add_partials(partials, out, count, width, stride, rows: tl.constexpr, block: tl.constexpr):
+    def _add_partials(
+        partials,
+        out,
+        count,
+        width,
+        matrix_stride,
+        stride,
+        rows: tl.constexpr,
+        block: tl.constexpr,
+    ):
+        matrix = tl.program_id(1).to(tl.int64)
+        partials += matrix * matrix_stride
+        out += matrix * width
         row = tl.arange(0, rows)[:, None]
         column = tl.program_id(0) * block + tl.arange(0, block)
         inside = column < width

@@ -26,9 +26,9 @@ if device.can_compile():
 _BLOCK = 4096  # elements per program of the forward pass
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """GELU of a contiguous tensor of any shape."""
-    out, size = torch.empty_like(x), x.numel()
+def gelu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """GELU of a contiguous tensor of any shape. out: memory for it, contiguous."""
+    out, size = torch.empty_like(x) if out is None else out, x.numel()
     masked = size % _BLOCK > 0
     _gelu[(triton.cdiv(size, _BLOCK),)](x, out, size, masked=masked, block=_BLOCK, num_warps=4)
     return out

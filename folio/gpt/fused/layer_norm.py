@@ -38,13 +38,15 @@ def add_norm(
     bias: torch.Tensor,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> Normed:
     """Add dropout(y) to x and normalise the sum. x and y are [N, C], weight and bias [C].
 
-    Without y, the sum is x. seed: one integer on the device, if there is dropout.
+    Without y, the sum is x. seed: one integer on the device, if there is dropout. out: memory for
+    `normed`.
     """
     N, C = x.shape
-    normed = torch.empty_like(x)
+    normed = torch.empty_like(x) if out is None else out
     total = x if y is None else torch.empty_like(x)
     mean, rstd = torch.empty(2, N, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(C)
@@ -68,16 +70,17 @@ def add_norm_backward(
     partials: torch.Tensor,
     dropout: float = 0.0,
     seed: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of x and y [N, C] of add_norm; one and the same tensor if dropout is 0.
 
     d_normed and d_sum are the gradients of what add_norm returned; None: the sum has no other use.
     Writes partial sums of the gradients of weight and bias, and of the columns of the gradient of
-    y, to partials [P, 3C] in fp32, whose rows are contiguous.
+    y, to partials [P, 3C] in fp32, whose rows are contiguous. out: memory for the gradient of y.
     """
     N, C = d_normed.shape
-    dx = torch.empty_like(d_normed)
-    dy = torch.empty_like(d_normed) if dropout else dx
+    dy = torch.empty_like(d_normed) if out is None else out
+    dx = torch.empty_like(d_normed) if dropout else dy
     block = triton.next_power_of_2(C)
     rows, rounds = rows_at_once(N)
     _add_norm_backward[(len(partials),)](
