@@ -136,7 +136,8 @@ class TrainStep:
         batches = list(zip(inputs[::2], inputs[1::2], strict=True))
         windows = self.windows or sum(len(x) for x, _ in batches)
         if self._direct and len(batches) == 1 and windows == len(batches[0][0]):
-            self._direct(self._pass(*batches[0], self.scale))
+            # Without fp16, the scale is always 1, and a constant takes no kernel.
+            self._direct(self._pass(*batches[0], self.scale if self.fp16 else 1.0))
             return
         weights, loss = self.weights, torch.zeros((), device=self.device)
         for number, (x, y) in enumerate(batches, 1):
@@ -148,7 +149,7 @@ class TrainStep:
         self._update(*weights.reduce(loss))
         weights.finish()
 
-    def _pass(self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _pass(self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
         """Compute the gradients of a micro-batch, times `scale`. Returns the loss."""
         soft = [self.teachers(x)] if self.teachers else []
         if self.input_noise:

@@ -76,7 +76,7 @@ class Weights:
                 self._passes = passes.FusedPasses(self.compute_model)
 
     def loss_and_gradients(
-        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, *soft: torch.Tensor
+        self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float, *soft: torch.Tensor
     ) -> torch.Tensor:
         """Compute the gradients of compute_model, times `scale`. Returns the loss.
 

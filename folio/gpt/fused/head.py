@@ -38,6 +38,7 @@ class FusedHead:
         parameter.data = self._weight[: self._size]
         self._padded_gradient = torch.zeros_like(self._weight)
         self.gradient = self._padded_gradient[: self._size]
+        self._constants: dict[float, torch.Tensor] = {}
         self._side = SideStream(parameter.device)
 
     def __call__(
@@ -52,9 +53,7 @@ class FusedHead:
         The gradients are multiplied by `scale`. The loss is in fp32.
         """
         self.model.transformer.wte.weight.grad = self.gradient
-        factor = scale / len(y)
-        if not isinstance(factor, torch.Tensor):
-            factor = torch.full((), factor, device=hidden.device)
+        factor = self._as_tensor(scale / len(y))
         d_hidden = torch.empty_like(hidden)
         losses: list[torch.Tensor] = []
         for start in range(0, len(y), GPU_CHUNK_ROWS):
@@ -74,6 +73,14 @@ class FusedHead:
     def join(self) -> None:
         """Let the current CUDA stream wait for the loss and the weight's gradient."""
         self._side.join()
+
+    def _as_tensor(self, factor: torch.Tensor | float) -> torch.Tensor:
+        """A scalar in fp32. Constants are kept, so that a CUDA graph has no kernel for them."""
+        if isinstance(factor, torch.Tensor):
+            return factor
+        if factor not in self._constants:
+            self._constants[factor] = torch.full((), factor, device=self._weight.device)
+        return self._constants[factor]
 
     def _losses_(
         self, logits: torch.Tensor, y: torch.Tensor, factor: torch.Tensor, soft: torch.Tensor | None
