@@ -17,6 +17,9 @@ if device.can_compile():
 
     _LOG2_E = tl.constexpr(1 / math.log(2))
 
+# A gradient in e5m2 is that of the losses times this. That is at most 1 by absolute value, and the
+# largest number of e5m2 is 57,344, so probabilities down to 2^-31 are not rounded to 0.
+FP8_FACTOR = 2.0**15
 _BLOCK, _WARPS = 8192, 32  # logits per iteration, 8 per thread; warps of 32 threads per program
 
 
@@ -26,21 +29,24 @@ def cross_entropy_(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     factor: torch.Tensor,
+    fp8: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The losses [N] of softmax(logits + bias) at y [N] in nats. Overwrites logits [N, V].
 
     logits become the gradient of the sum of the losses, times factor, a scalar in fp32. Only the
     first `size` columns belong to the vocabulary; the others are 0 and stay 0. bias [size] is in
-    fp32, or None. Without Triton or a GPU, PyTorch operators compute the same result.
+    fp32, or None. fp8 [N, V] in e5m2, if given, becomes the gradient times FP8_FACTOR, not times
+    factor. Without Triton or a GPU, PyTorch operators compute the same result.
     """
     if _runs_kernel(logits):
-        return _launch(logits, size, bias, y, factor, None, 0.0, 0.0, mixed=False)
+        return _launch(logits, size, bias, y, factor, fp8, None, 0.0, 0.0, mixed=False)
     logits = logits[:, :size]
     scores = logits.float() if bias is None else logits.float() + bias
     log_softmax = scores.log_softmax(1)
     losses = -log_softmax.gather(1, y[:, None])[:, 0]
     gradient = log_softmax.exp_()
     gradient[torch.arange(len(y), device=y.device), y] -= 1
+    _write_fp8(gradient, fp8)
     logits.copy_(gradient.mul_(factor))
     return losses
 
@@ -54,6 +60,7 @@ def mixed_cross_entropy_(
     soft: torch.Tensor | None = None,
     soft_share: float = 0.0,
     last_share: float = 0.0,
+    fp8: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Like cross_entropy_, but with the targets of GPT.loss, and the losses of tokens, not of rows.
 
@@ -62,7 +69,8 @@ def mixed_cross_entropy_(
     its row. The losses are therefore log(sum(exp(logits + bias))) - sum(t * logits).
     """
     if _runs_kernel(logits):
-        return _launch(logits, size, bias, y, factor, soft, soft_share, last_share, mixed=True)
+        shares = soft_share, last_share
+        return _launch(logits, size, bias, y, factor, fp8, soft, *shares, mixed=True)
     logits = logits[:, :size]
     scores = logits.float() if bias is None else logits.float() + bias
     norms = scores.logsumexp(1, keepdim=True)
@@ -70,8 +78,16 @@ def mixed_cross_entropy_(
     targets[torch.arange(len(y), device=y.device), y] += 1 - soft_share - last_share
     targets[:, -1] += last_share
     losses = norms[:, 0] - (targets * logits.float()).sum(1)
-    logits.copy_(((scores - norms).exp() - targets) * factor)
+    gradient = (scores - norms).exp() - targets
+    _write_fp8(gradient, fp8)
+    logits.copy_(gradient * factor)
     return losses
+
+
+def _write_fp8(gradient: torch.Tensor, fp8: torch.Tensor | None) -> None:
+    if fp8 is not None:
+        fp8[:, : gradient.shape[1]] = (gradient * FP8_FACTOR).to(fp8.dtype)
+        fp8[:, gradient.shape[1] :] = 0
 
 
 def _runs_kernel(logits: torch.Tensor) -> bool:
@@ -84,6 +100,7 @@ def _launch(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     factor: torch.Tensor,
+    fp8: torch.Tensor | None,
     soft: torch.Tensor | None,
     soft_share: float,
     last_share: float,
@@ -91,8 +108,9 @@ def _launch(
 ) -> torch.Tensor:
     losses = torch.empty(len(y), device=logits.device)
     _cross_entropy[(len(y),)](
-        *(logits, bias, y, factor, losses, logits.shape[1], size),
+        *(logits, bias, y, factor, losses, logits.shape[1], size, fp8),
         *(soft, soft_share, last_share, bias is not None, mixed, soft is not None),
+        fp8 is not None,
         block=_BLOCK,
         num_warps=_WARPS,
         maxnreg=32,  # per thread, so that a multiprocessor runs two programs at once
@@ -101,6 +119,7 @@ def _launch(
 
 
 if device.can_compile():
+    _FP8_FACTOR = tl.constexpr(FP8_FACTOR)
 
     @triton.jit
     def _load(
@@ -154,12 +173,14 @@ if device.can_compile():
         losses,
         width,
         size,
+        fp8,
         soft,
         soft_share,
         last_share,
         has_bias: tl.constexpr,
         mixed: tl.constexpr,
         has_soft: tl.constexpr,
+        has_fp8: tl.constexpr,
         block: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -173,6 +194,9 @@ if device.can_compile():
             if has_bias:
                 last_logit += tl.load(bias + size - 1)
         factor = tl.load(factor)
+        if has_fp8:
+            fp8 += row * width
+            to_fp8 = _FP8_FACTOR / factor
         unroll: tl.constexpr = 1 if has_bias or has_soft else 2  # more would not fit in registers
         # Each thread keeps a maximum and a sum. Columns of the last block beyond the vocabulary are
         # lower than any logit, so they vanish when the threads' sums are rescaled to one maximum.
@@ -207,12 +231,17 @@ if device.can_compile():
         if has_soft:
             gradient -= factor * soft_share * _load_soft(soft, last, size)
         tl.store(logits + last, gradient.to(logits.dtype.element_ty), last < width)
+        if has_fp8:
+            scaled = (gradient * to_fp8).to(fp8.dtype.element_ty)
+            tl.store(fp8 + last, scaled, last < width)
         for start in tl.range(0, whole, block, loop_unroll_factor=unroll):
             z, column = _load(logits, bias, start, size, has_bias, False, block)
             gradient = _exp(z - highest) * share
             if has_soft:
                 gradient -= factor * soft_share * _load_soft(soft, column, size)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty))
+            if has_fp8:
+                tl.store(fp8 + column, (gradient * to_fp8).to(fp8.dtype.element_ty))
         tl.debug_barrier()  # the target's gradient must overwrite what the loops have stored
         gradient = _exp(correct - highest) * share - factor
         if mixed:
@@ -223,6 +252,11 @@ if device.can_compile():
                 gradient -= factor * soft_share * tl.load(soft + target).to(tl.float32)
                 soft_last = tl.load(soft + size - 1).to(tl.float32)
                 last_gradient -= factor * soft_share * soft_last
+            if has_fp8:
+                scaled = (last_gradient * to_fp8).to(fp8.dtype.element_ty)
+                tl.store(fp8 + size - 1, scaled, is_last == 0)
             last_gradient = last_gradient.to(logits.dtype.element_ty)
             tl.store(logits + size - 1, last_gradient, is_last == 0)
+        if has_fp8:
+            tl.store(fp8 + target, (gradient * to_fp8).to(fp8.dtype.element_ty))
         tl.store(logits + target, gradient.to(logits.dtype.element_ty))
