@@ -29,11 +29,14 @@ class FusedPasses:
     allocated once.
     """
 
-    def __init__(self, model: GPT):
-        """model: on a GPU, in half precision. Its token embedding's memory is replaced."""
+    def __init__(self, model: GPT, fp8_head: bool = False):
+        """model: on a GPU, in half precision. Its token embedding's memory is replaced.
+
+        fp8_head: compute the head's products in fp8 (see fp8.py).
+        """
         self.embeddings = FusedEmbeddings(model)
         self.blocks = FusedBlocks(model)
-        self.head = FusedHead(model)
+        self.head = FusedHead(model, fp8_head)
         device = model.transformer.wte.weight.device
         # It goes before the second streams of the blocks and the head, whose priority is 0: their
         # products fill the GPU, and nothing is waiting for them.
