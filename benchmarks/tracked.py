@@ -30,6 +30,7 @@ OLDER = {
     "input_noise": "0.0",
     "optimizer": "adamw",
     "factored_embedding": "False",
+    "fp8_head": "False",
     "keep": "best",
     "overfit_batches": "None",
 }

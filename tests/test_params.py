@@ -464,3 +464,15 @@ def test_whole_matrices_contradict_fsdp(changes):
     assert dataclasses.replace(train, parallel="fsdp")
     with pytest.raises(ValueError, match="parallel: must be auto, none or ddp"):
         dataclasses.replace(train, parallel="fsdp", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "fp32"}, {"compile": "never"}, {"parallel": "fsdp"}]
+)
+def test_fp8_head_contradicts_what_has_no_fused_kernels(changes):
+    [train] = params.load(SHIPPED, train=TrainParams)
+    train = dataclasses.replace(train, optimizer="adamw", factored_embedding=False)
+    assert dataclasses.replace(train, fp8_head=True, precision="fp16", compile="always")
+    [name] = changes
+    with pytest.raises(ValueError, match=f"fp8_head: must be false with .*{name}: "):
+        dataclasses.replace(train, fp8_head=True, **changes)

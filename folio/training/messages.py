@@ -21,8 +21,9 @@ def corpus(data: TokenData) -> str:
 def introduction(trainer: Trainer) -> str:
     """The machine and the model, or the step to resume from, printed before the first step."""
     p = trainer.params
+    head = ", the head in fp8" if p.fp8_head else ""
     lines = [
-        f"on {trainer.machine} in {trainer.precision};"
+        f"on {trainer.machine} in {trainer.precision}{head};"
         f" {trainer.tokens_per_step:,} tokens per step,"
         f" {'at most ' if p.patience else ''}{p.steps:,} steps",
     ]

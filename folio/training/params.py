@@ -17,6 +17,7 @@ class TrainParams:
     batch_size: Annotated[int, ">= 1"]  # windows of block_size tokens per micro-batch
     accumulation: Annotated[int, ">= 1"]  # micro-batches per optimizer step
     precision: Literal["auto", "bf16", "fp16", "fp32"]  # auto: bf16 on a GPU with bf16, else fp32
+    fp8_head: bool  # the head's products in fp8 (fused kernels, from Ada and Hopper on)
     deterministic: bool  # bitwise reproducible; slower on a GPU with a long context
     compile: Literal["auto", "always", "never"]  # fused kernels on a GPU, and for models that they
     # do not support torch.compile (auto: for long runs); never: PyTorch's own kernels
@@ -63,6 +64,15 @@ class TrainParams:
             raise ValueError(
                 "parallel: must be auto, none or ddp with optimizer: muon or factored_embedding,"
                 " which need whole matrices"
+            )
+        if self.fp8_head and (self.precision == "fp32" or self.compile == "never"):
+            raise ValueError(
+                "fp8_head: must be false with precision: fp32 or compile: never, because it is part"
+                " of the fused kernels for bf16 and fp16"
+            )
+        if self.fp8_head and self.parallel == "fsdp":
+            raise ValueError(
+                "fp8_head: must be false with parallel: fsdp, because it needs whole weights"
             )
         if self.keep == "last" and self.patience is not None:
             raise ValueError(

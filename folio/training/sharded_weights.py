@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from folio.device import can_compile
 from folio.distributed import Group
+from folio.errors import UserError
 from folio.gpt.model import GPT
 from folio.training.weights import Tensors, Weights
 
@@ -59,8 +60,13 @@ class ShardedWeights(Weights):
             for block in self.compute_model.transformer.h.children():
                 block.compile(fullgraph=True, dynamic=False)
 
-    def fuse(self) -> None:
-        """Does nothing: the fused passes need whole weights."""
+    def fuse(self, fp8_head: bool = False) -> None:
+        """Does nothing: the fused passes need whole weights. Raises UserError if fp8_head."""
+        if fp8_head:
+            raise UserError(
+                "train.fp8_head needs whole weights, but these are sharded: set it to false, or"
+                " train.parallel to ddp"
+            )
 
     def begin(self, is_last: bool) -> None:
         model: Any = self.compute_model

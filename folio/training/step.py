@@ -59,6 +59,7 @@ class TrainStep:
         input_noise: float = 0.0,
         teachers: Callable[[torch.Tensor], torch.Tensor] | None = None,
         fused: bool = True,
+        fp8_head: bool = False,
     ):
         """Works with any optimizer of weights.parameters whose step needs no closure. PyTorch's
         fused Adam, AdamW and Adagrad unscale gradients and skip updates on the device; for any
@@ -73,7 +74,9 @@ class TrainStep:
         teachers: given x, return the probabilities that the targets partly are.
         fused: use the passes of folio/gpt/fused, if possible (see Weights.fuse). With AdamW in one
         process, a step with one micro-batch also updates all weights at once.
-        Raises UserError if the optimizer is capturable but does not work on this device.
+        fp8_head: with these passes, compute the head's products in fp8.
+        Raises UserError if the optimizer is capturable but does not work on this device, or if
+        fp8_head is not possible.
         """
         device = weights.device
         _check_capturable(optimizer, device)
@@ -90,7 +93,7 @@ class TrainStep:
         limits = (grad_clip, self.fp16, _MIN_SCALE, _DOUBLE_AFTER)
         self._loss_scale = LossScale(self.stats, self.scale, self.updates, *limits)
         if fused:
-            weights.fuse()
+            weights.fuse(fp8_head)
         if compiled and not weights.fused:
             weights.compile()
         # A graph can be captured of an optimizer that reads the learning rate and found_inf from

@@ -73,6 +73,7 @@ class Trainer:
             input_noise=params.input_noise,
             teachers=self._load_teachers(),
             fused=params.compile != "never",
+            fp8_head=params.fp8_head,
         )
         rows = self.vocabulary.row if self.vocabulary.multiplicity is not None else None
         self._batches = Batches(
@@ -117,6 +118,7 @@ class Trainer:
         else:
             rates = "train.learning_rate or train.grad_clip"
         precision = "" if self.precision == "fp32" else ", or set train.precision to fp32"
+        precision = ", or set train.fp8_head to false" if self.params.fp8_head else precision
         return f"lower {rates}{precision}"
 
     @property

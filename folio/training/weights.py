@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from folio.device import DTYPES, can_compile
+from folio.device import DTYPES, can_compile, describe
 from folio.distributed import Group
+from folio.errors import UserError
 from folio.gpt.model import GPT
 from folio.training.params import TrainParams
 
@@ -66,14 +67,25 @@ class Weights:
         if self.compiled:
             self.compute_model.compile(fullgraph=True, dynamic=False)
 
-    def fuse(self) -> None:
+    def fuse(self, fp8_head: bool = False) -> None:
         """Use the passes of folio/gpt/fused if possible, that is, on a GPU in half precision, if
-        they support the GPU and the model's sizes."""
+        they support the GPU and the model's sizes.
+
+        Raises UserError if fp8_head (see folio/gpt/fused/fp8.py) and that is not possible.
+        """
+        supports_fp8 = False
         if self.is_half and self.device.type == "cuda" and can_compile():
-            from folio.gpt.fused import passes  # runs on a CPU do not need it
+            from folio.gpt.fused import fp8, passes  # runs on a CPU do not need them
 
             if passes.supports(self.compute_model):
-                self._passes = passes.FusedPasses(self.compute_model)
+                supports_fp8 = fp8.supports(self.compute_model.transformer.wte.weight)
+                self._passes = passes.FusedPasses(self.compute_model, fp8_head and supports_fp8)
+        if fp8_head and not supports_fp8:
+            raise UserError(
+                "train.fp8_head needs bf16 or fp16, and fused kernels on an NVIDIA GPU with fp8"
+                f" (Ada, Hopper or later), but this run is on {describe(self.device)} in"
+                f" {self.precision}: set it to false"
+            )
 
     def loss_and_gradients(
         self, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | float, *soft: torch.Tensor

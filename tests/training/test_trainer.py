@@ -16,6 +16,7 @@ from folio.run import HISTORY, read_history, write_history
 from folio.tokens.token_files import TokenData
 from folio.training import checkpoint, optimizer_state, optimizers
 from folio.training.params import TrainParams
+from folio.training.sharded_weights import ShardedWeights
 from folio.training.step import NonFiniteError
 from folio.training.trainer import Trainer
 
@@ -238,6 +239,21 @@ def test_stability_hint_names_the_rates_that_matter():
     assert "muon_learning_rate" in muon and "grad_clip" not in muon and "fp32" in muon
     plain = make_trainer().stability_hint
     assert "muon" not in plain and "grad_clip" in plain and "fp32" not in plain
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp8_head_is_refused_on_a_cpu(precision):
+    with pytest.raises(UserError) as error:
+        make_trainer(train=replace(TRAIN, fp8_head=True), precision=precision)
+    message = str(error.value)
+    assert message.startswith("train.fp8_head needs bf16 or fp16, and fused kernels on an NVIDIA")
+    assert f"on cpu, {torch.get_num_threads()} thread" in message and "\n" not in message
+    assert message.endswith(f" in {precision}: set it to false")
+
+
+def test_fp8_head_is_refused_with_shards():
+    with pytest.raises(UserError, match=r"train\.fp8_head needs .*, or train\.parallel to ddp$"):
+        object.__new__(ShardedWeights).fuse(fp8_head=True)
 
 
 def test_unseen_probability_has_no_effect_without_a_shared_row():
