@@ -270,6 +270,7 @@ def main() -> None:
     builds |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
         builds["Folio, deterministic: false"] = partial(build_folio, exact=False)
+        builds["Folio, fp8 head"] = partial(build_folio, fp8_head=True)
         builds["Folio, compiled"] = partial(build_folio, fused=False, compiled=True)
         builds["Folio, plain"] = partial(build_folio, fused=False)
     if options.checkpointing:
