@@ -4,8 +4,8 @@
 
 The plain step uses bf16 autocast and PyTorch's own cross-entropy. Both start from the same weights
 and see the same batches. A third curve shows the effect of rounding: the plain step with the
-windows of each batch in reverse order, which only changes the order of summation. Requires
-data/prepared (`dvc repro prepare`).
+windows of each batch in reverse order, which only changes the order of summation. --fp8-head adds
+Folio's step with train.fp8_head. Requires data/prepared (`dvc repro prepare`).
 """
 
 import argparse
@@ -76,15 +76,17 @@ def main() -> None:
     parser.add_argument("--variant", help="one of the files in variants/, without .yaml")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--compile", default="always", choices=("always", "never"))
+    parser.add_argument("--fp8-head", action="store_true", help="also Folio with an fp8 head")
     options = parser.parse_args()
     variant = variants.read(options.variant) if options.variant else {}
     variant |= PLAIN | {"train.precision": "bf16", "train.compile": options.compile}
     curves = {}
-    for name in ("Folio", "autocast", "autocast, reversed batches"):
-        trainer, _ = build(variant)
+    names = ["Folio", *(["Folio, fp8 head"] if options.fp8_head else [])]
+    for name in (*names, "autocast", "autocast, reversed batches"):
+        trainer, _ = build(variant | {"train.fp8_head": name == "Folio, fp8 head"})
         curves[name] = (
             folio_losses(trainer, options.steps)
-            if name == "Folio"
+            if name in names
             else plain_losses(trainer, options.steps, reverse=name != "autocast")
         )
         where = trainer.device
