@@ -11,7 +11,7 @@ each has its own sums and its own list of tokens, so that they exchange nothing.
 import torch
 
 from folio.device import can_compile
-from folio.inference.handover import STAGES, launch_options
+from folio.inference.handover import launch_options
 
 if can_compile():
     import triton
@@ -47,16 +47,8 @@ class Chooser:
         self.seed.fill_(seed)
         self.draws.zero_()
 
-    def __call__(
-        self,
-        logits: torch.Tensor,
-        texts: torch.Tensor,
-        positions: torch.Tensor,
-        clock: torch.Tensor,
-    ) -> None:
+    def __call__(self, logits: torch.Tensor, texts: torch.Tensor, positions: torch.Tensor) -> None:
         """Append an id to each text: increase positions[b] and write to texts[b, positions[b]].
-
-        Advances the clock [1], int32, of handover.py's tags.
 
         logits [B, V]; texts [B, length] and positions [B] are int64. The random numbers are those
         of the seed, of the text and of the number of draws. Writes -1 (generation.NOT_FINITE) if a
@@ -68,10 +60,10 @@ class Chooser:
         rows = self._weights.shape[1]
         _choose[(B,)](
             logits, self._weights, self._ids, texts, positions, self.seed, self.draws, V,
-            logits.stride(0), texts.stride(0), self._inverse, self._top_k, self._top_p, clock,
+            logits.stride(0), texts.stride(0), self._inverse, self._top_k, self._top_p,
             samples=self._inverse > 0, has_top_k=self._top_k > 0, has_top_p=self._top_p < 1,
             block=min(block, triton.next_power_of_2(V)), lanes=self._lanes, rows=rows,
-            power=triton.next_power_of_2(rows), held=_HELD, stages=STAGES, num_warps=warps,
+            power=triton.next_power_of_2(rows), held=_HELD, num_warps=warps,
             **launch_options(logits)
         )  # fmt: skip
 
@@ -208,10 +200,10 @@ if can_compile():
     @triton.jit
     def _choose(
         logits, weights, ids, texts, positions, seed, draws, size, stride, text_stride,
-        inverse, top_k, top_p, clock,
+        inverse, top_k, top_p,
         samples: tl.constexpr, has_top_k: tl.constexpr, has_top_p: tl.constexpr,
         block: tl.constexpr, lanes: tl.constexpr, rows: tl.constexpr, power: tl.constexpr,
-        held: tl.constexpr, stages: tl.constexpr, early: tl.constexpr,
+        held: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         wait(early)
@@ -261,5 +253,3 @@ if can_compile():
         id = tl.where(is_finite, id, -1)
         tl.store(texts + b.to(tl.int64) * text_stride + position, id.to(tl.int64))
         tl.store(positions + b, position)
-        if b == 0:
-            tl.store(clock, tl.load(clock) + stages)

@@ -11,28 +11,16 @@ import os
 import torch
 
 from folio import device
-from folio.inference import handover
 from folio.inference.handover import launch_options
 
 if device.can_compile():
     import triton
     from triton import language as tl
 
-    from folio.inference.handover import (
-        everyone_has_received,
-        let_next_start,
-        look,
-        moments,
-        prefetch,
-        receive,
-        receive_one,
-        send,
-        wait,
-    )
+    from folio.inference.handover import add_both, let_next_start, wait
 
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
 _CHUNK = 1_024  # columns of a weight matrix that are multiplied at once
-_PREFETCHED = 1 << 22  # weights at most, a part of the L2 cache
 _PROGRAMS = 132  # wanted at least: an H100 has as many multiprocessors
 
 
@@ -46,14 +34,14 @@ def run_on(x: torch.Tensor) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def embed(texts, positions, wte, wpe, x, clock, stage=0) -> None:
+def embed(texts, positions, wte, wpe, x) -> None:
     """Write wte[texts[b, positions[b]]] + wpe[positions[b]] to x [B, C]; a negative id counts as 0.
 
-    texts [B, length] and positions [B] are int64. If x is int64, its values have tags.
+    texts [B, length] and positions [B] are int64.
     """
     B, C = x.shape
     _embed[(B,)](
-        texts, positions, wte, wpe, x, clock, stage, texts.stride(0), C,
+        texts, positions, wte, wpe, x, texts.stride(0), C,
         block=triton.next_power_of_2(C), num_warps=4, **launch_options(x)
     )  # fmt: skip
 
@@ -67,15 +55,11 @@ def normalise(x, delta, gain, shift, y) -> None:
     )  # fmt: skip
 
 
-def project(
-    a, weight, bias, out, clock, stage, norm=None, gelu=False, add_to=None, later=None
-) -> None:
+def project(a, weight, bias, out, norm=None, gelu=False, add=False) -> None:
     """Write weight [N, K] times each row of a [B, K], plus bias, to out [B, N].
 
-    For at most SMALL_BATCH rows. a is int64, with the tags of the stage before; so is out, with
-    those of `stage`, or it is fp32 without tags, and its rows may be apart. norm: weight and bias
-    of a layer norm of `a`, or None. gelu: of the result. add_to: the stage whose values in `out`
-    the result is added to, or None. later: the weights of a later kernel, to prefetch, or None.
+    For at most SMALL_BATCH rows. a and out are in fp32; the rows of out may be apart. norm: weight
+    and bias of a layer norm of `a`, or None. gelu: of the result. add: the result to `out`.
     """
     N, K = weight.shape
     gain, shift = norm or (None, None)
@@ -85,24 +69,17 @@ def project(
         rows //= 2  # all weights of a program are in registers
     warps = 8 if 5 * rows * _PROGRAMS <= N else 4
     rows *= warps * (2 if 2 * warps * rows * _PROGRAMS <= N and K <= 1_280 else 1)
-    programs, options, lines, size = triton.cdiv(N, rows), launch_options(out), 0, 0
-    if options["early"] and handover.PREFETCH and later is not None:
-        size = min(later.numel(), _PREFETCHED)
-        share = triton.cdiv(size * later.element_size(), 128 * programs)
-        lines = max(32 * warps, triton.next_power_of_2(share))
-    _project[(programs,)](
-        a, weight, bias, gain, shift, out, later if lines else None, clock, stage, add_to or 0, N,
-        out.stride(0), size, batch=len(a), inputs=K, chunk=chunk, rows=rows, norm=norm is not None,
-        has_bias=bias is not None, gelu=gelu, add=add_to is not None, lines=lines,
-        poll=handover.POLL and options["early"], num_warps=warps, **options
+    _project[(triton.cdiv(N, rows),)](
+        a, weight, bias, gain, shift, out, N, out.stride(0), batch=len(a), inputs=K, chunk=chunk,
+        rows=rows, norm=norm is not None, has_bias=bias is not None, gelu=gelu, add=add,
+        num_warps=warps, **launch_options(out)
     )  # fmt: skip
 
 
-def attend(qkv, keys_values, positions, y, clock, stage=0) -> None:
+def attend(qkv, keys_values, positions, y) -> None:
     """Append keys and values to the cache, and attend to all tokens up to positions[b].
 
     qkv [B, 3 C]; keys_values [2, B, n_head, T, D] is the cache of a layer; the result is y [B, C].
-    If qkv is int64, it has the tags of the stage before, and y those of `stage`.
     The tokens of a head are split over the warps of one program. Several multiprocessors would have
     to wait for each other, which takes longer than what they save in GPT-2's context.
     """
@@ -110,19 +87,17 @@ def attend(qkv, keys_values, positions, y, clock, stage=0) -> None:
     warps = 4 if B * n_head >= _PROGRAMS else 16
     size = keys_values.element_size()
     block = warps * 32 // (size * max(1, D // 64))  # tokens; a thread loads 64 bytes of keys
-    tagged, options = qkv.dtype == torch.int64, launch_options(qkv)
     _attend[(B * n_head,)](
-        qkv, keys_values, positions, y, clock, stage, D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=block, tagged=tagged, num_warps=warps,
-        poll=handover.POLL and tagged and options["early"], **options
+        qkv, keys_values, positions, y, D**-0.5, T, B * n_head * T * D,
+        n_head=n_head, head_dim=D, block=block, num_warps=warps, **launch_options(qkv)
     )  # fmt: skip
 
 
 if device.can_compile():
 
-    @triton.jit(do_not_specialize=["stage"])
+    @triton.jit
     def _embed(
-        texts, positions, wte, wpe, x, clock, stage, stride, channels,
+        texts, positions, wte, wpe, x, stride, channels,
         block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
@@ -133,10 +108,7 @@ if device.can_compile():
         id = tl.maximum(tl.load(texts + b * stride + position), 0)
         token = tl.load(wte + id * channels + c, c < channels, other=0.0).to(tl.float32)
         place = tl.load(wpe + position * channels + c, c < channels, other=0.0).to(tl.float32)
-        if x.dtype.element_ty == tl.int64:
-            send(x + b * channels + c, token + place, tl.load(clock) + stage, c < channels)
-        else:
-            tl.store(x + b * channels + c, token + place, c < channels)
+        tl.store(x + b * channels + c, token + place, c < channels)
 
     @triton.jit
     def _layer_norm(v, gain, shift, inside, channels):
@@ -164,16 +136,24 @@ if device.can_compile():
         normal = _layer_norm(v, gain, shift, inside, channels)
         tl.store(y + place, normal.to(y.dtype.element_ty), inside)
 
-    @triton.jit(do_not_specialize=["stage", "added"])
+    @triton.jit
+    def _moments(values, size: tl.constexpr, parts: tl.constexpr):
+        """The sum of `parts` arrays [size], and that of the squares."""
+        first, second = tl.zeros([size], tl.float32), tl.zeros([size], tl.float32)
+        for i in tl.static_range(parts):
+            first += values[i]
+            second += values[i] * values[i]
+        return tl.reduce((first, second), 0, add_both)
+
+    @triton.jit
     def _project(
-        a, weight, bias, gain, shift, out, later, clock, stage, added, outputs, stride, size,
+        a, weight, bias, gain, shift, out, outputs, stride,
         batch: tl.constexpr, inputs: tl.constexpr, chunk: tl.constexpr, rows: tl.constexpr,
         norm: tl.constexpr, has_bias: tl.constexpr, gelu: tl.constexpr, add: tl.constexpr,
-        lines: tl.constexpr, poll: tl.constexpr, early: tl.constexpr,
+        early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
-        program = tl.program_id(0)
-        n = program * rows + tl.arange(0, rows)
+        n = tl.program_id(0) * rows + tl.arange(0, rows)
         inside = n < outputs
         k = tl.arange(0, chunk)
         parts: tl.constexpr = inputs // chunk
@@ -187,27 +167,18 @@ if device.can_compile():
         offset = tl.zeros([rows], tl.float32)
         if has_bias:
             offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
-        now = tl.load(clock)
-        if lines > 0:
-            prefetch(later, size, lines)
-        wait(early and not poll)
-        receive_one(a + program * rows % inputs, now + stage - 1, poll)  # each another one
+        wait(early)
         for b in tl.static_range(batch):
-            packed = ()
-            for i in tl.static_range(parts):
-                packed += (look(a + b * inputs + i * chunk + k, k < chunk, poll),)  # type: ignore
             result = out + b * stride + n
             before = tl.zeros([rows], tl.float32)
             if add:
-                before += receive(look(result, inside, poll), result, now + added, inside, poll)
+                before += tl.load(result, inside, other=0.0)
             v = ()
             for i in tl.static_range(parts):
-                place = a + b * inputs + i * chunk + k
-                v += (receive(packed[i], place, now + stage - 1, k < chunk, poll),)  # type: ignore
-            everyone_has_received(poll)
+                v += (tl.load(a + b * inputs + i * chunk + k),)  # type: ignore
             mean, scale = 0.0, 1.0
             if norm:
-                first, second = moments(v, chunk, parts)
+                first, second = _moments(v, chunk, parts)
                 mean = first / inputs
                 scale = 1 / tl.sqrt(tl.maximum(second / inputs - mean * mean, 0.0) + 1e-5)
             dot = tl.zeros([rows, chunk], tl.float32)
@@ -219,12 +190,7 @@ if device.can_compile():
             y = tl.sum(dot, 1) + offset
             if gelu:  # the tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
                 y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-            y += before
-            if out.dtype.element_ty == tl.int64:
-                send(result, y, now + stage, inside)
-            else:
-                tl.store(result, y, inside)
-        wait(early and poll)  # a kernel ends after all earlier ones
+            tl.store(result, y + before, inside)
 
     @triton.jit
     def _load(keys, offset, start, end, head_dim: tl.constexpr, block: tl.constexpr):
@@ -244,37 +210,25 @@ if device.can_compile():
         total = total * before[:, None] + exp[:, None] * v.to(tl.float32)
         return higher, norm * before + exp, total
 
-    @triton.jit(do_not_specialize=["stage"])
+    @triton.jit
     def _attend(
-        qkv, keys_values, positions, y, clock, stage, scale, context, values_offset,
+        qkv, keys_values, positions, y, scale, context, values_offset,
         n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
-        tagged: tl.constexpr, poll: tl.constexpr, early: tl.constexpr,
+        early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
         b, d = program // n_head, tl.arange(0, head_dim)
         keys = keys_values + program.to(tl.int64) * context * head_dim
-        # Earlier steps have written the position, the clock and the cache up to there.
+        # Earlier steps have written the position and the cache up to there.
         end = tl.load(positions + b).to(tl.int32)
         k0, v0 = _load(keys, values_offset, 0, end, head_dim, block)
         k1, v1 = _load(keys, values_offset, block, end, head_dim, block)
-        now = tl.load(clock)
-        wait(early and not poll)
-        own = qkv + (b * 3 * n_head + program % n_head) * head_dim
+        wait(early)
+        own = qkv + (b * 3 * n_head + program % n_head) * head_dim + d
         channels: tl.constexpr = n_head * head_dim
-        receive_one(own, now + stage - 1, poll)
-        own += d
-        if tagged:
-            own_k, own_v, all = own + channels, own + 2 * channels, d < head_dim
-            packed_q, packed_k = look(own, all, poll), look(own_k, all, poll)
-            packed_v, tag = look(own_v, all, poll), now + stage - 1
-            q = receive(packed_q, own, tag, all, poll)
-            k = receive(packed_k, own_k, tag, all, poll)
-            v = receive(packed_v, own_v, tag, all, poll)
-            everyone_has_received(poll)
-        else:
-            q = tl.load(own).to(tl.float32)
-            k, v = tl.load(own + channels), tl.load(own + 2 * channels)
+        q = tl.load(own).to(tl.float32)
+        k, v = tl.load(own + channels), tl.load(own + 2 * channels)
         q *= scale
         k, v = k.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k)
@@ -293,8 +247,4 @@ if device.can_compile():
         factor, exp = tl.exp(maximum - top), tl.exp(score - top)
         result = tl.sum(total * factor[:, None], 0) + exp * v.to(tl.float32)
         result /= tl.sum(norm * factor, 0) + exp
-        if tagged:
-            send(y + program * head_dim + d, result, now + stage, d < head_dim)
-        else:
-            tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))
-        wait(early and poll)
+        tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))

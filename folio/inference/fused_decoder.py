@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from folio.device import capture
 from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
-from folio.inference import handover
 from folio.inference.choose_kernel import Chooser, Options
 
 
@@ -25,7 +24,6 @@ def can_fuse(model: GPT) -> bool:
     supported = p.n_embd // p.n_head in (16, 32, 64, 128) and p.n_embd <= 2048
     # The kernels are unrolled over the parts of a row that are powers of two.
     supported = supported and p.n_embd // (p.n_embd & -p.n_embd) <= 32
-    supported = supported and 5 * p.n_layer + 1 < handover.STAGES
     return supported and kernels.run_on(model.transformer.wte.weight)
 
 
@@ -74,14 +72,13 @@ class FusedDecoder:
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
         # The texts in the context, and one token more; the position of the last token of each.
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
-        self.clock = torch.zeros(1, dtype=torch.int32, device=where)  # of the tags
-        # The residual stream and what the kernels compute from it; of a small batch with tags.
-        self.x = zeros((batch, n)) if self.is_small else exact((batch, n))
-        self.attended = zeros((batch, n)) if self.is_small else half((batch, n))
+        # The residual stream and what the kernels compute from it.
+        self.x = exact((batch, n))
         if self.is_small:
-            self.qkv, self.mlp = zeros((batch, 3 * n)), zeros((batch, 4 * n))
+            self.qkv, self.attended = exact((batch, 3 * n)), exact((batch, n))
+            self.mlp = exact((batch, 4 * n))
         else:
-            self.normal = half((batch, n))
+            self.normal, self.attended = half((batch, n)), half((batch, n))
         rows = len(t.wte.weight)
         self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
         self.chooser = Chooser(batch, rows, options, where)
@@ -119,39 +116,26 @@ class FusedDecoder:
         return captured
 
     def _choose(self, logits: torch.Tensor) -> None:
-        self.chooser(logits, self.texts, self.positions, self.clock)
+        self.chooser(logits, self.texts, self.positions)
 
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
-        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x, self.clock)
+        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
         self._choose(self._small_logits() if self.is_small else self._large_logits())
 
     def _small_logits(self) -> torch.Tensor:
-        """The logits [B, V] after the last tokens, in five kernels per layer.
-
-        Stage 0 is the embedding. The stages of a layer are `first` + 1 to `first` + 5.
-        """
-        project, t, x, clock = kernels.project, self.transformer, self.x, self.clock
-        following = [*self.blocks[1:], None]
-        for layer, (block, after) in enumerate(zip(self.blocks, following, strict=True)):
-            first, cache = 5 * layer, self.cache.keys_values[layer]
+        """The logits [B, V] after the last tokens, in five kernels per layer."""
+        project, t, x = kernels.project, self.transformer, self.x
+        for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            next_attn_w, next_proj_w = (after[2], after[4]) if after else (t.wte.weight, None)
-            project(x, attn_w, attn_b, self.qkv, clock, first + 1, norm=(g1, b1), later=fc_w)
-            kernels.attend(self.qkv, cache, self.positions, self.attended, clock, first + 2)
-            project(
-                self.attended, proj_w, proj_b, x, clock, first + 3, add_to=first, later=out_w
-            )  # fmt: skip
-            project(
-                x, fc_w, fc_b, self.mlp, clock, first + 4,
-                norm=(g2, b2), gelu=True, later=next_attn_w,
-            )  # fmt: skip
-            project(
-                self.mlp, out_w, out_b, x, clock, first + 5, add_to=first + 3, later=next_proj_w
-            )  # fmt: skip
-        norm, last = (t.ln_f.weight, t.ln_f.bias), 5 * len(self.blocks) + 1
-        project(x, t.wte.weight, None, self.logits, clock, last, norm=norm)
+            project(x, attn_w, attn_b, self.qkv, norm=(g1, b1))
+            keys_values = self.cache.keys_values[layer]
+            kernels.attend(self.qkv, keys_values, self.positions, self.attended)
+            project(self.attended, proj_w, proj_b, x, add=True)
+            project(x, fc_w, fc_b, self.mlp, norm=(g2, b2), gelu=True)
+            project(self.mlp, out_w, out_b, x, add=True)
+        project(x, t.wte.weight, None, self.logits, norm=(t.ln_f.weight, t.ln_f.bias))
         return self.logits
 
     def _large_logits(self) -> torch.Tensor:
@@ -162,9 +146,7 @@ class FusedDecoder:
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
             kernels.normalise(x, delta, g1, b1, normal)
             qkv = F.linear(normal, attn_w, attn_b)
-            kernels.attend(
-                qkv, self.cache.keys_values[layer], self.positions, self.attended, self.clock
-            )
+            kernels.attend(qkv, self.cache.keys_values[layer], self.positions, self.attended)
             kernels.normalise(x, F.linear(self.attended, proj_w, proj_b), g2, b2, normal)
             mlp = F.gelu(F.linear(normal, fc_w, fc_b), approximate="tanh")
             delta = F.linear(mlp, out_w, out_b)
