@@ -19,8 +19,8 @@ if can_compile():
 
     from folio.inference.handover import add_both, let_next_start, wait
 
-# Logits per iteration, as many as the registers hold, and warps of 32 threads per program.
-_GREEDY, _SAMPLING = (16_384, 16), (8_192, 32)
+_SEARCHED = 4_096  # logits of which a program finds the largest
+_GREEDY_WARPS, _SAMPLING_WARPS = 8, 32
 _LANES = 1_024  # of a row, one per thread
 _HELD = 8  # weights of a lane in registers
 Options = tuple[float, int | None, float | None]  # temperature, top_k, top_p
@@ -34,6 +34,8 @@ class Chooser:
         self.seed = torch.zeros(1, dtype=torch.int64, device=where)
         self.draws = torch.zeros(batch, dtype=torch.int32, device=where)  # so far, of each text
         self._lanes = min(_LANES, 1 << size.bit_length())
+        parts = -(-size // _SEARCHED)
+        self._largest = torch.empty(batch, parts, dtype=torch.int64, device=where)
         # Of each lane, one after the other, the weights above the fixed one, and their ids.
         shape = (batch, -(-size // self._lanes), self._lanes if temperature else 0)
         self._weights = torch.empty(shape, device=where)
@@ -47,28 +49,69 @@ class Chooser:
         self.seed.fill_(seed)
         self.draws.zero_()
 
-    def __call__(self, logits: torch.Tensor, texts: torch.Tensor, positions: torch.Tensor) -> None:
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        texts: torch.Tensor,
+        positions: torch.Tensor,
+        largest: torch.Tensor | None = None,
+    ) -> None:
         """Append an id to each text: increase positions[b] and write to texts[b, positions[b]].
 
-        logits [B, V]; texts [B, length] and positions [B] are int64. The random numbers are those
-        of the seed, of the text and of the number of draws. Writes -1 (generation.NOT_FINITE) if a
-        logit is NaN or the largest is infinite. Of equal logits, the first is the largest; tokens
-        as likely as the last one that top_k or top_p keeps are kept as well.
+        logits [B, V]; texts [B, length] and positions [B] are int64. largest [B, n]: the largest
+        logits of n parts of each row, with their ids, as `pack` returns them, if known.
+
+        The random numbers are those of the seed, of the text and of the number of draws. Writes -1
+        (generation.NOT_FINITE) if a logit is NaN or the largest is infinite. Of equal logits, the
+        first is the largest; tokens as likely as the last one that top_k or top_p keeps are kept as
+        well.
         """
         B, V = logits.shape
-        block, warps = _SAMPLING if self._inverse else _GREEDY
+        if largest is None:
+            largest = self._largest
+            _find_largest[largest.shape](
+                logits, largest, V, logits.stride(0), size=_SEARCHED, num_warps=4,
+                **launch_options(logits)
+            )  # fmt: skip
         rows = self._weights.shape[1]
         _choose[(B,)](
-            logits, self._weights, self._ids, texts, positions, self.seed, self.draws, V,
-            logits.stride(0), texts.stride(0), self._inverse, self._top_k, self._top_p,
-            samples=self._inverse > 0, has_top_k=self._top_k > 0, has_top_p=self._top_p < 1,
-            block=min(block, triton.next_power_of_2(V)), lanes=self._lanes, rows=rows,
-            power=triton.next_power_of_2(rows), held=_HELD, num_warps=warps,
+            logits, largest, self._weights, self._ids, texts, positions, self.seed, self.draws, V,
+            largest.shape[1], logits.stride(0), texts.stride(0), self._inverse, self._top_k,
+            self._top_p, samples=self._inverse > 0, has_top_k=self._top_k > 0,
+            has_top_p=self._top_p < 1, block=triton.next_power_of_2(largest.shape[1]),
+            lanes=self._lanes, rows=rows, power=triton.next_power_of_2(rows), held=_HELD,
+            num_warps=_SAMPLING_WARPS if self._inverse else _GREEDY_WARPS,
             **launch_options(logits)
         )  # fmt: skip
 
 
 if can_compile():
+
+    @triton.jit
+    def pack(z, id):
+        """Logits with their ids, as int64 in the order of the logits; of equal ones, the first is
+        the largest. NaN counts as infinity."""
+        z = tl.where(z != z, float("inf"), z) + 0.0  # -0 is equal to 0
+        bits = z.to(tl.int32, bitcast=True)
+        bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the numbers
+        return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - id).to(tl.int64)
+
+    @triton.jit
+    def _unpack(packed):
+        """The logit and the id of a result of `pack`."""
+        bits = (packed >> 32).to(tl.int32)
+        bits ^= (bits >> 31) & 0x7FFFFFFF
+        return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - packed.to(tl.int32)
+
+    @triton.jit
+    def _find_largest(logits, largest, total, stride, size: tl.constexpr, early: tl.constexpr):
+        let_next_start(early)
+        wait(early)
+        b, part = tl.program_id(0), tl.program_id(1)
+        i = part * size + tl.arange(0, size)
+        z = tl.load(logits + b.to(tl.int64) * stride + i, i < total, other=float("-inf"))
+        packed = tl.max(pack(z.to(tl.float32), i), 0)
+        tl.store(largest + b * tl.num_programs(1) + part, packed)
 
     @triton.jit
     def _next_weights(
@@ -199,8 +242,8 @@ if can_compile():
 
     @triton.jit
     def _choose(
-        logits, weights, ids, texts, positions, seed, draws, size, stride, text_stride,
-        inverse, top_k, top_p,
+        logits, largest, weights, ids, texts, positions, seed, draws, size, parts, stride,
+        text_stride, inverse, top_k, top_p,
         samples: tl.constexpr, has_top_k: tl.constexpr, has_top_p: tl.constexpr,
         block: tl.constexpr, lanes: tl.constexpr, rows: tl.constexpr, power: tl.constexpr,
         held: tl.constexpr, early: tl.constexpr,
@@ -210,16 +253,10 @@ if can_compile():
         b = tl.program_id(0)
         logits += b.to(tl.int64) * stride
         position = tl.load(positions + b) + 1
-        largest = tl.full([block], float("-inf"), tl.float32)
-        where = tl.zeros([block], tl.int32)
-        for start in range(0, size, block):
-            i = start + tl.arange(0, block)
-            z = tl.load(logits + i, i < size, other=float("-inf")).to(tl.float32)
-            z = tl.where(z != z, float("inf"), z)  # NaN counts as the largest
-            where = tl.where(z > largest, i, where)
-            largest = tl.where(z > largest, z, largest)
-        highest = tl.max(largest, 0)
-        id = tl.min(tl.where(largest == highest, where, size), 0)
+        part = tl.arange(0, block)
+        lowest: tl.constexpr = -(2**63)
+        packed = tl.load(largest + b * parts + part, part < parts, other=lowest)
+        highest, id = _unpack(tl.max(packed, 0))
         is_finite = tl.abs(highest) < float("inf")
         if samples:
             weights += b.to(tl.int64) * rows * lanes
