@@ -1,9 +1,9 @@
-"""Triton kernels for one token per sequence: embedding, products, attention, residual + layer norm.
+"""Triton kernels for one token per sequence: embedding, products, layer norm.
 
 A step of generation reads every weight once and computes little with it, so the time of a kernel is
 that of its memory accesses and of its start. The kernels therefore do as much as they can at once,
-load their weights first, and take over from each other as described in handover.py. The residual
-stream x [B, C] and all sums are in fp32. Nothing depends on the order in which programs run.
+load their weights first, and take over from each other as described in handover.py. All products
+and sums are in fp32 or more exact, and nothing depends on the order in which programs run.
 """
 
 import os
@@ -11,17 +11,23 @@ import os
 import torch
 
 from folio import device
+from folio.inference.fixed_point import MARK
 from folio.inference.handover import launch_options
 
 if device.can_compile():
     import triton
     from triton import language as tl
 
+    from folio.inference.choose_kernel import pack
+    from folio.inference.fixed_point import add, read, to_fixed
     from folio.inference.handover import add_both, let_next_start, wait
 
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
-_CHUNK = 1_024  # columns of a weight matrix that are multiplied at once
-_PROGRAMS = 132  # wanted at least: an H100 has as many multiprocessors
+_MULTIPROCESSORS = 132  # of an H100
+_PART = 256  # inputs that a warp multiplies at once, with 16 bytes of half precision per thread
+_PROJECT_WARPS = 8
+_MLP_WARPS, _MLP_UNITS = 8, 32  # hidden units per program, fewer if their weights are larger than
+_MLP_BYTES = 1 << 16  # for each of the two matrices
 
 
 def run_on(x: torch.Tensor) -> bool:
@@ -35,14 +41,16 @@ def run_on(x: torch.Tensor) -> bool:
 
 
 def embed(texts, positions, wte, wpe, x) -> None:
-    """Write wte[texts[b, positions[b]]] + wpe[positions[b]] to x [B, C]; a negative id counts as 0.
+    """Write wte[texts[b, positions[b]]] + wpe[positions[b]] to x; a negative id counts as 0.
 
-    texts [B, length] and positions [B] are int64.
+    texts [B, length] and positions [B] are int64. x [B, C] is in fp32. Or x [n, B, C + MARK] has n
+    residual streams in fixed point, of which the first gets the values, and the others 0.
     """
-    B, C = x.shape
-    _embed[(B,)](
-        texts, positions, wte, wpe, x, texts.stride(0), C,
-        block=triton.next_power_of_2(C), num_warps=4, **launch_options(x)
+    channels = wte.shape[1]
+    is_fixed = x.dtype == torch.int64
+    _embed[(len(texts), len(x) if is_fixed else 1)](
+        texts, positions, wte, wpe, x, texts.stride(0), channels, x.shape[-1], is_fixed=is_fixed,
+        block=triton.next_power_of_2(x.shape[-1]), num_warps=4, **launch_options(x)
     )  # fmt: skip
 
 
@@ -55,41 +63,43 @@ def normalise(x, delta, gain, shift, y) -> None:
     )  # fmt: skip
 
 
-def project(a, weight, bias, out, norm=None, gelu=False, add=False) -> None:
-    """Write weight [N, K] times each row of a [B, K], plus bias, to out [B, N].
+def rows_per_program(weight) -> int:
+    """How many rows of a weight a program of `project` multiplies."""
+    N = len(weight)
+    return 2 * _PROJECT_WARPS if N >= 2 * _PROJECT_WARPS * _MULTIPROCESSORS else _PROJECT_WARPS
 
-    For at most SMALL_BATCH rows. a and out are in fp32; the rows of out may be apart. norm: weight
-    and bias of a layer norm of `a`, or None. gelu: of the result. add: the result to `out`.
+
+def project(x, norm, weight, bias, out, largest=None) -> None:
+    """Write weight [N, C] times the layer norm of x, plus bias if not None, to out [B, N] in fp32.
+
+    For at most SMALL_BATCH rows. x [B, C + MARK] is in fixed point; norm: weight and bias of the
+    layer norm. largest [B, programs]: also write choose_kernel.pack of each program's largest.
     """
-    N, K = weight.shape
-    gain, shift = norm or (None, None)
-    chunk = min(_CHUNK, K & -K)  # the largest power of two that divides K
-    rows = max(1, 512 // (chunk * weight.element_size()))  # of a warp, with 16 bytes per thread
-    while rows > 1 and rows * K > 4_096:
-        rows //= 2  # all weights of a program are in registers
-    warps = 8 if 5 * rows * _PROGRAMS <= N else 4
-    rows *= warps * (2 if 2 * warps * rows * _PROGRAMS <= N and K <= 1_280 else 1)
+    N, C = weight.shape
+    rows = rows_per_program(weight)
     _project[(triton.cdiv(N, rows),)](
-        a, weight, bias, gain, shift, out, N, out.stride(0), batch=len(a), inputs=K, chunk=chunk,
-        rows=rows, norm=norm is not None, has_bias=bias is not None, gelu=gelu, add=add,
-        num_warps=warps, **launch_options(out)
+        x, *norm, weight, bias, out, largest, N, out.stride(0), batch=len(x), channels=C, mark=MARK,
+        part=_PART, parts=triton.next_power_of_2(triton.cdiv(C, _PART)), rows=rows,
+        has_bias=bias is not None, has_largest=largest is not None, num_warps=_PROJECT_WARPS,
+        **launch_options(x)
     )  # fmt: skip
 
 
-def attend(qkv, keys_values, positions, y) -> None:
-    """Append keys and values to the cache, and attend to all tokens up to positions[b].
+def mlp(x, norm, fc, out, y) -> None:
+    """Add the MLP of the layer norm of x, and x, to y, which is 0.
 
-    qkv [B, 3 C]; keys_values [2, B, n_head, T, D] is the cache of a layer; the result is y [B, C].
-    The tokens of a head are split over the warps of one program. Several multiprocessors would have
-    to wait for each other, which takes longer than what they save in GPT-2's context.
+    For at most SMALL_BATCH rows. x and y [B, C + MARK] are residual streams in fixed point
+    (fixed_point.py); norm, fc and out: weight and bias of each. A program computes a few hidden
+    units, and their share of the result.
     """
-    _, B, n_head, T, D = keys_values.shape
-    warps = 4 if B * n_head >= _PROGRAMS else 16
-    size = keys_values.element_size()
-    block = warps * 32 // (size * max(1, D // 64))  # tokens; a thread loads 64 bytes of keys
-    _attend[(B * n_head,)](
-        qkv, keys_values, positions, y, D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=block, num_warps=warps, **launch_options(qkv)
+    hidden, C = fc[0].shape
+    units = _MLP_UNITS
+    while units * C * fc[0].element_size() > _MLP_BYTES:
+        units //= 2
+    _mlp[(hidden // units,)](
+        x, *norm, *fc, *out, y, batch=len(x), channels=C, hidden=hidden, mark=MARK, part=_PART,
+        parts=triton.next_power_of_2(triton.cdiv(C, _PART)), units=units,
+        num_warps=_MLP_WARPS, **launch_options(x)
     )  # fmt: skip
 
 
@@ -97,18 +107,25 @@ if device.can_compile():
 
     @triton.jit
     def _embed(
-        texts, positions, wte, wpe, x, stride, channels,
-        block: tl.constexpr, early: tl.constexpr,
+        texts, positions, wte, wpe, x, stride, channels, width,
+        is_fixed: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         wait(early)
-        b = tl.program_id(0)
+        b, stream = tl.program_id(0), tl.program_id(1)
         c = tl.arange(0, block)
         position = tl.load(positions + b)
         id = tl.maximum(tl.load(texts + b * stride + position), 0)
-        token = tl.load(wte + id * channels + c, c < channels, other=0.0).to(tl.float32)
-        place = tl.load(wpe + position * channels + c, c < channels, other=0.0).to(tl.float32)
-        tl.store(x + b * channels + c, token + place, c < channels)
+        inside = (c < channels) & (stream == 0)
+        token = tl.load(wte + id * channels + c, inside, other=0.0).to(tl.float32)
+        place = tl.load(wpe + position * channels + c, inside, other=0.0).to(tl.float32)
+        result = x + (stream * tl.num_programs(0) + b) * width + c
+        if is_fixed:
+            v, good = to_fixed(token + place)
+            v = tl.where(c == channels, tl.max(1 - good.to(tl.int32), 0), v)
+            tl.store(result, v, c < width)
+        else:
+            tl.store(result, token + place, inside)
 
     @triton.jit
     def _layer_norm(v, gain, shift, inside, channels):
@@ -137,114 +154,90 @@ if device.can_compile():
         tl.store(y + place, normal.to(y.dtype.element_ty), inside)
 
     @triton.jit
-    def _moments(values, size: tl.constexpr, parts: tl.constexpr):
-        """The sum of `parts` arrays [size], and that of the squares."""
-        first, second = tl.zeros([size], tl.float32), tl.zeros([size], tl.float32)
-        for i in tl.static_range(parts):
-            first += values[i]
-            second += values[i] * values[i]
-        return tl.reduce((first, second), 0, add_both)
+    def _channels(part: tl.constexpr, parts: tl.constexpr):
+        """The numbers of the channels, and some more, as [parts, part]."""
+        return tl.arange(0, parts)[:, None] * part + tl.arange(0, part)[None, :]
+
+    @triton.jit
+    def _normal(v, gain, shift, channels):
+        """The layer norm of v, whose values beyond its channels are 0, as are gain and shift."""
+        every = tl.ravel(v, can_reorder=True)
+        first, second = tl.reduce((every, every * every), 0, add_both)
+        mean = first / channels
+        scale = 1 / tl.sqrt(tl.maximum(second / channels - mean * mean, 0.0) + 1e-5)
+        return (v - mean) * scale * gain + shift
+
+    @triton.jit
+    def _weights(weight, n, c, inside, channels):
+        """The rows n of a weight, as [rows, parts, part]; 0 outside and beyond the channels."""
+        place = weight + n[:, None, None] * channels + c[None, :, :]
+        return tl.load(place, (c < channels)[None, :, :] & inside[:, None, None], other=0.0)
+
+    @triton.jit
+    def _products(w, u):
+        """The products of the rows of _weights with u [parts, part]."""
+        return tl.sum(tl.sum(w.to(tl.float32) * u[None, :, :], 1), 1)
 
     @triton.jit
     def _project(
-        a, weight, bias, gain, shift, out, outputs, stride,
-        batch: tl.constexpr, inputs: tl.constexpr, chunk: tl.constexpr, rows: tl.constexpr,
-        norm: tl.constexpr, has_bias: tl.constexpr, gelu: tl.constexpr, add: tl.constexpr,
-        early: tl.constexpr,
-    ):  # fmt: skip
-        let_next_start(early)
-        n = tl.program_id(0) * rows + tl.arange(0, rows)
-        inside = n < outputs
-        k = tl.arange(0, chunk)
-        parts: tl.constexpr = inputs // chunk
-        place = weight + n[:, None] * inputs + k[None, :]
-        w, gains, shifts = (), (), ()
-        for i in tl.static_range(parts):
-            w += (tl.load(place + i * chunk, inside[:, None], other=0.0),)  # type: ignore
-            if norm:
-                gains += (tl.load(gain + i * chunk + k).to(tl.float32),)  # type: ignore
-                shifts += (tl.load(shift + i * chunk + k).to(tl.float32),)  # type: ignore
-        offset = tl.zeros([rows], tl.float32)
-        if has_bias:
-            offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
-        wait(early)
-        for b in tl.static_range(batch):
-            result = out + b * stride + n
-            before = tl.zeros([rows], tl.float32)
-            if add:
-                before += tl.load(result, inside, other=0.0)
-            v = ()
-            for i in tl.static_range(parts):
-                v += (tl.load(a + b * inputs + i * chunk + k),)  # type: ignore
-            mean, scale = 0.0, 1.0
-            if norm:
-                first, second = _moments(v, chunk, parts)
-                mean = first / inputs
-                scale = 1 / tl.sqrt(tl.maximum(second / inputs - mean * mean, 0.0) + 1e-5)
-            dot = tl.zeros([rows, chunk], tl.float32)
-            for i in tl.static_range(parts):
-                u = v[i]  # type: ignore
-                if norm:
-                    u = (u - mean) * scale * gains[i] + shifts[i]  # type: ignore
-                dot += w[i].to(tl.float32) * u[None, :]
-            y = tl.sum(dot, 1) + offset
-            if gelu:  # the tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
-                y *= tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-            tl.store(result, y + before, inside)
-
-    @triton.jit
-    def _load(keys, offset, start, end, head_dim: tl.constexpr, block: tl.constexpr):
-        """The keys and the values of the tokens from `start` on that are before `end`."""
-        t = start + tl.arange(0, block)
-        place = keys + t[:, None] * head_dim + tl.arange(0, head_dim)[None, :]
-        inside = (t < end)[:, None]
-        return tl.load(place, inside, other=0.0), tl.load(place + offset, inside, other=0.0)
-
-    @triton.jit
-    def _accumulate(k, v, q, start, end, maximum, norm, total, block: tl.constexpr):
-        """Update each lane's maximum of the scores, and its sums of exponentials and values."""
-        inside = start + tl.arange(0, block) < end
-        score = tl.where(inside, tl.sum(k.to(tl.float32) * q[None, :], 1), -1e30)
-        higher = tl.maximum(maximum, score)
-        before, exp = tl.exp(maximum - higher), tl.where(inside, tl.exp(score - higher), 0.0)
-        total = total * before[:, None] + exp[:, None] * v.to(tl.float32)
-        return higher, norm * before + exp, total
-
-    @triton.jit
-    def _attend(
-        qkv, keys_values, positions, y, scale, context, values_offset,
-        n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr,
+        x, gain, shift, weight, bias, out, largest, outputs, stride,
+        batch: tl.constexpr, channels: tl.constexpr, mark: tl.constexpr, part: tl.constexpr,
+        parts: tl.constexpr, rows: tl.constexpr, has_bias: tl.constexpr, has_largest: tl.constexpr,
         early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
-        b, d = program // n_head, tl.arange(0, head_dim)
-        keys = keys_values + program.to(tl.int64) * context * head_dim
-        # Earlier steps have written the position and the cache up to there.
-        end = tl.load(positions + b).to(tl.int32)
-        k0, v0 = _load(keys, values_offset, 0, end, head_dim, block)
-        k1, v1 = _load(keys, values_offset, block, end, head_dim, block)
+        n, c = program * rows + tl.arange(0, rows), _channels(part, parts)
+        inside = n < outputs
+        w = _weights(weight, n, c, inside, channels)
+        gain = tl.load(gain + c, c < channels, other=0.0).to(tl.float32)
+        shift = tl.load(shift + c, c < channels, other=0.0).to(tl.float32)
+        offset = tl.zeros([rows], tl.float32)
+        if has_bias:
+            offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
         wait(early)
-        own = qkv + (b * 3 * n_head + program % n_head) * head_dim + d
-        channels: tl.constexpr = n_head * head_dim
-        q = tl.load(own).to(tl.float32)
-        k, v = tl.load(own + channels), tl.load(own + 2 * channels)
-        q *= scale
-        k, v = k.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty)
-        tl.store(keys + end * head_dim + d, k)
-        tl.store(keys + values_offset + end * head_dim + d, v)
-        # Each lane has a maximum and sums of its own, so that the loop exchanges nothing.
-        maximum = tl.full([block], -1e30, tl.float32)
-        norm = tl.zeros([block], tl.float32)
-        total = tl.zeros([block, head_dim], tl.float32)
-        maximum, norm, total = _accumulate(k0, v0, q, 0, end, maximum, norm, total, block)
-        maximum, norm, total = _accumulate(k1, v1, q, block, end, maximum, norm, total, block)
-        for start in range(2 * block, end, block):
-            k0, v0 = _load(keys, values_offset, start, end, head_dim, block)
-            maximum, norm, total = _accumulate(k0, v0, q, start, end, maximum, norm, total, block)
-        score = tl.sum(q * k.to(tl.float32), 0)  # of the token itself
-        top = tl.maximum(tl.max(maximum, 0), score)
-        factor, exp = tl.exp(maximum - top), tl.exp(score - top)
-        result = tl.sum(total * factor[:, None], 0) + exp * v.to(tl.float32)
-        result /= tl.sum(norm * factor, 0) + exp
-        tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))
+        v = read(x, c, channels)
+        for b in range(batch):
+            u = _normal(v, gain, shift, channels)
+            v = read(x + tl.minimum(b + 1, batch - 1) * (channels + mark), c, channels)
+            y = _products(w, u) + offset
+            tl.store(out + b * stride + n, y, inside)
+            if has_largest:
+                packed = pack(tl.where(inside, y, float("-inf")), n)
+                tl.store(largest + b * tl.num_programs(0) + program, tl.max(packed, 0))
+
+    @triton.jit
+    def _mlp(
+        x, gain, shift, fc_w, fc_b, out_w, out_b, y,
+        batch: tl.constexpr, channels: tl.constexpr, hidden: tl.constexpr, mark: tl.constexpr,
+        part: tl.constexpr, parts: tl.constexpr, units: tl.constexpr, early: tl.constexpr,
+    ):  # fmt: skip
+        let_next_start(early)
+        program = tl.program_id(0)
+        n, c = program * units + tl.arange(0, units), _channels(part, parts)
+        w = _weights(fc_w, n, c, n < hidden, channels)
+        pieces: tl.constexpr = (channels + part - 1) // part
+        columns, biases = (), ()  # of the second weight, and its bias in the first program
+        for i in tl.static_range(pieces):
+            r = i * part + tl.arange(0, part)
+            place = out_w + r[:, None] * hidden + n[None, :]
+            columns += (tl.load(place, (r < channels)[:, None], other=0.0),)  # type: ignore
+            is_first = (r < channels) & (program == 0)
+            biases += (tl.load(out_b + r, is_first, other=0.0).to(tl.float32),)  # type: ignore
+        gain = tl.load(gain + c, c < channels, other=0.0).to(tl.float32)
+        shift = tl.load(shift + c, c < channels, other=0.0).to(tl.float32)
+        offset = tl.load(fc_b + n).to(tl.float32)
+        wait(early)
+        v = read(x, c, channels)
+        for b in range(batch):
+            row = b * (channels + mark)
+            u = _normal(v, gain, shift, channels)
+            v = read(x + tl.minimum(b + 1, batch - 1) * (channels + mark), c, channels)
+            h = _products(w, u) + offset
+            # GELU's tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
+            h *= tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+            for i in tl.static_range(pieces):
+                r = i * part + tl.arange(0, part)
+                before = tl.load(x + row + r, (r < channels) & (program == 0), other=0)
+                share = tl.sum(columns[i].to(tl.float32) * h[None, :], 1) + biases[i]
+                add(y + row, r, share, before, r < channels, channels)

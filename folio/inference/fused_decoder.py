@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from folio.device import capture
 from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
+from folio.inference.attend_kernel import attend, attend_and_project
 from folio.inference.choose_kernel import Chooser, Options
+from folio.inference.fixed_point import MARK
 
 
 def can_fuse(model: GPT) -> bool:
     """Whether the kernels run where the model is, and support its sizes."""
     p = model.params
     supported = p.n_embd // p.n_head in (16, 32, 64, 128) and p.n_embd <= 2048
-    # The kernels are unrolled over the parts of a row that are powers of two.
-    supported = supported and p.n_embd // (p.n_embd & -p.n_embd) <= 32
     return supported and kernels.run_on(model.transformer.wte.weight)
 
 
@@ -64,23 +64,24 @@ class FusedDecoder:
         self.transformer, self.cache = t, KVCache(model, batch)
         self.blocks = [tuple(block.parameters()) for block in t.h]
         where, n = t.wte.weight.device, p.n_embd
-        # With many parts of a row, as in a width of 1,600, `project` has no registers for batches.
-        small = kernels.SMALL_BATCH if n // (n & -n) <= 8 else 1
+        # `mlp` has no registers for batches of a wider model.
+        small = kernels.SMALL_BATCH if n <= 1_280 else 1
         self.context, self.is_small = p.block_size, batch <= small
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
         exact = partial(torch.empty, dtype=torch.float32, device=where)
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
         # The texts in the context, and one token more; the position of the last token of each.
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
-        # The residual stream and what the kernels compute from it.
-        self.x = exact((batch, n))
-        if self.is_small:
-            self.qkv, self.attended = exact((batch, 3 * n)), exact((batch, n))
-            self.mlp = exact((batch, 4 * n))
-        else:
-            self.normal, self.attended = half((batch, n)), half((batch, n))
         rows = len(t.wte.weight)
         self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
+        if self.is_small:  # the residual stream before and after each part of each layer
+            self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
+            self.qkv = exact((batch, 3 * n))
+            parts = -(-rows // kernels.rows_per_program(t.wte.weight))
+            self.largest = zeros((batch, parts))  # logits; see Chooser
+        else:
+            self.x = exact((batch, n))
+            self.normal, self.attended = half((batch, n)), half((batch, n))
         self.chooser = Chooser(batch, rows, options, where)
         self._step: Callable[[torch.Tensor], None] | None = None
         self._slide: Callable[[torch.Tensor], None] | None = None
@@ -115,38 +116,43 @@ class FusedDecoder:
             tensor.copy_(value)
         return captured
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        self.chooser(logits, self.texts, self.positions)
+    def _choose(self, logits: torch.Tensor, largest: torch.Tensor | None = None) -> None:
+        self.chooser(logits, self.texts, self.positions, largest)
 
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
         kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
-        self._choose(self._small_logits() if self.is_small else self._large_logits())
+        if self.is_small:
+            self._compute_small_logits()
+            self._choose(self.logits, self.largest)
+        else:
+            self._choose(self._large_logits())
 
-    def _small_logits(self) -> torch.Tensor:
-        """The logits [B, V] after the last tokens, in five kernels per layer."""
-        project, t, x = kernels.project, self.transformer, self.x
+    def _compute_small_logits(self) -> None:
+        """Write the logits [B, V] after the last tokens, in three kernels per layer."""
+        t, x = self.transformer, self.x
         for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            project(x, attn_w, attn_b, self.qkv, norm=(g1, b1))
+            before, between, after = x[2 * layer : 2 * layer + 3]
+            kernels.project(before, (g1, b1), attn_w, attn_b, self.qkv)
             keys_values = self.cache.keys_values[layer]
-            kernels.attend(self.qkv, keys_values, self.positions, self.attended)
-            project(self.attended, proj_w, proj_b, x, add=True)
-            project(x, fc_w, fc_b, self.mlp, norm=(g2, b2), gelu=True)
-            project(self.mlp, out_w, out_b, x, add=True)
-        project(x, t.wte.weight, None, self.logits, norm=(t.ln_f.weight, t.ln_f.bias))
-        return self.logits
+            attend_and_project(
+                self.qkv, keys_values, self.positions, proj_w, proj_b, before, between
+            )  # fmt: skip
+            kernels.mlp(between, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
+        norm = (t.ln_f.weight, t.ln_f.bias)
+        kernels.project(x[-1], norm, t.wte.weight, None, self.logits, self.largest)
 
     def _large_logits(self) -> torch.Tensor:
-        """The same with cuBLAS's products, in eight kernels per layer."""
+        """The logits with cuBLAS's products, in eight kernels per layer."""
         t, x, normal = self.transformer, self.x, self.normal
         delta = None  # what the last product adds to x
         for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
             kernels.normalise(x, delta, g1, b1, normal)
             qkv = F.linear(normal, attn_w, attn_b)
-            kernels.attend(qkv, self.cache.keys_values[layer], self.positions, self.attended)
+            attend(qkv, self.cache.keys_values[layer], self.positions, self.attended)
             kernels.normalise(x, F.linear(self.attended, proj_w, proj_b), g2, b2, normal)
             mlp = F.gelu(F.linear(normal, fc_w, fc_b), approximate="tanh")
             delta = F.linear(mlp, out_w, out_b)

@@ -20,9 +20,9 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
-def gpt(n_layer=2, n_head=3, n_embd=192, rows=ROWS, precision="fp32"):
+def gpt(n_layer=2, n_head=3, n_embd=192, rows=ROWS, precision="fp32", context=CONTEXT):
     torch.manual_seed(1)
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": CONTEXT}
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": context}
     model = GPT(ModelParams(**sizes, dropout=0.0), rows)
     with torch.no_grad():
         for p in model.parameters():
@@ -50,7 +50,7 @@ def assert_equal_except_ties(model, prompts, found, expected):
         differs = (text != other).nonzero()
         if len(differs):
             i = int(differs[0])
-            context = torch.cat([prompt, text[:i]])[None, -CONTEXT:]
+            context = torch.cat([prompt, text[:i]])[None, -model.params.block_size :]
             logits = exact(context)[0, -1]
             rounding = (model(context)[0, -1].float() - logits).abs().max()
             gap = (logits[text[i]] - logits[other[i]]).abs()
@@ -98,13 +98,44 @@ def test_fused_text_after_prompts_of_any_length(length, batch):
     assert_equal_except_ties(model, prompts, found, generate(model, prompts, 30))
 
 
+SIZES = [(6, 6, 384), (12, 12, 768), (2, 20, 1280), (1, 25, 1600), (1, 5, 80), (1, 3, 96)]
+SIZES += [(2, 3, 384), (1, 16, 1024)]  # heads of 16 to 128 channels
+
+
 @needs_gpu
-@pytest.mark.parametrize("sizes", [(6, 6, 384), (12, 12, 768), (1, 25, 1600), (1, 5, 80)])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("batch", [1, 8, 12])
 def test_fused_greedy_text_of_models_of_other_sizes(sizes, batch):
     model, prompts = gpt(*sizes, rows=50_257, precision="bf16"), random_prompts(batch, 7)
     found = generate(model, prompts, 100, fused=True)
     assert_equal_except_ties(model, prompts, found, generate(model, prompts, 100))
+
+
+@needs_gpu
+@pytest.mark.parametrize("n_head", [2, 4, 16])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_fused_text_in_a_long_context(n_head, batch):
+    model, prompts = gpt(1, n_head, 256, context=2_100), random_prompts(batch, 2_050)
+    found = generate(model, prompts, 40, fused=True)
+    assert_equal_except_ties(model, prompts, found, generate(model, prompts, 40))
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("length", [5, 130])
+@torch.inference_mode()
+def test_fused_logits_are_the_plain_ones_and_repeat_bit_for_bit(precision, batch, length):
+    model, prompts = gpt(3, 4, 256, precision=precision), random_prompts(batch, length)
+    ids = generate(model, prompts, 4, fused=True)
+    logits = fused_decoder._kept[model][1].logits.clone()
+    for _ in range(20):
+        generate(model, prompts, 4, fused=True)
+        assert torch.equal(fused_decoder._kept[model][1].logits, logits)
+    texts = torch.cat([prompts, ids[:, :-1]], 1)
+    expected = copy.deepcopy(model).float()(texts)[:, -1]
+    rounding = (model(texts)[:, -1].float() - expected).abs().max()
+    assert (logits - expected).abs().max() <= 2 * rounding + 1e-4 * expected.std()
 
 
 @needs_gpu
@@ -224,11 +255,42 @@ def test_fused_sampling_repeats_itself_with_the_same_seed(batch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_first_of_equal_logits_is_the_largest(temperature):
+    batch, size = 5, 50_257
+    logits = torch.randn(batch, size, device=CUDA).clamp(max=2.0)
+    logits[1] = -logits[1].abs()  # no logit is above 0
+    logits[1, 40_000], logits[1, 9_000] = 0.0, -0.0
+    logits[2] -= 100
+    logits[3, 7] = float("nan")
+    logits[4] = float("-inf")
+    chooser = Chooser(batch, size, (temperature, 1, None), CUDA)
+    texts = torch.zeros(batch, 2, dtype=torch.int64, device=CUDA)
+    chooser(logits, texts, torch.zeros_like(texts[:, 0]))
+    most_likely = logits.argmax(1).tolist()[:3]
+    if temperature == 0:
+        assert texts[:, 1].tolist() == [*most_likely, NOT_FINITE, NOT_FINITE]
+    else:  # any of the equal ones
+        assert torch.equal(logits[:3].gather(1, texts[:3, 1:])[:, 0], logits[:3].amax(1))
+        assert texts[3:, 1].tolist() == [NOT_FINITE, NOT_FINITE]
+
+
+@needs_gpu
 @pytest.mark.parametrize("batch", [2, 9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_fused_generation_marks_values_that_are_not_finite(batch, temperature):
+@pytest.mark.parametrize("name", ["ln_f.weight", "h.1.mlp.c_proj.bias", "h.0.attn.c_proj.weight"])
+def test_fused_generation_marks_values_that_are_not_finite(batch, temperature, name):
     model = gpt()
     with torch.no_grad():
-        model.transformer.ln_f.weight.fill_(float("nan"))
+        model.transformer.get_parameter(name)[3:5].fill_(float("nan"))
     found = generate(model, random_prompts(batch, 7), 4, temperature, fused=True)
     assert (found == NOT_FINITE).all()
+
+
+@needs_gpu
+def test_values_too_large_for_the_residual_stream_are_not_finite():
+    model = gpt()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.bias[3] = 2.0**21
+    found = generate(model, random_prompts(1, 7), 4, fused=True)
+    assert found[0, 0] != NOT_FINITE and (found[0, 1:] == NOT_FINITE).all()
