@@ -11,6 +11,7 @@ if device.can_compile():
     from triton import language as tl
 
     from folio.inference.fixed_point import add
+    from folio.inference.half_precision import to_fp32
     from folio.inference.handover import let_next_start, wait
 
 _MULTIPROCESSORS = 132  # of an H100
@@ -84,7 +85,7 @@ if device.can_compile():
     @triton.jit
     def _scores(k, q, start, end, block: tl.constexpr):
         inside = start + tl.arange(0, block) < end
-        return tl.where(inside, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
+        return tl.where(inside, tl.sum(to_fp32(k) * q[None, :], 1), float("-inf"))
 
     @triton.jit
     def _merge(k0, v0, k1, v1, q, start, end, top, norm, total, block: tl.constexpr):
@@ -94,7 +95,7 @@ if device.can_compile():
         score1 = _scores(k1, q, start + block, end, block)
         higher = tl.maximum(top, tl.max(tl.maximum(score0, score1), 0))
         w0, w1, factor = tl.exp2(score0 - higher), tl.exp2(score1 - higher), tl.exp2(top - higher)
-        values = w0[:, None] * v0.to(tl.float32) + w1[:, None] * v1.to(tl.float32)
+        values = w0[:, None] * to_fp32(v0) + w1[:, None] * to_fp32(v1)
         norm = norm * factor + tl.sum(w0 + w1, 0)
         return higher, norm, total * factor + tl.sum(values, 0)
 
@@ -165,5 +166,5 @@ if device.can_compile():
         )  # fmt: skip
         row = b * (channels + mark)
         before = tl.load(x + row + n, is_first, other=0)
-        share = tl.sum(w.to(tl.float32) * result[None, :], 1) + shift
+        share = tl.sum(to_fp32(w) * result[None, :], 1) + shift
         add(y + row, n, share, before, inside, channels)

@@ -20,6 +20,7 @@ if device.can_compile():
 
     from folio.inference.choose_kernel import pack
     from folio.inference.fixed_point import add, read, to_fixed
+    from folio.inference.half_precision import to_fp32
     from folio.inference.handover import add_both, let_next_start, wait
 
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
@@ -176,7 +177,7 @@ if device.can_compile():
     @triton.jit
     def _products(w, u):
         """The products of the rows of _weights with u [parts, part]."""
-        return tl.sum(tl.sum(w.to(tl.float32) * u[None, :, :], 1), 1)
+        return tl.sum(tl.sum(to_fp32(w) * u[None, :, :], 1), 1)
 
     @triton.jit
     def _project(
@@ -239,5 +240,5 @@ if device.can_compile():
             for i in tl.static_range(pieces):
                 r = i * part + tl.arange(0, part)
                 before = tl.load(x + row + r, (r < channels) & (program == 0), other=0)
-                share = tl.sum(columns[i].to(tl.float32) * h[None, :], 1) + biases[i]
+                share = tl.sum(to_fp32(columns[i]) * h[None, :], 1) + biases[i]
                 add(y + row, r, share, before, r < channels, channels)
