@@ -26,7 +26,7 @@ if device.can_compile():
 SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
 _MULTIPROCESSORS = 132  # of an H100
 _PART = 256  # inputs that a warp multiplies at once, with 16 bytes of half precision per thread
-_PROJECT_WARPS = 8
+_PROJECT_WARPS, _PROJECT_ROWS = 8, 2  # rows per warp at most, if there are enough programs
 _MLP_WARPS, _MLP_UNITS = 8, 32  # hidden units per program, fewer if their weights are larger than
 _MLP_BYTES = 1 << 16  # for each of the two matrices
 
@@ -66,8 +66,10 @@ def normalise(x, delta, gain, shift, y) -> None:
 
 def rows_per_program(weight) -> int:
     """How many rows of a weight a program of `project` multiplies."""
-    N = len(weight)
-    return 2 * _PROJECT_WARPS if N >= 2 * _PROJECT_WARPS * _MULTIPROCESSORS else _PROJECT_WARPS
+    rows = _PROJECT_WARPS
+    while rows < _PROJECT_ROWS * _PROJECT_WARPS and len(weight) >= 2 * rows * _MULTIPROCESSORS:
+        rows *= 2
+    return rows
 
 
 def project(x, norm, weight, bias, out, largest=None) -> None:

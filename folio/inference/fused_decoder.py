@@ -64,7 +64,7 @@ class FusedDecoder:
         self.transformer, self.cache = t, KVCache(model, batch)
         self.blocks = [tuple(block.parameters()) for block in t.h]
         where, n = t.wte.weight.device, p.n_embd
-        # `mlp` has no registers for batches of a wider model.
+        # For batches of a wider model, `mlp` has few registers left.
         small = kernels.SMALL_BATCH if n <= 1_280 else 1
         self.context, self.is_small = p.block_size, batch <= small
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
