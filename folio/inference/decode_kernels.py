@@ -23,10 +23,9 @@ if device.can_compile():
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import add_both, let_next_start, wait
 
-SMALL_BATCH = 8  # sequences; `project` reads its weights once for all of them, and is slow for more
+SMALL_BATCH = 4  # sequences; for more, cuBLAS's products are faster
 _MULTIPROCESSORS = 132  # of an H100
 _PART = 256  # inputs that a warp multiplies at once, with 16 bytes of half precision per thread
-_PROJECT_WARPS, _PROJECT_ROWS = 8, 2  # rows per warp at most, if there are enough programs
 _MLP_WARPS, _MLP_UNITS = 8, 32  # hidden units per program, fewer if their weights are larger than
 _MLP_BYTES = 1 << 16  # for each of the two matrices
 
@@ -64,12 +63,13 @@ def normalise(x, delta, gain, shift, y) -> None:
     )  # fmt: skip
 
 
-def rows_per_program(weight) -> int:
-    """How many rows of a weight a program of `project` multiplies."""
-    rows = _PROJECT_WARPS
-    while rows < _PROJECT_ROWS * _PROJECT_WARPS and len(weight) >= 2 * rows * _MULTIPROCESSORS:
-        rows *= 2
-    return rows
+def rows_and_warps(weight, batch: int) -> tuple[int, int]:
+    """The rows of a weight that a program of `project` multiplies, and its warps.
+
+    A warp has one row, or two of a large matrix: fewer programs would leave multiprocessors idle.
+    """
+    warps = 16 if batch == 1 and len(weight) >= 16 * _MULTIPROCESSORS else 8
+    return warps * (2 if len(weight) >= 2 * warps * _MULTIPROCESSORS else 1), warps
 
 
 def project(x, norm, weight, bias, out, largest=None) -> None:
@@ -79,11 +79,11 @@ def project(x, norm, weight, bias, out, largest=None) -> None:
     layer norm. largest [B, programs]: also write choose_kernel.pack of each program's largest.
     """
     N, C = weight.shape
-    rows = rows_per_program(weight)
+    rows, warps = rows_and_warps(weight, len(x))
     _project[(triton.cdiv(N, rows),)](
         x, *norm, weight, bias, out, largest, N, out.stride(0), batch=len(x), channels=C, mark=MARK,
         part=_PART, parts=triton.next_power_of_2(triton.cdiv(C, _PART)), rows=rows,
-        has_bias=bias is not None, has_largest=largest is not None, num_warps=_PROJECT_WARPS,
+        has_bias=bias is not None, has_largest=largest is not None, num_warps=warps,
         **launch_options(x)
     )  # fmt: skip
 

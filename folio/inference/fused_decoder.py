@@ -77,8 +77,8 @@ class FusedDecoder:
         if self.is_small:  # the residual stream before and after each part of each layer
             self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
             self.qkv = exact((batch, 3 * n))
-            parts = -(-rows // kernels.rows_per_program(t.wte.weight))
-            self.largest = zeros((batch, parts))  # logits; see Chooser
+            share, _ = kernels.rows_and_warps(t.wte.weight, batch)
+            self.largest = zeros((batch, -(-rows // share)))  # logits; see Chooser
         else:
             self.x = exact((batch, n))
             self.normal, self.attended = half((batch, n)), half((batch, n))
