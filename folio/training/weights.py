@@ -73,18 +73,20 @@ class Weights:
 
         Raises UserError if fp8_head (see folio/gpt/fused/fp8.py) and that is not possible.
         """
-        supports_fp8 = False
         if self.is_half and self.device.type == "cuda" and can_compile():
             from folio.gpt.fused import fp8, passes  # runs on a CPU do not need them
 
-            if passes.supports(self.compute_model):
-                supports_fp8 = fp8.supports(self.compute_model.transformer.wte.weight)
-                self._passes = passes.FusedPasses(self.compute_model, fp8_head and supports_fp8)
-        if fp8_head and not supports_fp8:
+            has_fp8 = not fp8_head or fp8.supports(self.device)
+            if has_fp8 and passes.supports(self.compute_model):
+                self._passes = passes.FusedPasses(self.compute_model, fp8_head)
+        if fp8_head and not self.fused:
+            p = self.model.params
             raise UserError(
-                "train.fp8_head needs bf16 or fp16, and fused kernels on an NVIDIA GPU with fp8"
-                f" (Ada, Hopper or later), but this run is on {describe(self.device)} in"
-                f" {self.precision}: set it to false"
+                "train.fp8_head needs bf16 or fp16 on an NVIDIA GPU with fp8 (Ada, Hopper or"
+                " later), Triton with a C compiler, at most 4,096 channels, and 16, 32, 64 or 128"
+                f" channels per head, but this run is in {self.precision} on"
+                f" {describe(self.device)}, with {p.n_embd:,} channels and"
+                f" {p.n_embd // p.n_head} per head: set it to false"
             )
 
     def loss_and_gradients(

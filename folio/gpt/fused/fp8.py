@@ -27,9 +27,12 @@ _PARTIALS, _BLOCK = 1024, 4096  # partial maxima of a tensor; elements that a pr
 _ROWS, _COLUMNS = 64, 128  # of a tile that a program converts
 
 
-def supports(weight: torch.Tensor) -> bool:
-    """Whether this GPU has products in fp8 of these sizes: NVIDIA's, from Ada and Hopper on."""
-    return torch.cuda.get_device_capability(weight.device) >= (8, 9) and weight.shape[1] % 16 == 0
+def supports(where: torch.device) -> bool:
+    """Whether this GPU has products in fp8: NVIDIA's, from Ada and Hopper on.
+
+    C must be a multiple of 16, as in all models that the fused passes support.
+    """
+    return torch.cuda.get_device_capability(where) >= (8, 9)
 
 
 class Fp8Products:
