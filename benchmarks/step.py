@@ -33,6 +33,7 @@ import yaml
 from benchmarks import llmc
 from folio import device, params
 from folio.errors import UserError, one_line_errors
+from folio.gpt.fused import fp8
 from folio.gpt.model import GPT, ModelParams
 from folio.sweeps import variants
 from folio.tokens import tokenizer, vocabulary
@@ -270,7 +271,8 @@ def main() -> None:
     builds |= {"transformers": build_transformers, "Folio": build_folio}
     if work.where.type == "cuda":
         builds["Folio, deterministic: false"] = partial(build_folio, exact=False)
-        builds["Folio, fp8 head"] = partial(build_folio, fp8_head=True)
+        if fp8.supports(work.where):
+            builds["Folio, fp8 head"] = partial(build_folio, fp8_head=True)
         builds["Folio, compiled"] = partial(build_folio, fused=False, compiled=True)
         builds["Folio, plain"] = partial(build_folio, fused=False)
     if options.checkpointing:

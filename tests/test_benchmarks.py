@@ -286,6 +286,20 @@ def test_step_benchmark_takes_turns_with_llmc(tmp_path, capsys, monkeypatch):
     assert ["llm.c", "5.00", "204,800", "2.04", "1.00", "1.00"] in lines
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((8, 9), True)])
+def test_step_benchmark_has_an_fp8_head_where_the_gpu_has_fp8(
+    monkeypatch, capsys, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(sys, "argv", ["step", "--contenders", "all of them"])
+    with inside(ROOT), pytest.raises(SystemExit):
+        step.main()
+    error = capsys.readouterr().err
+    assert "Folio, compiled" in error and ("Folio, fp8 head" in error) == expected
+
+
 @pytest.mark.parametrize("option", ["--rounds", "--steps", "--batch"])
 def test_step_benchmark_rejects_a_number_below_one(monkeypatch, option):
     monkeypatch.setattr(sys, "argv", ["step", option, "0"])
