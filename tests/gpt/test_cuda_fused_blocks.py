@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from folio import device
 from folio.gpt.fused import column_sums, gelu, gradients, layer_norm
 from folio.gpt.fused.blocks import FusedBlocks
+from folio.gpt.fused.side_stream import SideStream
 from folio.gpt.model import GPT, ModelParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -122,6 +123,24 @@ def test_captured_fused_passes_equal_plain_ones(dropout, checkpointing):
         found = [*replay(*inputs), *parameter_gradients(captured.model)]
         for ours, expected in zip(found, results(plain, *inputs), strict=True):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.usefixtures("stacked")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_late_second_stream_changes_no_bit(monkeypatch, dropout, checkpointing):
+    _, fused = blocks(SMALL, torch.bfloat16, dropout, checkpointing)
+    given = embeddings(SMALL, torch.bfloat16)
+    expected, run = results(fused, *given), SideStream.run
+
+    def run_late(side, work, *arguments):
+        run(side, torch.cuda._sleep, 1 << 22)  # cycles: longer than a pass
+        run(side, work, *arguments)
+
+    monkeypatch.setattr(SideStream, "run", run_late)
+    for _ in range(2):  # the second pass uses the memory of the first one
+        for found, right in zip(results(fused, *given), expected, strict=True):
+            assert torch.equal(found, right)
 
 
 def test_dropout_of_fused_passes_depends_on_the_seed_and_scales_what_it_keeps():
