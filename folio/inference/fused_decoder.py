@@ -73,12 +73,13 @@ class FusedDecoder:
         # The texts in the context, and one token more; the position of the last token of each.
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
         rows = len(t.wte.weight)
-        self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
+        self.largest: torch.Tensor | None = None  # logits; see Chooser
         if self.is_small:  # the residual stream before and after each part of each layer
             self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
             self.qkv = exact((batch, 3 * n))
+            self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
             share, _ = kernels.rows_and_warps(t.wte.weight, batch)
-            self.largest = zeros((batch, -(-rows // share)))  # logits; see Chooser
+            self.largest = zeros((batch, -(-rows // share)))
         else:
             self.x = exact((batch, n))
             self.normal, self.attended = half((batch, n)), half((batch, n))
@@ -125,9 +126,9 @@ class FusedDecoder:
         kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
         if self.is_small:
             self._compute_small_logits()
-            self._choose(self.logits, self.largest)
         else:
-            self._choose(self._large_logits())
+            self.logits = self._large_logits()
+        self._choose(self.logits, self.largest)
 
     def _compute_small_logits(self) -> None:
         """Write the logits [B, V] after the last tokens, in three kernels per layer."""
