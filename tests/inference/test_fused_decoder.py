@@ -288,9 +288,13 @@ def test_fused_generation_marks_values_that_are_not_finite(batch, temperature, n
 
 
 @needs_gpu
+@torch.no_grad()
 def test_values_too_large_for_the_residual_stream_are_not_finite():
-    model = gpt()
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_proj.bias[3] = 2.0**21
-    found = generate(model, random_prompts(1, 7), 4, fused=True)
-    assert found[0, 0] != NOT_FINITE and (found[0, 1:] == NOT_FINITE).all()
+    model, prompts = gpt(1, 2, 32, rows=97), random_prompts(4, 9, 97)
+    t = model.transformer
+    t.ln_f.weight[0], t.ln_f.bias[0] = 0.0, 0.0  # no logit depends on channel 0 of the embedding
+    (token, *_), *others = generate(model, prompts, 4, fused=True).tolist()
+    t.wte.weight[token, 0] = 2.0**21  # it is in one text only
+    assert generate(model, prompts, 4, fused=True).tolist() == [[token, -1, -1, -1], *others]
+    t.h[0].mlp.c_proj.bias[3] = 2.0**21  # of all texts
+    assert (generate(model, prompts, 4, fused=True)[:, 1:] == NOT_FINITE).all()
