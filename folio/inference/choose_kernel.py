@@ -61,10 +61,10 @@ class Chooser:
         logits [B, V]; texts [B, length] and positions [B] are int64. largest [B, n]: the largest
         logits of n parts of each row, with their ids, as `pack` returns them, if known.
 
-        The random numbers are those of the seed, of the text and of the number of draws. Writes -1
-        (generation.NOT_FINITE) if a logit is NaN or the largest is infinite. Of equal logits, the
-        first is the largest; tokens as likely as the last one that top_k or top_p keeps are kept as
-        well.
+        The random numbers are those of the seed, of the text in a batch of this size, and of the
+        number of draws. Writes -1 (generation.NOT_FINITE) if a logit is NaN or the largest is
+        infinite. Of equal logits, the first is the largest; tokens as likely as the last one that
+        top_k or top_p keeps are kept as well.
         """
         B, V = logits.shape
         if largest is None:
