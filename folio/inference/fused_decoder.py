@@ -78,8 +78,8 @@ class FusedDecoder:
             self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
             self.qkv = exact((batch, 3 * n))
             self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
-            share, _ = kernels.rows_and_warps(t.wte.weight, batch)
-            self.largest = zeros((batch, -(-rows // share)))
+            rows_per_program, _ = kernels.rows_and_warps(t.wte.weight, batch)
+            self.largest = zeros((batch, -(-rows // rows_per_program)))
         else:
             self.x = exact((batch, n))
             self.normal, self.attended = half((batch, n)), half((batch, n))
