@@ -67,12 +67,14 @@ def stop(text: Text | None) -> Values:
     return text.content, html.status(progress(text)), text, *buttons(generating=False)
 
 
-def after_stop(text: Text | None) -> Values:
+def after_stop(text: Text | None, requested: bool) -> Values:
     """The text, its token probabilities and the status, once `generate` has been cancelled.
 
     Sent again because updates from `generate` may reach the page after the one from `stop`.
+    requested: whether the visitor has already requested another text, which may be ready before
+    these probabilities are.
     """
-    if text is None or not text.stopped:  # the visitor has requested another text
+    if requested or text is None or not text.stopped:
         return gr.skip(), gr.skip(), gr.skip()
     return text.content, probabilities(text), html.status(progress(text))
 

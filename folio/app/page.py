@@ -36,10 +36,11 @@ document.addEventListener('keydown', event => {
 let pressed;
 document.addEventListener('focusin', event => pressed = event.target.closest('#generate, #stop'));
 
-// The response to the last request to generate, for events.after_failure, and the number of
-// requests that are stopping a text, for AFTER_STOP.
+// The response to the last request to generate, for events.after_failure; the number of requests
+// that are stopping a text, and whether another text was requested since Stop, for RESEND.
 const plainFetch = window.fetch;
 window.stopping = 0;
+window.requested = false;
 window.fetch = async (...request) => {
     const address = String(request[0].url ?? request[0]);
     const stops = address.endsWith('/cancel') || address.endsWith('/reset');
@@ -57,7 +58,8 @@ window.fetch = async (...request) => {
 let follow = true, height = 0, tokens;
 const atEnd = box => box.scrollTop + box.clientHeight > box.scrollHeight - 30;
 document.addEventListener('click', event => {
-    if (event.target.closest('#generate')) follow = true;
+    if (event.target.closest('#generate')) follow = window.requested = true;
+    if (event.target.closest('#stop')) window.requested = false;
 }, true);
 document.addEventListener('scroll', event => {
     if (event.target.matches?.('.text textarea')) follow = atEnd(event.target);
@@ -77,11 +79,9 @@ setInterval(() => {
 
 # Until the server has stopped a text, it sends more of it, and Gradio would ignore the request for
 # the next one. Gradio asks the server to stop a moment after it has run events.stop.
-AFTER_STOP = """async (...inputs) => {
-    do await new Promise(resolve => setTimeout(resolve, 30));
-    while (window.stopping);
-    return inputs;
-}"""
+_WAIT = "do await new Promise(resolve => setTimeout(resolve, 30)); while (window.stopping);"
+AFTER_STOP = f"async () => {{ {_WAIT} }}"
+RESEND = f"async state => {{ {_WAIT} return [state, window.requested]; }}"
 
 # The server rejects long requests: it gets enough of a prompt and of a seed to see that they are
 # too long.
@@ -241,9 +241,9 @@ def _on_generate(
     )
     stopped.then(
         events.after_stop,
-        [state],
+        [state, gr.Checkbox(visible=False)],
         [text, probabilities, status],
-        js=AFTER_STOP,
+        js=RESEND,
         concurrency_id="after stop",
         **_QUEUED,
     )

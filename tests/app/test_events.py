@@ -52,10 +52,11 @@ def test_stop_overrides_updates_that_reach_the_page_later(events, name):
     updates = list(events.generate(name, "ROMEO:\n", 1, 0, 1, 20, "1"))
     text, skip = updates[0][3], events.gr.skip()
     stopped = events.stop(text)[2]  # the state from now on: no update replaces it
-    content, tokens, line = events.after_stop(stopped)
+    content, tokens, line = events.after_stop(stopped, requested=False)
     assert content == updates[-1][0] and tokens == updates[-1][1] and "Stopped: 20 tokens" in line
-    # another text was requested in the meantime
-    assert events.after_stop(text) == events.after_stop(None) == (skip,) * 3
+    # another text was requested in the meantime, and perhaps begun
+    for state, requested in ((stopped, True), (text, False), (None, False)):
+        assert events.after_stop(state, requested) == (skip,) * 3
 
 
 def test_stop_before_the_first_token_says_so(events):
