@@ -1,5 +1,4 @@
-"""The cost of the output layer: fused or not, with a row for every token or only for those that
-occur.
+"""The cost of the output layer: fused or not, with a row for every token or for those that occur.
 
     python -m benchmarks.head
 
@@ -8,6 +7,7 @@ whole step of the model in params.yaml. The alternatives are timed in turn; prin
 Requires data/prepared (`dvc repro prepare`).
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from statistics import median
@@ -56,6 +56,7 @@ def build_step(tie: bool) -> Callable[[], object]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print(f"on {device.describe(torch.device('cpu'))}; ms")
     print("output layer    rows   width    plain      fused   ratio")
     for rows in (50_257, 11_235):

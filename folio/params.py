@@ -143,7 +143,8 @@ def _load_section(name: str, values: Any, cls: type, problems: list[str]) -> Any
     converted = {}
     for key, hint in hints.items():
         if key not in values:
-            problems.append(f"{name}.{key}: missing; expected {_describe_type(hint)}")
+            expected = _describe_type(hint)
+            problems.append(f"{name}.{key}: missing; add it to params.yaml: {expected}")
             continue
         try:
             converted[key] = _convert(values[key], hint)

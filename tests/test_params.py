@@ -156,7 +156,7 @@ def test_unknown_key_error_without_a_similar_key_says_remove_it(write):
 
 def test_missing_key_error_states_the_expected_type(write):
     problem = problem_of(write(learning_rate=None))
-    assert problem == "train.learning_rate: missing; expected a float > 0, < 10"
+    assert problem == "train.learning_rate: missing; add it to params.yaml: a float > 0, < 10"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_error_message_lists_all_problems(tmp_path):
             "model.dropot: unknown; did you mean model.dropout?",
             "model.n_layer: 0 is not valid; expected an int >= 1",
             "model.n_head: 'two' is not valid; expected an int >= 1",
-            "model.dropout: missing; expected a float >= 0, < 1",
+            "model.dropout: missing; add it to params.yaml: a float >= 0, < 1",
             "train: not a section; expected keys with values",
             "evaluate: missing section",
             "runtime: missing section",
