@@ -38,7 +38,7 @@ def cross_entropy_(
     fp32, or None. fp8 [N, V] in e5m2, if given, becomes the gradient times FP8_FACTOR, not times
     factor. Without Triton or a GPU, PyTorch operators compute the same result.
     """
-    if _runs_kernel(logits):
+    if runs_kernel(logits):
         return _launch(logits, size, bias, y, factor, fp8, None, 0.0, 0.0, mixed=False)
     logits = logits[:, :size]
     scores = logits.float() if bias is None else logits.float() + bias
@@ -68,7 +68,7 @@ def mixed_cross_entropy_(
     the share last_share, and y the rest. A token has the fraction exp(-bias) of the probability of
     its row. The losses are therefore log(sum(exp(logits + bias))) - sum(t * logits).
     """
-    if _runs_kernel(logits):
+    if runs_kernel(logits):
         shares = soft_share, last_share
         return _launch(logits, size, bias, y, factor, fp8, soft, *shares, mixed=True)
     logits = logits[:, :size]
@@ -90,8 +90,9 @@ def _write_fp8(gradient: torch.Tensor, fp8: torch.Tensor | None) -> None:
         fp8[:, gradient.shape[1] :] = 0
 
 
-def _runs_kernel(logits: torch.Tensor) -> bool:
-    return device.can_compile() and logits.is_cuda
+def runs_kernel(x: torch.Tensor) -> bool:
+    """Whether Triton can run a kernel on a tensor."""
+    return device.can_compile() and x.is_cuda
 
 
 def _launch(

@@ -3,6 +3,7 @@
 import torch
 
 from folio import device
+from folio.inference.decode_kernels import MULTIPROCESSORS
 from folio.inference.fixed_point import MARK
 from folio.inference.handover import launch_options
 
@@ -14,7 +15,6 @@ if device.can_compile():
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import let_next_start, wait
 
-_MULTIPROCESSORS = 132  # of an H100
 _WARPS = 16  # of a program that can have a multiprocessor for itself
 _MANY_WARPS = 4, 8  # if there are more programs: of attention alone, and with a product
 _LOG2_E = 1.4426950408889634  # exp(x) is 2 ** (x * _LOG2_E)
@@ -36,7 +36,7 @@ def attend(
     to wait for each other, which takes longer than what they save in GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
-    warps = _MANY_WARPS[0] if B * n_head >= _MULTIPROCESSORS else _WARPS
+    warps = _MANY_WARPS[0] if B * n_head >= MULTIPROCESSORS else _WARPS
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
         n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()),
@@ -62,9 +62,9 @@ def attend_and_project(
     _, B, n_head, T, D = keys_values.shape
     C = n_head * D
     rows = min(_ROWS, triton.next_power_of_2(C))
-    rows *= 2 if B * n_head * triton.cdiv(C, rows) > 2 * _MULTIPROCESSORS else 1
+    rows *= 2 if B * n_head * triton.cdiv(C, rows) > 2 * MULTIPROCESSORS else 1
     slices = triton.cdiv(C, rows)
-    warps = _MANY_WARPS[1] if B * n_head * slices > _MULTIPROCESSORS else _WARPS
+    warps = _MANY_WARPS[1] if B * n_head * slices > MULTIPROCESSORS else _WARPS
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
         n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()), rows=rows,

@@ -24,7 +24,7 @@ if device.can_compile():
     from folio.inference.handover import add_both, let_next_start, wait
 
 SMALL_BATCH = 4  # sequences; for more, cuBLAS's products are faster
-_MULTIPROCESSORS = 132  # of an H100
+MULTIPROCESSORS = 132  # of an H100
 _PART = 256  # inputs that a warp multiplies at once, with 16 bytes of half precision per thread
 _MLP_WARPS, _MLP_UNITS = 8, 32  # hidden units per program, fewer if their weights are larger than
 _MLP_BYTES = 1 << 16  # for each of the two matrices
@@ -69,8 +69,8 @@ def rows_and_warps(weight, batch: int) -> tuple[int, int]:
     16 warps are faster than 8 for one text only, and a warp with two rows than with one. Both need
     enough rows: fewer programs than multiprocessors would leave some of these idle.
     """
-    warps = 16 if batch == 1 and len(weight) >= 16 * _MULTIPROCESSORS else 8
-    rows_per_warp = 2 if len(weight) >= 2 * warps * _MULTIPROCESSORS else 1
+    warps = 16 if batch == 1 and len(weight) >= 16 * MULTIPROCESSORS else 8
+    rows_per_warp = 2 if len(weight) >= 2 * warps * MULTIPROCESSORS else 1
     return warps * rows_per_warp, warps
 
 

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 from test_cuda import CUDA, ROWS, advance, assert_equal, batches
-from test_cuda_fused_step import HALF, advance_one, apart, gpt, steps
+from test_cuda_fused_step import HALF, advance_one, apart, gpt, mixed_targets, on_gpu, steps
 from test_cuda_trainer import evaluate, trainer
 from test_trainer import advance as advance_trainer
 from test_trainer import metrics
-from torch.nn import functional as F
 
 from folio import device
 from folio.errors import UserError
@@ -45,14 +44,8 @@ def test_kernel_of_quantize_agrees_with_pytorch(shape, dtype, _):
 @pytest.mark.parametrize("size", [50_257, 8_192, 997])
 @pytest.mark.parametrize(("_", "dtype"), HALF)
 def test_gradient_in_fp8_agrees_with_pytorch(size, dtype, bias, soft, _):
-    n, g = 50, torch.Generator().manual_seed(size)
-    logits = F.pad(3 * torch.randn(n, size, generator=g), (0, -size % 64)).to(dtype)
-    y = torch.randint(size, (n,), generator=g)
-    y[:2] = torch.tensor([0, size - 1])
-    constants = [3 * torch.rand(size, generator=g) if bias else None, y, torch.tensor(0.5)]
-    constants += [torch.randn(n, size, generator=g).softmax(1).to(dtype) if soft else None]
-    constants += [0.4 if soft else 0.0, 0.1]
-    moved = [t.to(CUDA) if isinstance(t, torch.Tensor) else t for t in constants]
+    logits, constants = mixed_targets(size, dtype, bias, soft)
+    moved = on_gpu(constants)
     found, alone = [], logits.to(CUDA)
     for where, arguments in ((torch.device("cpu"), constants), (CUDA, moved)):
         there = logits.to(where, copy=True)

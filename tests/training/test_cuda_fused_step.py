@@ -218,22 +218,30 @@ def test_loss_and_gradients_agree_with_autograd(monkeypatch, precision, dtype, s
         assert apart(ours.grad.cpu(), right.grad) < limit, name
 
 
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("size", [50_257, 8_192, 997])
-@pytest.mark.parametrize(("_", "dtype"), HALF)
-def test_kernel_of_mixed_targets_agrees_with_pytorch(size, dtype, bias, soft, _):
+def mixed_targets(size, dtype, bias, soft):
+    """Logits for mixed_cross_entropy_, and its arguments after `size`."""
     n, g = 50, torch.Generator().manual_seed(size)
     logits = F.pad(3 * torch.randn(n, size, generator=g), (0, -size % 64)).to(dtype)
     y = torch.randint(size, (n,), generator=g)
     y[:2] = torch.tensor([0, size - 1])
     constants = [3 * torch.rand(size, generator=g) if bias else None, y, torch.tensor(0.5)]
     constants += [torch.randn(n, size, generator=g).softmax(1).to(dtype) if soft else None]
+    return logits, [*constants, 0.4 if soft else 0.0, 0.1]
+
+
+def on_gpu(arguments):
+    return [t.to(CUDA) if isinstance(t, torch.Tensor) else t for t in arguments]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [50_257, 8_192, 997])
+@pytest.mark.parametrize(("_", "dtype"), HALF)
+def test_kernel_of_mixed_targets_agrees_with_pytorch(size, dtype, bias, soft, _):
+    logits, constants = mixed_targets(size, dtype, bias, soft)
     here, there = logits.float(), logits.to(CUDA)
-    shares = 0.4 if soft else 0.0, 0.1
-    expected = mixed_cross_entropy_(here, size, *constants, *shares)
-    moved = [t if t is None else t.to(CUDA) for t in constants]
-    losses = mixed_cross_entropy_(there, size, *moved, *shares)
+    expected = mixed_cross_entropy_(here, size, *constants)
+    losses = mixed_cross_entropy_(there, size, *on_gpu(constants))
     torch.testing.assert_close(losses.cpu(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(there.cpu().float(), here, rtol=8e-3, atol=1e-6)
 

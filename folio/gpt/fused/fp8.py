@@ -15,7 +15,7 @@ N, R, C and V are those of cross_entropy.py. V is padded.
 import torch
 
 from folio import device
-from folio.gpt.cross_entropy_kernel import FP8_FACTOR
+from folio.gpt.cross_entropy_kernel import FP8_FACTOR, runs_kernel
 
 if device.can_compile():
     import triton
@@ -92,7 +92,7 @@ def quantize(
     Writes to scale, to rows [N, C] and to columns [C, N], if given, which is rows.T. All tensors
     are contiguous. Without Triton or a GPU, PyTorch operators compute the same result.
     """
-    if _runs_kernel(x):
+    if runs_kernel(x):
         partials = torch.empty(_PARTIALS, device=x.device)
         _largest[(_PARTIALS,)](x, partials, x.numel(), _BLOCK, num_warps=4)
         height, width = x.shape
@@ -107,10 +107,6 @@ def quantize(
     rows.copy_(x.float() * (_MAX_E4M3 / largest))
     if columns is not None:
         columns.copy_(rows.T)
-
-
-def _runs_kernel(x: torch.Tensor) -> bool:
-    return device.can_compile() and x.is_cuda
 
 
 if device.can_compile():

@@ -71,9 +71,9 @@ class Gradients:
         """Must be called before each forward pass, of so many tokens."""
         self._rows, self._stacks = rows, {}
         weights = self._weights.values()
-        bytes = sum(rows * sum(w.shape[1:]) * w.element_size() for w in weights)  # of a block
+        size = sum(rows * sum(w.shape[1:]) * w.element_size() for w in weights)  # of a block
         blocks = len(self._vectors)
-        most = min(max(1, MAX_STACKED // bytes), blocks)
+        most = min(max(1, MAX_STACKED // size), blocks)
         self._size = -(-blocks // -(-blocks // most))  # the stacks are about equally long
 
     def forget(self) -> None:
