@@ -19,6 +19,8 @@ from folio.inference.attend_kernel import attend, attend_and_project
 from folio.inference.choose_kernel import Chooser, Options
 from folio.inference.fixed_point import MARK
 
+_AT_ONCE = 8  # tokens that the host hands out together
+
 
 def can_fuse(model: GPT) -> bool:
     """Whether the kernels run where the model is, and support its sizes."""
@@ -89,24 +91,35 @@ class FusedDecoder:
         self._nothing = torch.empty(0, device=where)  # the input of the graphs
 
     def generate(self, model: GPT, prompts: torch.Tensor, tokens: int) -> Iterator[torch.Tensor]:
-        """Yield the ids [B] of each of `tokens` tokens after prompts [B, T]."""
+        """Yield the ids [B] of each of `tokens` tokens after prompts [B, T].
+
+        After the first token, they are computed _AT_ONCE at a time: to copy each by itself would
+        take as long as a few kernels.
+        """
+        if tokens < 1:
+            return
         window = prompts[:, -self.context :].to(self.texts.device)
         length = window.shape[1]
-        for number in range(tokens):
-            if number == 0:
-                self.texts[:, :length] = window
-                self.positions.fill_(length - 1)
-                self.cache.length = 0
-                hidden = model.hidden(window, self.cache)[:, -1]
-                self._choose(F.linear(hidden, self.transformer.wte.weight))
-            elif length < self.context:
+        self.texts[:, :length] = window
+        self.positions.fill_(length - 1)
+        self.cache.length = 0
+        hidden = model.hidden(window, self.cache)[:, -1]
+        self._choose(F.linear(hidden, self.transformer.wte.weight))
+        yield self.texts[:, length].clone()
+        tokens -= 1
+        while tokens > 0:
+            new = 1
+            if length < self.context:
+                new = min(_AT_ONCE, tokens, self.context - length)
                 self._step = self._step or self._capture(self._next)
-                self._step(self._nothing)
+                for _ in range(new):
+                    self._step(self._nothing)
+                length += new
             else:
                 self._slide = self._slide or self._capture(lambda: self._next_beyond(model))
                 self._slide(self._nothing)
-            length += number > 0 and length < self.context
-            yield self.texts[:, length].clone()
+            tokens -= new
+            yield from self.texts[:, length - new + 1 : length + 1].t().clone()
 
     def _capture(self, work: Callable[[], None]) -> Callable[[torch.Tensor], None]:
         """Capture work, which is run once before, and restore the state that it has changed."""
