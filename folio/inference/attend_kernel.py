@@ -4,6 +4,7 @@ import torch
 
 from folio import device
 from folio.inference.decode_kernels import MULTIPROCESSORS
+from folio.inference.fixed_point import MARK
 from folio.inference.handover import launch_options
 
 if device.can_compile():
@@ -50,13 +51,12 @@ def attend_and_project(
     bias: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
-) -> int:
+) -> None:
     """Add to y, which is 0: x, bias, and weight [C, C] times the result of `attend`.
 
-    x and y [B, C] are residual streams in fixed point (fixed_point.py). A program multiplies
+    x and y [B, C + MARK] are residual streams in fixed point (fixed_point.py). A program multiplies
     a head's part of the result by _ROWS rows of the weight. The programs of the same head all
-    repeat its attention, which takes less time than to start another kernel. Returns how many
-    programs add to a value.
+    repeat its attention, which takes less time than to start another kernel.
     """
     _, B, n_head, T, D = keys_values.shape
     C = n_head * D
@@ -67,11 +67,10 @@ def attend_and_project(
     keys = 128 if B * n_head * slices > MULTIPROCESSORS else 256
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, rows=rows, num_warps=_PRODUCT_WARPS,
+        n_head=n_head, head_dim=D, rows=rows, mark=MARK, num_warps=_PRODUCT_WARPS,
         block=_block(32 * _PRODUCT_WARPS, keys, D, keys_values.element_size()),
         **launch_options(qkv)
     )  # fmt: skip
-    return n_head
 
 
 if device.can_compile():
@@ -141,7 +140,7 @@ if device.can_compile():
     def _attend_and_project(
         qkv, keys_values, positions, weight, bias, x, y, scale, context, offset,
         n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,
-        early: tl.constexpr,
+        mark: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program, slice = tl.program_id(0), tl.program_id(1)
@@ -158,6 +157,7 @@ if device.can_compile():
         result = _attention(
             own, keys, offset, end, scale, slice == 0, channels, head_dim, block, early
         )  # fmt: skip
-        before = tl.load(x + b * channels + n, is_first, other=0)
+        row = b * (channels + mark)
+        before = tl.load(x + row + n, is_first, other=0)
         share = tl.sum(to_fp32(w) * result[None, :], 1) + shift
-        add(y + b * channels, n, share, before, inside)
+        add(y + row, n, share, before, inside, channels)

@@ -17,7 +17,7 @@ from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
 from folio.inference.attend_kernel import attend, attend_and_project
 from folio.inference.choose_kernel import Chooser, Options
-from folio.inference.fixed_point import MOST_ADDITIONS
+from folio.inference.fixed_point import MARK
 
 _AT_ONCE = 8  # tokens that the host hands out together
 
@@ -68,9 +68,7 @@ class FusedDecoder:
         where, n = t.wte.weight.device, p.n_embd
         # For batches of a wider model, `mlp` has few registers left.
         small = kernels.SMALL_BATCH if n <= 1_280 else 1
-        self.additions = kernels.mlp_programs(self.blocks[0][8])  # to the stream after a layer
-        self.context = p.block_size
-        self.is_small = batch <= small and self.additions <= MOST_ADDITIONS
+        self.context, self.is_small = p.block_size, batch <= small
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
         exact = partial(torch.empty, dtype=torch.float32, device=where)
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
@@ -79,7 +77,7 @@ class FusedDecoder:
         rows = len(t.wte.weight)
         self.largest: torch.Tensor | None = None  # logits; see Chooser
         if self.is_small:  # the residual stream before and after each part of each layer
-            self.x = zeros((2 * p.n_layer + 1, batch, n))
+            self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
             self.qkv = exact((batch, 3 * n))
             self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
             rows_per_program, _ = kernels.rows_and_warps(t.wte.weight, batch)
@@ -138,8 +136,7 @@ class FusedDecoder:
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
-        embedding = t.wte.weight, t.wpe.weight
-        kernels.embed(self.texts, self.positions, *embedding, self.x, self.additions)
+        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
         if self.is_small:
             self._compute_small_logits()
         else:
@@ -148,18 +145,18 @@ class FusedDecoder:
 
     def _compute_small_logits(self) -> None:
         """Write the logits [B, V] after the last tokens, in three kernels per layer."""
-        t, x, n = self.transformer, self.x, self.additions
+        t, x = self.transformer, self.x
         for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
             before, between, after = x[2 * layer : 2 * layer + 3]
-            kernels.project(before, n, (g1, b1), attn_w, attn_b, self.qkv, is_first=layer == 0)
+            kernels.project(before, (g1, b1), attn_w, attn_b, self.qkv)
             keys_values = self.cache.keys_values[layer]
-            heads = attend_and_project(
+            attend_and_project(
                 self.qkv, keys_values, self.positions, proj_w, proj_b, before, between
             )  # fmt: skip
-            kernels.mlp(between, heads, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
+            kernels.mlp(between, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
         norm = (t.ln_f.weight, t.ln_f.bias)
-        kernels.project(x[-1], n, norm, t.wte.weight, None, self.logits, self.largest)
+        kernels.project(x[-1], norm, t.wte.weight, None, self.logits, self.largest)
 
     def _large_logits(self) -> torch.Tensor:
         """The logits with cuBLAS's products, in eight kernels per layer."""
