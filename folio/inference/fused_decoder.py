@@ -17,7 +17,7 @@ from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
 from folio.inference.attend_kernel import attend, attend_and_project
 from folio.inference.choose_kernel import Chooser, Options
-from folio.inference.fixed_point import MARK
+from folio.inference.fixed_point import MOST_ADDITIONS
 
 _AT_ONCE = 8  # tokens that the host hands out together
 
@@ -68,7 +68,9 @@ class FusedDecoder:
         where, n = t.wte.weight.device, p.n_embd
         # For batches of a wider model, `mlp` has few registers left.
         small = kernels.SMALL_BATCH if n <= 1_280 else 1
-        self.context, self.is_small = p.block_size, batch <= small
+        self.additions = kernels.mlp_programs(self.blocks[0][8])  # to the stream after a layer
+        self.context = p.block_size
+        self.is_small = batch <= small and self.additions <= MOST_ADDITIONS
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
         exact = partial(torch.empty, dtype=torch.float32, device=where)
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
@@ -76,9 +78,10 @@ class FusedDecoder:
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
         rows = len(t.wte.weight)
         self.largest: torch.Tensor | None = None  # logits; see Chooser
-        if self.is_small:  # the residual stream before and after each part of each layer
-            self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
-            self.qkv = exact((batch, 3 * n))
+        if self.is_small:
+            # Of each layer, the residual stream before it, q, k, v, and the stream between
+            # attention and MLP; then the stream after all layers.
+            self.x = zeros((5 * p.n_layer + 1, batch, n))
             self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
             rows_per_program, _ = kernels.rows_and_warps(t.wte.weight, batch)
             self.largest = zeros((batch, -(-rows // rows_per_program)))
@@ -136,7 +139,8 @@ class FusedDecoder:
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
-        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
+        embedding = t.wte.weight, t.wpe.weight
+        kernels.embed(self.texts, self.positions, *embedding, self.x, self.additions)
         if self.is_small:
             self._compute_small_logits()
         else:
@@ -145,18 +149,19 @@ class FusedDecoder:
 
     def _compute_small_logits(self) -> None:
         """Write the logits [B, V] after the last tokens, in three kernels per layer."""
-        t, x = self.transformer, self.x
+        t, x, n = self.transformer, self.x, self.additions
         for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            before, between, after = x[2 * layer : 2 * layer + 3]
-            kernels.project(before, (g1, b1), attn_w, attn_b, self.qkv)
+            before, qkv = x[5 * layer], x[5 * layer + 1 : 5 * layer + 4]
+            between, after = x[5 * layer + 4 : 5 * layer + 6]
+            kernels.project(before, n, (g1, b1), attn_w, attn_b, qkv, is_first=layer == 0)
             keys_values = self.cache.keys_values[layer]
-            attend_and_project(
-                self.qkv, keys_values, self.positions, proj_w, proj_b, before, between
+            heads = attend_and_project(
+                qkv, keys_values, self.positions, proj_w, proj_b, before, between
             )  # fmt: skip
-            kernels.mlp(between, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
+            kernels.mlp(between, heads, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
         norm = (t.ln_f.weight, t.ln_f.bias)
-        kernels.project(x[-1], norm, t.wte.weight, None, self.logits, self.largest)
+        kernels.project(x[-1], n, norm, t.wte.weight, None, self.logits, self.largest)
 
     def _large_logits(self) -> torch.Tensor:
         """The logits with cuBLAS's products, in eight kernels per layer."""
