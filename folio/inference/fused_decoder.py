@@ -20,6 +20,7 @@ from folio.inference.choose_kernel import Chooser, Options
 from folio.inference.fixed_point import MOST_ADDITIONS
 
 _AT_ONCE = 8  # tokens that the host hands out together
+_MANY = 1_000  # tokens of a decoder after which it pays to capture _AT_ONCE of them as one graph
 
 
 def can_fuse(model: GPT) -> bool:
@@ -89,7 +90,9 @@ class FusedDecoder:
             self.x = exact((batch, n))
             self.normal, self.attended = half((batch, n)), half((batch, n))
         self.chooser = Chooser(batch, rows, options, where)
+        self.generated = 0  # tokens of each text, by all calls of generate
         self._step: Callable[[torch.Tensor], None] | None = None
+        self._steps: Callable[[torch.Tensor], None] | None = None  # _AT_ONCE of them
         self._slide: Callable[[torch.Tensor], None] | None = None
         self._nothing = torch.empty(0, device=where)  # the input of the graphs
 
@@ -114,15 +117,24 @@ class FusedDecoder:
             new = 1
             if length < self.context:
                 new = min(_AT_ONCE, tokens, self.context - length)
-                self._step = self._step or self._capture(self._next)
-                for _ in range(new):
-                    self._step(self._nothing)
+                self._replay(new)
                 length += new
             else:
                 self._slide = self._slide or self._capture(lambda: self._next_beyond(model))
                 self._slide(self._nothing)
             tokens -= new
             yield from self.texts[:, length - new + 1 : length + 1].t().clone()
+
+    def _replay(self, tokens: int) -> None:
+        """Append tokens to each text in the context."""
+        self.generated += tokens
+        if tokens == _AT_ONCE and self.generated > _MANY:
+            self._steps = self._steps or self._capture(self._next_tokens)
+            self._steps(self._nothing)
+        else:
+            self._step = self._step or self._capture(self._next)
+            for _ in range(tokens):
+                self._step(self._nothing)
 
     def _capture(self, work: Callable[[], None]) -> Callable[[torch.Tensor], None]:
         """Capture work, which is run once before, and restore the state that it has changed."""
@@ -135,6 +147,10 @@ class FusedDecoder:
 
     def _choose(self, logits: torch.Tensor, largest: torch.Tensor | None = None) -> None:
         self.chooser(logits, self.texts, self.positions, largest)
+
+    def _next_tokens(self) -> None:
+        for _ in range(_AT_ONCE):
+            self._next()
 
     def _next(self) -> None:
         """Append a token to each text in the context."""
