@@ -4,13 +4,14 @@ import torch
 
 from folio import device
 from folio.inference.decode_kernels import MULTIPROCESSORS
-from folio.inference.handover import launch_options, polls
+from folio.inference.fixed_point import MARK
+from folio.inference.handover import launch_options
 
 if device.can_compile():
     import triton
     from triton import language as tl
 
-    from folio.inference.fixed_point import add, receive
+    from folio.inference.fixed_point import add
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import let_next_start, wait
 
@@ -50,14 +51,12 @@ def attend_and_project(
     bias: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
-) -> int:
+) -> None:
     """Add to y, which is 0: x, bias, and weight [C, C] times the result of `attend`.
 
-    x and y [B, C] are residual streams in fixed point, and qkv [3, B, C] has been sent
-    (fixed_point.py). A program multiplies
+    x and y [B, C + MARK] are residual streams in fixed point (fixed_point.py). A program multiplies
     a head's part of the result by _ROWS rows of the weight. The programs of the same head all
-    repeat its attention, which takes less time than to start another kernel. Returns how many
-    programs add to a value.
+    repeat its attention, which takes less time than to start another kernel.
     """
     _, B, n_head, T, D = keys_values.shape
     C = n_head * D
@@ -68,11 +67,10 @@ def attend_and_project(
     keys = 128 if B * n_head * slices > MULTIPROCESSORS else 256
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        B, n_head=n_head, head_dim=D, rows=rows, poll=polls(x, 1, 1) > 0, num_warps=_PRODUCT_WARPS,
+        n_head=n_head, head_dim=D, rows=rows, mark=MARK, num_warps=_PRODUCT_WARPS,
         block=_block(32 * _PRODUCT_WARPS, keys, D, keys_values.element_size()),
         **launch_options(qkv)
     )  # fmt: skip
-    return n_head
 
 
 if device.can_compile():
@@ -98,13 +96,18 @@ if device.can_compile():
 
     @triton.jit
     def _attention(
-        q, k, v, cached_k, cached_v, keys, offset, end, stores,
-        head_dim: tl.constexpr, block: tl.constexpr,
+        own, keys, offset, end, scale, stores, channels: tl.constexpr, head_dim: tl.constexpr,
+        block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
-        """The attention [D] of the token `end`, whose q, k and v are given, and its k and v stored
-        in the cache if `stores`. Earlier tokens' are there; the first block has been loaded."""
+        """The attention [D] of the token `end`, whose q, k and v are at `own`, at intervals of
+        `channels`. Earlier tokens' are in the cache, where k and v are stored if `stores`."""
         d = tl.arange(0, head_dim)
-        k, v = k.to(keys.dtype.element_ty), v.to(keys.dtype.element_ty)
+        cached_k, cached_v = _load(keys, offset, 0, end, head_dim, block)
+        wait(early)
+        own += d
+        q = tl.load(own).to(tl.float32) * scale
+        k = tl.load(own + channels).to(keys.dtype.element_ty)
+        v = tl.load(own + 2 * channels).to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k, (d < head_dim) & stores)
         tl.store(keys + offset + end * head_dim + d, v, (d < head_dim) & stores)
         # The token itself is the first; the others follow block by block.
@@ -122,25 +125,22 @@ if device.can_compile():
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
-        b, channels, d = program // n_head, n_head * head_dim, tl.arange(0, head_dim)
+        b, channels = program // n_head, n_head * head_dim
         keys = keys_values + program.to(tl.int64) * context * head_dim
         # Earlier steps have written the position, and the cache up to there.
         end = tl.load(positions + b).to(tl.int32)
-        cached_k, cached_v = _load(keys, offset, 0, end, head_dim, block)
-        wait(early)
-        own = qkv + (b * 3 * n_head + program % n_head) * head_dim + d
-        q = tl.load(own).to(tl.float32) * scale
-        k, v = tl.load(own + channels), tl.load(own + 2 * channels)
+        own = qkv + (b * 3 * n_head + program % n_head) * head_dim
         result = _attention(
-            q, k, v, cached_k, cached_v, keys, offset, end, True, head_dim, block
+            own, keys, offset, end, scale, True, channels, head_dim, block, early
         )  # fmt: skip
-        tl.store(y + program * head_dim + d, result.to(y.dtype.element_ty))
+        place = y + program * head_dim + tl.arange(0, head_dim)
+        tl.store(place, result.to(y.dtype.element_ty))
 
     @triton.jit
     def _attend_and_project(
-        qkv, keys_values, positions, weight, bias, x, y, scale, context, offset, batch,
+        qkv, keys_values, positions, weight, bias, x, y, scale, context, offset,
         n_head: tl.constexpr, head_dim: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,
-        poll: tl.constexpr, early: tl.constexpr,
+        mark: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program, slice = tl.program_id(0), tl.program_id(1)
@@ -153,14 +153,11 @@ if device.can_compile():
         w = tl.load(weight + n[:, None] * channels + d[None, :], inside[:, None], other=0.0)
         is_first = inside & (head == 0)
         shift = tl.load(bias + n, is_first, other=0.0).to(tl.float32)
-        cached_k, cached_v = _load(keys, offset, 0, end, head_dim, block)
-        wait(early and not poll)
-        place = qkv + b * channels + head * head_dim
-        q, k, v = receive(place, batch * channels, head_dim, poll)
-        before = tl.load(x + b * channels + n, is_first, other=0, cache_modifier=".cg")
+        own = qkv + (b * 3 * n_head + head) * head_dim
         result = _attention(
-            q * scale, k, v, cached_k, cached_v, keys, offset, end, slice == 0, head_dim, block
+            own, keys, offset, end, scale, slice == 0, channels, head_dim, block, early
         )  # fmt: skip
+        row = b * (channels + mark)
+        before = tl.load(x + row + n, is_first, other=0)
         share = tl.sum(to_fp32(w) * result[None, :], 1) + shift
-        add(y + b * channels, n, share, before, inside)
-        wait(early and poll)
+        add(y + row, n, share, before, inside, channels)

@@ -11,14 +11,15 @@ import os
 import torch
 
 from folio import device
-from folio.inference.handover import launch_options, polls
+from folio.inference.fixed_point import MARK
+from folio.inference.handover import launch_options
 
 if device.can_compile():
     import triton
     from triton import language as tl
 
     from folio.inference.choose_kernel import pack
-    from folio.inference.fixed_point import add, read, send, to_fixed
+    from folio.inference.fixed_point import add, read, to_fixed
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import add_both, let_next_start, wait
 
@@ -27,7 +28,6 @@ MULTIPROCESSORS = 132  # of an H100
 _PART = 256  # inputs that a warp multiplies at once, with 16 bytes of half precision per thread
 _MLP_WARPS, _MLP_UNITS = 8, 32  # hidden units per program, fewer if their weights are larger than
 _MLP_BYTES = 1 << 16  # for each of the two matrices
-MLP_REGISTERS: int | None = None  # per thread, at most
 
 
 def run_on(x: torch.Tensor) -> bool:
@@ -40,18 +40,17 @@ def run_on(x: torch.Tensor) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def embed(texts, positions, wte, wpe, x, count=1) -> None:
+def embed(texts, positions, wte, wpe, x) -> None:
     """Write wte[texts[b, positions[b]]] + wpe[positions[b]] to x; a negative id counts as 0.
 
-    texts [B, length] and positions [B] are int64. x [B, C] is in fp32. Or x [n, B, C] has n
-    rows in 64 bits, of which the first gets the values in fixed point, as if added to by `count`
-    programs, and the others 0.
+    texts [B, length] and positions [B] are int64. x [B, C] is in fp32. Or x [n, B, C + MARK] has n
+    residual streams in fixed point, of which the first gets the values, and the others 0.
     """
     channels = wte.shape[1]
     is_fixed = x.dtype == torch.int64
     _embed[(len(texts), len(x) if is_fixed else 1)](
-        texts, positions, wte, wpe, x, texts.stride(0), channels, count, is_fixed=is_fixed,
-        block=triton.next_power_of_2(channels), num_warps=4, **launch_options(x)
+        texts, positions, wte, wpe, x, texts.stride(0), channels, x.shape[-1], is_fixed=is_fixed,
+        block=triton.next_power_of_2(x.shape[-1]), num_warps=4, **launch_options(x)
     )  # fmt: skip
 
 
@@ -75,47 +74,37 @@ def rows_and_warps(weight, batch: int) -> tuple[int, int]:
     return warps * rows_per_warp, warps
 
 
-def project(x, count, norm, weight, bias, out, largest=None, is_first=False) -> None:
+def project(x, norm, weight, bias, out, largest=None) -> None:
     """Write weight [N, C] times the layer norm of x, plus bias if not None, to out [B, N] in fp32.
 
-    For at most SMALL_BATCH rows. x [B, C] is in fixed point, and `count` programs add to it; norm:
-    weight and bias of the layer norm. Or out [N // C, B, C] is in 64 bits, and the results are sent
-    (fixed_point.send). largest [B, programs]: also write choose_kernel.pack of each program's
-    largest. is_first: nothing later may start before the previous kernel has ended.
+    For at most SMALL_BATCH rows. x [B, C + MARK] is in fixed point; norm: weight and bias of the
+    layer norm. largest [B, programs]: also write choose_kernel.pack of each program's largest.
     """
     N, C = weight.shape
     rows, warps = rows_and_warps(weight, len(x))
-    parts = triton.next_power_of_2(triton.cdiv(C, _PART))
     _project[(triton.cdiv(N, rows),)](
-        x, *norm, weight, bias, out, largest, N, out.stride(0), batch=len(x), channels=C,
-        part=_PART, parts=parts, rows=rows, count=count, poll=polls(x, parts * _PART, warps),
-        has_bias=bias is not None, has_largest=largest is not None, is_first=is_first,
-        sends=out.dtype == torch.int64, num_warps=warps, **launch_options(x)
+        x, *norm, weight, bias, out, largest, N, out.stride(0), batch=len(x), channels=C, mark=MARK,
+        part=_PART, parts=triton.next_power_of_2(triton.cdiv(C, _PART)), rows=rows,
+        has_bias=bias is not None, has_largest=largest is not None, num_warps=warps,
+        **launch_options(x)
     )  # fmt: skip
 
 
-def mlp_programs(fc) -> int:
-    """How many programs `mlp` has, of which each computes a few hidden units."""
-    hidden, C = fc.shape
-    units = _MLP_UNITS
-    while units * C * fc.element_size() > _MLP_BYTES:
-        units //= 2
-    return hidden // units
-
-
-def mlp(x, count, norm, fc, out, y) -> None:
+def mlp(x, norm, fc, out, y) -> None:
     """Add the MLP of the layer norm of x, and x, to y, which is 0.
 
-    For at most SMALL_BATCH rows. x and y [B, C] are residual streams in fixed point, and `count`
-    programs add to x; norm, fc and out: weight and bias of each. A program adds the share that its
-    hidden units have in the result.
+    For at most SMALL_BATCH rows. x and y [B, C + MARK] are residual streams in fixed point
+    (fixed_point.py); norm, fc and out: weight and bias of each. A program computes a few hidden
+    units, and their share of the result.
     """
     hidden, C = fc[0].shape
-    programs, parts = mlp_programs(fc[0]), triton.next_power_of_2(triton.cdiv(C, _PART))
-    _mlp[(programs,)](
-        x, *norm, *fc, *out, y, batch=len(x), channels=C, hidden=hidden, part=_PART, parts=parts,
-        units=hidden // programs, count=count, poll=polls(x, parts * _PART, _MLP_WARPS),
-        num_warps=_MLP_WARPS, maxnreg=MLP_REGISTERS, **launch_options(x)
+    units = _MLP_UNITS
+    while units * C * fc[0].element_size() > _MLP_BYTES:
+        units //= 2
+    _mlp[(hidden // units,)](
+        x, *norm, *fc, *out, y, batch=len(x), channels=C, hidden=hidden, mark=MARK, part=_PART,
+        parts=triton.next_power_of_2(triton.cdiv(C, _PART)), units=units,
+        num_warps=_MLP_WARPS, **launch_options(x)
     )  # fmt: skip
 
 
@@ -123,7 +112,7 @@ if device.can_compile():
 
     @triton.jit
     def _embed(
-        texts, positions, wte, wpe, x, stride, channels, count,
+        texts, positions, wte, wpe, x, stride, channels, width,
         is_fixed: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
@@ -132,13 +121,16 @@ if device.can_compile():
         c = tl.arange(0, block)
         position = tl.load(positions + b)
         id = tl.maximum(tl.load(texts + b * stride + position), 0)
-        inside = c < channels
-        first = inside & (stream == 0)
-        v = tl.load(wte + id * channels + c, first, other=0.0).to(tl.float32)
-        v += tl.load(wpe + position * channels + c, first, other=0.0).to(tl.float32)
+        inside = (c < channels) & (stream == 0)
+        token = tl.load(wte + id * channels + c, inside, other=0.0).to(tl.float32)
+        place = tl.load(wpe + position * channels + c, inside, other=0.0).to(tl.float32)
+        result = x + (stream * tl.num_programs(0) + b) * width + c
         if is_fixed:
-            v, _ = to_fixed(v, tl.where(stream == 0, count, 0))
-        tl.store(x + (stream * tl.num_programs(0) + b) * channels + c, v, inside)
+            v, good = to_fixed(token + place)
+            v = tl.where(c == channels, tl.max(1 - good.to(tl.int32), 0), v)
+            tl.store(result, v, c < width)
+        else:
+            tl.store(result, token + place, inside)
 
     @triton.jit
     def _layer_norm(v, gain, shift, inside, channels):
@@ -198,12 +190,10 @@ if device.can_compile():
     @triton.jit
     def _project(
         x, gain, shift, weight, bias, out, largest, outputs, stride,
-        batch: tl.constexpr, channels: tl.constexpr, part: tl.constexpr, parts: tl.constexpr,
-        rows: tl.constexpr, count: tl.constexpr, poll: tl.constexpr, has_bias: tl.constexpr,
-        has_largest: tl.constexpr, is_first: tl.constexpr, sends: tl.constexpr,
+        batch: tl.constexpr, channels: tl.constexpr, mark: tl.constexpr, part: tl.constexpr,
+        parts: tl.constexpr, rows: tl.constexpr, has_bias: tl.constexpr, has_largest: tl.constexpr,
         early: tl.constexpr,
     ):  # fmt: skip
-        wait(early and is_first)
         let_next_start(early)
         program = tl.program_id(0)
         n, c = program * rows + tl.arange(0, rows), _channels(part, parts)
@@ -214,31 +204,22 @@ if device.can_compile():
         offset = tl.zeros([rows], tl.float32)
         if has_bias:
             offset += tl.load(bias + n, inside, other=0.0).to(tl.float32)
-        wait(early and poll == 0)
-        v = read(x, c, channels, gain, count, poll)
+        wait(early)
+        v = read(x, c, channels)
         for b in range(batch):
             u = _normal(v, gain, shift, channels)
-            if batch > 1:  # begin to load the next row
-                v = read(
-                    x + tl.minimum(b + 1, batch - 1) * channels, c, channels, gain, count, poll
-                )
+            v = read(x + tl.minimum(b + 1, batch - 1) * (channels + mark), c, channels)
             y = _products(w, u) + offset
-            if sends:
-                place = out + (n // channels * batch + b) * channels + n % channels
-                send(place, y, inside)
-            else:
-                tl.store(out + b * stride + n, y, inside)
+            tl.store(out + b * stride + n, y, inside)
             if has_largest:
                 packed = pack(tl.where(inside, y, float("-inf")), n)
                 tl.store(largest + b * tl.num_programs(0) + program, tl.max(packed, 0))
-        wait(early and poll > 0)  # a kernel ends after all earlier ones
 
     @triton.jit
     def _mlp(
         x, gain, shift, fc_w, fc_b, out_w, out_b, y,
-        batch: tl.constexpr, channels: tl.constexpr, hidden: tl.constexpr, part: tl.constexpr,
-        parts: tl.constexpr, units: tl.constexpr, count: tl.constexpr, poll: tl.constexpr,
-        early: tl.constexpr,
+        batch: tl.constexpr, channels: tl.constexpr, hidden: tl.constexpr, mark: tl.constexpr,
+        part: tl.constexpr, parts: tl.constexpr, units: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         let_next_start(early)
         program = tl.program_id(0)
@@ -255,22 +236,17 @@ if device.can_compile():
         gain = tl.load(gain + c, c < channels, other=0.0).to(tl.float32)
         shift = tl.load(shift + c, c < channels, other=0.0).to(tl.float32)
         offset = tl.load(fc_b + n).to(tl.float32)
-        wait(early and poll == 0)
-        v = read(x, c, channels, gain, count, poll)
+        wait(early)
+        v = read(x, c, channels)
         for b in range(batch):
-            row = b * channels
+            row = b * (channels + mark)
             u = _normal(v, gain, shift, channels)
-            if batch > 1:  # begin to load the next row
-                v = read(
-                    x + tl.minimum(b + 1, batch - 1) * channels, c, channels, gain, count, poll
-                )
+            v = read(x + tl.minimum(b + 1, batch - 1) * (channels + mark), c, channels)
             h = _products(w, u) + offset
             # GELU's tanh approximation: (1 + tanh(u)) / 2 = sigmoid(2 u)
             h *= tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
             for i in tl.static_range(pieces):
                 r = i * part + tl.arange(0, part)
-                is_first = (r < channels) & (program == 0)
-                before = tl.load(x + row + r, is_first, other=0, cache_modifier=".cg")
+                before = tl.load(x + row + r, (r < channels) & (program == 0), other=0)
                 share = tl.sum(to_fp32(columns[i]) * h[None, :], 1) + biases[i]
-                add(y + row, r, share, before, r < channels)
-        wait(early and poll > 0)
+                add(y + row, r, share, before, r < channels, channels)

@@ -17,10 +17,9 @@ from folio.gpt.model import GPT, KVCache
 from folio.inference import decode_kernels as kernels
 from folio.inference.attend_kernel import attend, attend_and_project
 from folio.inference.choose_kernel import Chooser, Options
-from folio.inference.fixed_point import MOST_ADDITIONS
+from folio.inference.fixed_point import MARK
 
 _AT_ONCE = 8  # tokens that the host hands out together
-_MANY = 1_000  # tokens of a decoder after which it pays to capture _AT_ONCE of them as one graph
 
 
 def can_fuse(model: GPT) -> bool:
@@ -69,9 +68,7 @@ class FusedDecoder:
         where, n = t.wte.weight.device, p.n_embd
         # For batches of a wider model, `mlp` has few registers left.
         small = kernels.SMALL_BATCH if n <= 1_280 else 1
-        self.additions = kernels.mlp_programs(self.blocks[0][8])  # to the stream after a layer
-        self.context = p.block_size
-        self.is_small = batch <= small and self.additions <= MOST_ADDITIONS
+        self.context, self.is_small = p.block_size, batch <= small
         half = partial(torch.empty, dtype=t.wte.weight.dtype, device=where)  # or fp32
         exact = partial(torch.empty, dtype=torch.float32, device=where)
         zeros = partial(torch.zeros, dtype=torch.int64, device=where)
@@ -79,10 +76,9 @@ class FusedDecoder:
         self.texts, self.positions = zeros((batch, self.context + 1)), zeros(batch)
         rows = len(t.wte.weight)
         self.largest: torch.Tensor | None = None  # logits; see Chooser
-        if self.is_small:
-            # Of each layer, the residual stream before it, q, k, v, and the stream between
-            # attention and MLP; then the stream after all layers.
-            self.x = zeros((5 * p.n_layer + 1, batch, n))
+        if self.is_small:  # the residual stream before and after each part of each layer
+            self.x = zeros((2 * p.n_layer + 1, batch, n + MARK))
+            self.qkv = exact((batch, 3 * n))
             self.logits = exact((batch, -(-rows // 16) * 16))[:, :rows]  # each row is aligned
             rows_per_program, _ = kernels.rows_and_warps(t.wte.weight, batch)
             self.largest = zeros((batch, -(-rows // rows_per_program)))
@@ -90,9 +86,7 @@ class FusedDecoder:
             self.x = exact((batch, n))
             self.normal, self.attended = half((batch, n)), half((batch, n))
         self.chooser = Chooser(batch, rows, options, where)
-        self.generated = 0  # tokens of each text, by all calls of generate
         self._step: Callable[[torch.Tensor], None] | None = None
-        self._steps: Callable[[torch.Tensor], None] | None = None  # _AT_ONCE of them
         self._slide: Callable[[torch.Tensor], None] | None = None
         self._nothing = torch.empty(0, device=where)  # the input of the graphs
 
@@ -117,24 +111,15 @@ class FusedDecoder:
             new = 1
             if length < self.context:
                 new = min(_AT_ONCE, tokens, self.context - length)
-                self._replay(new)
+                self._step = self._step or self._capture(self._next)
+                for _ in range(new):
+                    self._step(self._nothing)
                 length += new
             else:
                 self._slide = self._slide or self._capture(lambda: self._next_beyond(model))
                 self._slide(self._nothing)
             tokens -= new
             yield from self.texts[:, length - new + 1 : length + 1].t().clone()
-
-    def _replay(self, tokens: int) -> None:
-        """Append tokens to each text in the context."""
-        self.generated += tokens
-        if tokens == _AT_ONCE and self.generated > _MANY:
-            self._steps = self._steps or self._capture(self._next_tokens)
-            self._steps(self._nothing)
-        else:
-            self._step = self._step or self._capture(self._next)
-            for _ in range(tokens):
-                self._step(self._nothing)
 
     def _capture(self, work: Callable[[], None]) -> Callable[[torch.Tensor], None]:
         """Capture work, which is run once before, and restore the state that it has changed."""
@@ -148,15 +133,10 @@ class FusedDecoder:
     def _choose(self, logits: torch.Tensor, largest: torch.Tensor | None = None) -> None:
         self.chooser(logits, self.texts, self.positions, largest)
 
-    def _next_tokens(self) -> None:
-        for _ in range(_AT_ONCE):
-            self._next()
-
     def _next(self) -> None:
         """Append a token to each text in the context."""
         t = self.transformer
-        embedding = t.wte.weight, t.wpe.weight
-        kernels.embed(self.texts, self.positions, *embedding, self.x, self.additions)
+        kernels.embed(self.texts, self.positions, t.wte.weight, t.wpe.weight, self.x)
         if self.is_small:
             self._compute_small_logits()
         else:
@@ -165,19 +145,18 @@ class FusedDecoder:
 
     def _compute_small_logits(self) -> None:
         """Write the logits [B, V] after the last tokens, in three kernels per layer."""
-        t, x, n = self.transformer, self.x, self.additions
+        t, x = self.transformer, self.x
         for layer, block in enumerate(self.blocks):
             g1, b1, attn_w, attn_b, proj_w, proj_b, g2, b2, fc_w, fc_b, out_w, out_b = block
-            before, qkv = x[5 * layer], x[5 * layer + 1 : 5 * layer + 4]
-            between, after = x[5 * layer + 4 : 5 * layer + 6]
-            kernels.project(before, n, (g1, b1), attn_w, attn_b, qkv, is_first=layer == 0)
+            before, between, after = x[2 * layer : 2 * layer + 3]
+            kernels.project(before, (g1, b1), attn_w, attn_b, self.qkv)
             keys_values = self.cache.keys_values[layer]
-            heads = attend_and_project(
-                qkv, keys_values, self.positions, proj_w, proj_b, before, between
+            attend_and_project(
+                self.qkv, keys_values, self.positions, proj_w, proj_b, before, between
             )  # fmt: skip
-            kernels.mlp(between, heads, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
+            kernels.mlp(between, (g2, b2), (fc_w, fc_b), (out_w, out_b), after)
         norm = (t.ln_f.weight, t.ln_f.bias)
-        kernels.project(x[-1], n, norm, t.wte.weight, None, self.logits, self.largest)
+        kernels.project(x[-1], norm, t.wte.weight, None, self.logits, self.largest)
 
     def _large_logits(self) -> torch.Tensor:
         """The logits with cuBLAS's products, in eight kernels per layer."""

@@ -2,9 +2,7 @@
 
 With "programmatic dependent launch" (CUDA programming guide, from compute capability 9.0), a kernel
 starts when all programs of the one before it have started. It loads its weights, and then waits for
-the end of that kernel, which has itself waited for all earlier ones. With POLL, some kernels wait
-for the values that they need instead (fixed_point.read), and for that end at their own end. The
-programs that such a kernel waits for have all started before it, so it cannot keep them from it.
+the end of that kernel, which has itself waited for all earlier ones.
 """
 
 import torch
@@ -17,18 +15,12 @@ if device.can_compile():
     from triton.language.extra import cuda
 
 EARLY = True  # whether a kernel may start before the previous one has ended
-POLL = False  # whether such a kernel waits for values instead of that end
 
 
 def launch_options(x: torch.Tensor) -> dict[str, bool]:
     """The options of a launch that starts before the previous kernel has ended, if possible."""
     early = EARLY and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"early": early, "launch_pdl": early} if early else {"early": False}
-
-
-def polls(x: torch.Tensor, size: int, warps: int) -> int:
-    """How many of `size` values each thread waits for; 0 if for the end of a kernel."""
-    return max(1, size // (32 * warps)) if POLL and launch_options(x)["early"] else 0
 
 
 if device.can_compile():

@@ -79,10 +79,9 @@ def test_fused_kernels_support_the_usual_sizes(monkeypatch, n_layer, n_head, n_e
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 64])
-@pytest.mark.parametrize(("early", "poll"), [(False, False), (True, False), (True, True)])
-def test_fused_greedy_text_is_the_plain_one(monkeypatch, precision, batch, early, poll):
+@pytest.mark.parametrize("early", [False, True])
+def test_fused_greedy_text_is_the_plain_one_except_for_ties(monkeypatch, precision, batch, early):
     monkeypatch.setattr(handover, "EARLY", early)
-    monkeypatch.setattr(handover, "POLL", poll)
     model, prompts = gpt(precision=precision), random_prompts(batch, 7)
     found = generate(model, prompts, fused=True)
     assert_equal_except_ties(model, prompts, found, generate(model, prompts))
