@@ -15,14 +15,15 @@ if device.can_compile():
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import let_next_start, wait
 
-_PRODUCT_WARPS = 8  # of a program that also computes a product
+_WARPS = 16  # of a program that can have a multiprocessor for itself
+_MANY_WARPS = 4, 8  # if there are more programs: of attention alone, and with a product
 _LOG2_E = 1.4426950408889634  # exp(x) is 2 ** (x * _LOG2_E)
 _ROWS = 128  # of the product, per program; 256 if there were too many programs
 
 
-def _block(threads: int, keys: int, head_dim: int, size: int) -> int:
-    """How many tokens to load at once, so that each thread has `keys` bytes of keys."""
-    return threads * keys // (size * max(64, head_dim))
+def _block(warps: int, head_dim: int, size: int) -> int:
+    """How many tokens to load at once, so that each thread has 64 bytes of keys."""
+    return warps * 32 // (size * max(1, head_dim // 64))
 
 
 def attend(
@@ -35,10 +36,10 @@ def attend(
     to wait for each other, which takes longer than what they save in GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
-    warps = 4 if B * n_head >= MULTIPROCESSORS else 16
+    warps = _MANY_WARPS[0] if B * n_head >= MULTIPROCESSORS else _WARPS
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=_block(32 * warps, 128, D, keys_values.element_size()),
+        n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()),
         num_warps=warps, **launch_options(qkv)
     )  # fmt: skip
 
@@ -63,13 +64,11 @@ def attend_and_project(
     rows = min(_ROWS, triton.next_power_of_2(C))
     rows *= 2 if B * n_head * triton.cdiv(C, rows) > 2 * MULTIPROCESSORS else 1
     slices = triton.cdiv(C, rows)
-    # A program that has a multiprocessor for itself can use all its registers.
-    keys = 128 if B * n_head * slices > MULTIPROCESSORS else 256
+    warps = _MANY_WARPS[1] if B * n_head * slices > MULTIPROCESSORS else _WARPS
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, rows=rows, mark=MARK, num_warps=_PRODUCT_WARPS,
-        block=_block(32 * _PRODUCT_WARPS, keys, D, keys_values.element_size()),
-        **launch_options(qkv)
+        n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()), rows=rows,
+        mark=MARK, num_warps=warps, **launch_options(qkv)
     )  # fmt: skip
 
 
@@ -84,15 +83,21 @@ if device.can_compile():
         return tl.load(place, inside, other=0.0), tl.load(place + offset, inside, other=0.0)
 
     @triton.jit
-    def _merge(k, v, q, start, end, top, norm, total, block: tl.constexpr):
-        """Update the maximum of the scores, and the sums of the powers of two and of the values
-        with these weights, by a block of tokens."""
+    def _scores(k, q, start, end, block: tl.constexpr):
         inside = start + tl.arange(0, block) < end
-        score = tl.where(inside, tl.sum(to_fp32(k) * q[None, :], 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 0))
-        w, factor = tl.exp2(score - higher), tl.exp2(top - higher)
-        norm = norm * factor + tl.sum(w, 0)
-        return higher, norm, total * factor + tl.sum(w[:, None] * to_fp32(v), 0)
+        return tl.where(inside, tl.sum(to_fp32(k) * q[None, :], 1), float("-inf"))
+
+    @triton.jit
+    def _merge(k0, v0, k1, v1, q, start, end, top, norm, total, block: tl.constexpr):
+        """Update the maximum of the scores, and the sums of the powers of two and of the values
+        with these weights, by two blocks of tokens."""
+        score0 = _scores(k0, q, start, end, block)
+        score1 = _scores(k1, q, start + block, end, block)
+        higher = tl.maximum(top, tl.max(tl.maximum(score0, score1), 0))
+        w0, w1, factor = tl.exp2(score0 - higher), tl.exp2(score1 - higher), tl.exp2(top - higher)
+        values = w0[:, None] * to_fp32(v0) + w1[:, None] * to_fp32(v1)
+        norm = norm * factor + tl.sum(w0 + w1, 0)
+        return higher, norm, total * factor + tl.sum(values, 0)
 
     @triton.jit
     def _attention(
@@ -102,7 +107,8 @@ if device.can_compile():
         """The attention [D] of the token `end`, whose q, k and v are at `own`, at intervals of
         `channels`. Earlier tokens' are in the cache, where k and v are stored if `stores`."""
         d = tl.arange(0, head_dim)
-        cached_k, cached_v = _load(keys, offset, 0, end, head_dim, block)
+        k0, v0 = _load(keys, offset, 0, end, head_dim, block)
+        k1, v1 = _load(keys, offset, block, end, head_dim, block)
         wait(early)
         own += d
         q = tl.load(own).to(tl.float32) * scale
@@ -110,12 +116,13 @@ if device.can_compile():
         v = tl.load(own + 2 * channels).to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k, (d < head_dim) & stores)
         tl.store(keys + offset + end * head_dim + d, v, (d < head_dim) & stores)
-        # The token itself is the first; the others follow block by block.
+        # The token itself is the first; the others follow as often as two blocks are loaded.
         top, norm, total = tl.sum(q * k.to(tl.float32), 0), 1.0, v.to(tl.float32)
-        top, norm, total = _merge(cached_k, cached_v, q, 0, end, top, norm, total, block)
-        for start in range(block, end, block):
-            cached_k, cached_v = _load(keys, offset, start, end, head_dim, block)
-            top, norm, total = _merge(cached_k, cached_v, q, start, end, top, norm, total, block)
+        top, norm, total = _merge(k0, v0, k1, v1, q, 0, end, top, norm, total, block)
+        for start in range(2 * block, end, 2 * block):
+            k0, v0 = _load(keys, offset, start, end, head_dim, block)
+            k1, v1 = _load(keys, offset, start + block, end, head_dim, block)
+            top, norm, total = _merge(k0, v0, k1, v1, q, start, end, top, norm, total, block)
         return total / norm
 
     @triton.jit
