@@ -76,7 +76,9 @@ def read_validation(path: Path, whole: bool) -> tuple[str, bool]:
     """
     try:
         text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except OSError as error:
+        raise EntryError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
         raise EntryError(f"{path} is not a text file in UTF-8") from None
     is_tiny = hashlib.sha256(text.encode()).hexdigest() == TINYSHAKESPEARE
     return (text if whole else text[int(0.9 * len(text)) :]), is_tiny and not whole

@@ -145,6 +145,8 @@ def test_checker_reports_a_bad_entry_in_one_line(copied, fault):
 
 
 def test_checker_reports_a_bad_text_or_stride_in_one_line(copied):
+    with pytest.raises(check_entry.EntryError, match=r"text\.txt cannot be read: No such file"):
+        report(copied)
     for content, words in ((b"\xff", "not a text file in UTF-8"), (b"", "too short")):
         (copied.parent / "text.txt").write_bytes(content)
         with pytest.raises(check_entry.EntryError, match=words):
