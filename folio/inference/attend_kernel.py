@@ -15,15 +15,14 @@ if device.can_compile():
     from folio.inference.half_precision import to_fp32
     from folio.inference.handover import let_next_start, wait
 
-_WARPS = 16  # of a program that can have a multiprocessor for itself
-_MANY_WARPS = 4, 8  # if there are more programs: of attention alone, and with a product
+_PRODUCT_WARPS = 8  # of a program that also computes a product
 _LOG2_E = 1.4426950408889634  # exp(x) is 2 ** (x * _LOG2_E)
 _ROWS = 128  # of the product, per program; 256 if there were too many programs
 
 
-def _block(warps: int, head_dim: int, size: int) -> int:
-    """How many tokens to load at once, so that each thread has 64 bytes of keys."""
-    return warps * 32 // (size * max(1, head_dim // 64))
+def _block(threads: int, keys: int, head_dim: int, size: int) -> int:
+    """How many tokens to load at once, so that each thread has `keys` bytes of keys."""
+    return threads * keys // (size * max(64, head_dim))
 
 
 def attend(
@@ -36,10 +35,10 @@ def attend(
     to wait for each other, which takes longer than what they save in GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
-    warps = _MANY_WARPS[0] if B * n_head >= MULTIPROCESSORS else _WARPS
+    warps = 4 if B * n_head >= MULTIPROCESSORS else 16
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()),
+        n_head=n_head, head_dim=D, block=_block(32 * warps, 64, D, keys_values.element_size()),
         num_warps=warps, **launch_options(qkv)
     )  # fmt: skip
 
@@ -64,11 +63,13 @@ def attend_and_project(
     rows = min(_ROWS, triton.next_power_of_2(C))
     rows *= 2 if B * n_head * triton.cdiv(C, rows) > 2 * MULTIPROCESSORS else 1
     slices = triton.cdiv(C, rows)
-    warps = _MANY_WARPS[1] if B * n_head * slices > MULTIPROCESSORS else _WARPS
+    # A program that has a multiprocessor for itself can use all its registers.
+    keys = 64 if B * n_head * slices > MULTIPROCESSORS else 128
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
-        n_head=n_head, head_dim=D, block=_block(warps, D, keys_values.element_size()), rows=rows,
-        mark=MARK, num_warps=warps, **launch_options(qkv)
+        n_head=n_head, head_dim=D, rows=rows, mark=MARK, num_warps=_PRODUCT_WARPS,
+        block=_block(32 * _PRODUCT_WARPS, keys, D, keys_values.element_size()),
+        **launch_options(qkv)
     )  # fmt: skip
 
 
