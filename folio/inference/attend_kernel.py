@@ -135,7 +135,7 @@ if device.can_compile():
         program = tl.program_id(0)
         b, channels = program // n_head, n_head * head_dim
         keys = keys_values + program.to(tl.int64) * context * head_dim
-        # Earlier steps have written the position, and the cache up to there.
+        # Read before `wait`: an earlier graph has written the position, and the cache up to there.
         end = tl.load(positions + b).to(tl.int32)
         own = qkv + (b * 3 * n_head + program % n_head) * head_dim
         result = _attention(
