@@ -17,12 +17,15 @@ if device.can_compile():
 
 _PRODUCT_WARPS = 8  # of a program that also computes a product
 _LOG2_E = 1.4426950408889634  # exp(x) is 2 ** (x * _LOG2_E)
-_ROWS = 128  # of the product, per program; 256 if there were too many programs
+_ROWS = 128  # of the product, per program; twice as many if there would be too many programs
 
 
-def _block(threads: int, keys: int, head_dim: int, size: int) -> int:
-    """How many tokens to load at once, so that each thread has `keys` bytes of keys."""
-    return threads * keys // (size * max(64, head_dim))
+def _block(threads: int, key_bytes: int, head_dim: int, size: int) -> int:
+    """The number of tokens in a block, of which two are loaded at once.
+
+    Each thread gets `key_bytes` bytes of its keys, fewer if a head has less than 64 channels.
+    """
+    return threads * key_bytes // (size * max(64, head_dim))
 
 
 def attend(
@@ -32,10 +35,11 @@ def attend(
 
     qkv [B, 3 C]; keys_values [2, B, n_head, T, D] is the cache of a layer; the result is y [B, C].
     The tokens of a head are split over the warps of one program. Several multiprocessors would have
-    to wait for each other, which takes longer than what they save in GPT-2's context.
+    to wait for each other, which takes more time than it saves within GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
-    warps = 4 if B * n_head >= MULTIPROCESSORS else 16
+    # A program that has a multiprocessor for itself can use all warps.
+    warps = 4 if B * n_head > MULTIPROCESSORS else 16
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
         n_head=n_head, head_dim=D, block=_block(32 * warps, 64, D, keys_values.element_size()),
@@ -56,19 +60,19 @@ def attend_and_project(
 
     x and y [B, C + MARK] are residual streams in fixed point (fixed_point.py). A program multiplies
     a head's part of the result by _ROWS rows of the weight. The programs of the same head all
-    repeat its attention, which takes less time than to start another kernel.
+    repeat its attention, which takes less time than starting another kernel.
     """
     _, B, n_head, T, D = keys_values.shape
     C = n_head * D
     rows = min(_ROWS, triton.next_power_of_2(C))
     rows *= 2 if B * n_head * triton.cdiv(C, rows) > 2 * MULTIPROCESSORS else 1
     slices = triton.cdiv(C, rows)
-    # A program that has a multiprocessor for itself can use all its registers.
-    keys = 64 if B * n_head * slices > MULTIPROCESSORS else 128
+    # A program that has a multiprocessor for itself can use all registers.
+    key_bytes = 64 if B * n_head * slices > MULTIPROCESSORS else 128
     _attend_and_project[(B * n_head, slices)](
         qkv, keys_values, positions, weight, bias, x, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
         n_head=n_head, head_dim=D, rows=rows, mark=MARK, num_warps=_PRODUCT_WARPS,
-        block=_block(32 * _PRODUCT_WARPS, keys, D, keys_values.element_size()),
+        block=_block(32 * _PRODUCT_WARPS, key_bytes, D, keys_values.element_size()),
         **launch_options(qkv)
     )  # fmt: skip
 
@@ -106,7 +110,11 @@ if device.can_compile():
         block: tl.constexpr, early: tl.constexpr,
     ):  # fmt: skip
         """The attention [D] of the token `end`, whose q, k and v are at `own`, at intervals of
-        `channels`. Earlier tokens' are in the cache, where k and v are stored if `stores`."""
+        `channels`. Earlier tokens' are in the cache, where k and v are stored if `stores`.
+
+        `end` and the cache are read before `wait`: the graph of a token is launched after those of
+        earlier tokens have ended.
+        """
         d = tl.arange(0, head_dim)
         k0, v0 = _load(keys, offset, 0, end, head_dim, block)
         k1, v1 = _load(keys, offset, block, end, head_dim, block)
@@ -117,7 +125,7 @@ if device.can_compile():
         v = tl.load(own + 2 * channels).to(keys.dtype.element_ty)
         tl.store(keys + end * head_dim + d, k, (d < head_dim) & stores)
         tl.store(keys + offset + end * head_dim + d, v, (d < head_dim) & stores)
-        # The token itself is the first; the others follow as often as two blocks are loaded.
+        # Start with the token itself, then add the cached ones, two blocks at a time.
         top, norm, total = tl.sum(q * k.to(tl.float32), 0), 1.0, v.to(tl.float32)
         top, norm, total = _merge(k0, v0, k1, v1, q, 0, end, top, norm, total, block)
         for start in range(2 * block, end, 2 * block):
@@ -135,8 +143,7 @@ if device.can_compile():
         program = tl.program_id(0)
         b, channels = program // n_head, n_head * head_dim
         keys = keys_values + program.to(tl.int64) * context * head_dim
-        # Read before `wait`: an earlier graph has written the position, and the cache up to there.
-        end = tl.load(positions + b).to(tl.int32)
+        end = tl.load(positions + b).to(tl.int32)  # as early as _attention allows
         own = qkv + (b * 3 * n_head + program % n_head) * head_dim
         result = _attention(
             own, keys, offset, end, scale, True, channels, head_dim, block, early

@@ -114,8 +114,10 @@ def test_fused_greedy_text_of_models_of_other_sizes(sizes, batch):
 @needs_gpu
 @pytest.mark.parametrize("n_head", [2, 4, 16])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_fused_text_in_a_long_context(n_head, batch):
-    model, prompts = gpt(1, n_head, 256, context=2_100), random_prompts(batch, 2_050)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fused_text_in_a_long_context(n_head, batch, precision):
+    model = gpt(1, n_head, 256, context=2_100, precision=precision)
+    prompts = random_prompts(batch, 2_050)
     found = generate(model, prompts, 40, fused=True)
     assert_equal_except_ties(model, prompts, found, generate(model, prompts, 40))
 
