@@ -54,7 +54,8 @@ def assert_equal_except_ties(model, prompts, found, expected):
             logits = exact(context)[0, -1]
             rounding = (model(context)[0, -1].float() - logits).abs().max()
             gap = (logits[text[i]] - logits[other[i]]).abs()
-            assert gap <= 2 * rounding + 1e-5 * logits.std()
+            # Twice the error of one of the two generations, which differs from this one.
+            assert gap <= 3 * rounding + 1e-5 * logits.std()
 
 
 def test_fused_kernels_run_on_no_cpu(model):
