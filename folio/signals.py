@@ -32,6 +32,7 @@ SIGPIPE = 13  # some systems do not have it
 _KEYS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGQUIT: "Ctrl-\\"}
 
 _deferred = False
+_raised = False  # whether a request raised Stopped where the program was
 _cause: str | None = None  # what requested the stop; None: no request so far
 _requested_at = 0.0  # by time.monotonic
 _status = 0  # the exit status for the signal: 128 + its number
@@ -62,9 +63,10 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
     A signal that was ignored when the process started stays ignored: `nohup` ignores SIGHUP, and
     shell scripts ignore SIGINT for commands in the background. If `dvc` is killed, its stages keep
     running, and the next `dvc repro` would start a second trainer alongside the first. `report`
-    prints a final message if the process does not exit in time.
+    prints a final message if the process does not exit in time. If a library swallows Stopped, as
+    some do while they are imported, the end of the block raises it again.
     """
-    global _cause, _deferred
+    global _cause, _deferred, _raised
 
     def on_signal(number: int, _: object) -> None:
         if _passed_on:
@@ -76,7 +78,7 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
             request(f"the exit of {_ended}", signal.SIGTERM, report)
         request(name(number), number, report)
 
-    _cause, _deferred = None, False
+    _cause, _deferred, _raised = None, False, False
     # Signals with SIG_IGN are ignored; None is a handler of a library that was not set by Python.
     previous = {
         number: handler
@@ -90,6 +92,8 @@ def handled(report: Callable[[str], None]) -> Iterator[None]:
         threading.Thread(target=_stop_after, args=args, daemon=True).start()
     try:
         yield
+        if _raised:
+            raise Stopped
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -101,7 +105,7 @@ def request(cause: str, number: int, report: Callable[[str], None]) -> None:
     number: the signal, which determines the exit status. Raises Stopped in the main thread, unless
     stop requests are deferred.
     """
-    global _cause, _requested_at, _status
+    global _cause, _raised, _requested_at, _status
     if _cause:
         return
     _cause, _status, _requested_at = cause, 128 + number, time.monotonic()
@@ -109,6 +113,7 @@ def request(cause: str, number: int, report: Callable[[str], None]) -> None:
     watchdog.daemon = True
     watchdog.start()
     if not _deferred and threading.current_thread() is threading.main_thread():
+        _raised = True
         raise Stopped
 
 

@@ -1,5 +1,6 @@
 """Stop requests: SIGTERM, Ctrl-C and all other signals that end a process by default."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -88,6 +89,19 @@ def test_deferred_stop_request_waits_for_check():
         signals.check()
         done.append("the next step")
     assert done == ["the step"]
+
+
+def test_stop_request_that_a_library_swallows_raises_at_the_end():
+    with pytest.raises(signals.Stopped) as stopped, signals.handled(print):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGINT)
+        finished = True
+    assert stopped.value.status == 130 and finished
+
+
+def test_deferred_stop_request_after_the_last_check_lets_the_block_end():
+    with signals.handled(print), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_deferred_stop_request_raises_in_an_interruptible_block():

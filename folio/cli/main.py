@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-from folio import signals
 from folio.cli import (
     compare,
     disk,
@@ -65,7 +64,6 @@ def main() -> None:
             status = app(words, prog_name=app.info.name, standalone_mode=False)
         except _USAGE_ERROR as error:
             raise UserError(_describe(error)) from None
-        signals.check()  # a library that was being imported may have swallowed the stop request
     sys.exit(status)
 
 

@@ -38,7 +38,7 @@ def attend(
     to wait for each other, which takes more time than it saves within GPT-2's context.
     """
     _, B, n_head, T, D = keys_values.shape
-    # A program that has a multiprocessor for itself can use all warps.
+    # More warps for a program that has a multiprocessor for itself.
     warps = 4 if B * n_head > MULTIPROCESSORS else 16
     _attend[(B * n_head,)](
         qkv, keys_values, positions, y, _LOG2_E * D**-0.5, T, B * n_head * T * D,
@@ -143,7 +143,7 @@ if device.can_compile():
         program = tl.program_id(0)
         b, channels = program // n_head, n_head * head_dim
         keys = keys_values + program.to(tl.int64) * context * head_dim
-        end = tl.load(positions + b).to(tl.int32)  # as early as _attention allows
+        end = tl.load(positions + b).to(tl.int32)
         own = qkv + (b * 3 * n_head + program % n_head) * head_dim
         result = _attention(
             own, keys, offset, end, scale, True, channels, head_dim, block, early

@@ -54,24 +54,6 @@ def test_argument_that_is_not_text_is_a_one_line_error(monkeypatch, capsys, word
     assert capsys.readouterr().err == line
 
 
-def test_stop_request_that_a_library_swallows_still_ends_the_command():
-    code = """
-import contextlib, signal, sys
-from folio.cli import main
-
-def app(*args, **kwargs):
-    with contextlib.suppress(BaseException):
-        signal.raise_signal(signal.SIGINT)
-
-main.app.__class__.__call__ = app
-main.main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (
-        130, "folio: stopped by Ctrl-C; run the same command again to continue\n"
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), ZeroDivisionError()])
 def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)), main._mlflow_errors_as_user_errors():
